@@ -1,0 +1,1 @@
+"""Data sets, shards and streams (no Ray below this package)."""

@@ -1,0 +1,1 @@
+"""The mathematics: backbone, residual branches, Gaussians, routing, methods, metrics (no Ray below this package)."""
