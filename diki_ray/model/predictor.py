@@ -1,0 +1,173 @@
+"""Frozen pass -> densities -> task and weight -> residual pass -> logits: the one way an image is answered, for
+evaluation, prediction and serving.
+
+Shapes: B images, C candidate classes, K templates a class, E embedding dimensions, T tasks, G grid points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from diki_ray.model.backbone import Backbone
+from diki_ray.model.gaussian import Gaussians
+from diki_ray.model.methods.base import Method
+from diki_ray.model.module import TaskModule
+from diki_ray.model.residual import Parameters
+from diki_ray.model.routing import NO_TASK, Calibration, Routes, Routing, route
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """The classes an image may be answered with: names, and tokens [C, K, L] (K templates: the mean of their
+    normalised features, normalised again, is the class's feature)."""
+
+    names: tuple[str, ...]
+    tokens: Tensor
+    key: str = ""
+    """Identifies these candidates in the predictor's tables of class features."""
+
+    @staticmethod
+    def of(backbone: Backbone, class_names: Sequence[str], templates: Sequence[str]) -> Candidates:
+        tokens = torch.stack([backbone.tokenize(class_names, template) for template in templates], dim=1)
+        return Candidates(tuple(class_names), tokens, repr((tuple(class_names), tuple(templates))))
+
+
+@dataclass(eq=False)
+class Predictor:
+    """Answers images with the modules learnt so far.
+
+    text_grid: class features are tabulated at this many weights in [0, 1] and interpolated (exact at the grid points;
+        `interpolation_error` measures the rest); 0: exact for every image, one text pass for each distinct weight.
+    skip_weight: images whose weight is below it get the frozen model's answer without a residual pass; 0 is off.
+    """
+
+    method: Method
+    modules: Sequence[TaskModule]
+    gaussians: Gaussians | None
+    calibration: Calibration
+    text_grid: int = 33
+    skip_weight: float = 0.0
+    text_batch: int = 1024
+    _tables: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    _parameters: list[Parameters] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        device = self.method.backbone.device
+        self._parameters = [
+            {n: torch.from_numpy(np.array(p)).to(device) for n, p in module.parameters.items()}
+            for module in self.modules
+        ]
+
+    @property
+    def backbone(self) -> Backbone:
+        return self.method.backbone
+
+    @torch.no_grad()
+    def frozen_features(self, images: Tensor) -> Tensor:
+        """[B, E] float32 on the CPU; they decide the route and are the answer where nothing learnt applies."""
+        return self.backbone.encode_image(images).cpu()
+
+    def log_density(self, features: Tensor) -> Tensor:
+        """[B, T] float64 under the Gaussian of every module, in the order of `modules`."""
+        if self.gaussians is None:
+            return torch.zeros(len(features), 0, dtype=torch.float64)
+        return self.gaussians.log_density(features).cpu()
+
+    def route(self, log_density: Tensor, routing: Routing, num_learnt: int | None = None) -> Routes:
+        """Routes among the first `num_learnt` modules (all of them by default)."""
+        return route(log_density[:, :num_learnt], self.calibration, routing)
+
+    @torch.no_grad()
+    def logits(self, images: Tensor, frozen: Tensor, routes: Routes, candidates: Candidates) -> Tensor:
+        """[B, C] float32 on the CPU. images [B, 3, H, W] are read only where a residual pass is needed; frozen [B, E]
+        are their frozen features."""
+        task = torch.where(routes.weight < self.skip_weight, NO_TASK, routes.task)
+        features = frozen.clone()
+        prompted = (task != NO_TASK).nonzero().flatten()
+        if len(prompted):
+            features[prompted] = self._image_features(images[prompted], task[prompted], routes.weight[prompted])
+        out = torch.empty(len(frozen), len(candidates.names))
+        for t in task.unique().tolist():
+            rows = (task == t).nonzero().flatten()
+            weight = routes.text_weight[rows].float() if t != NO_TASK else torch.zeros(len(rows))
+            out[rows] = self._logits_of_task(features[rows], t, weight, candidates)
+        return out
+
+    def _image_features(self, images: Tensor, task: Tensor, weight: Tensor) -> Tensor:
+        """One residual pass over images of any mixture of tasks: prompts are gathered per image."""
+        present, index = task.unique(return_inverse=True)
+        device = self.backbone.device
+        if len(present) == 1:
+            parameters = self._parameters[int(present)]
+        else:
+            chosen = [self._parameters[t] for t in present.tolist()]
+            index = index.to(device)
+            parameters = {n: torch.stack([p[n] for p in chosen])[index] for n in chosen[0] if n.startswith("image.")}
+        return self.method.image_features(images, parameters, weight.float().to(device)).cpu()
+
+    def _logits_of_task(self, features: Tensor, task: int, weight: Tensor, candidates: Candidates) -> Tensor:
+        distinct = weight.unique()
+        if task == NO_TASK or len(distinct) == 1:  # frozen, or one text weight for all (batch routing): exact
+            text = self.class_features(task, float(distinct[0]), candidates)
+            return self.backbone.logits(features, text.cpu())
+        if not self.text_grid:
+            out = torch.empty(len(features), len(candidates.names))
+            for w in distinct.tolist():
+                rows = weight == w
+                out[rows] = self.backbone.logits(features[rows], self.class_features(task, w, candidates).cpu())
+            return out
+        return self._interpolated(features, weight, self._table(task, candidates))
+
+    def _interpolated(self, features: Tensor, weight: Tensor, table: Tensor) -> Tensor:
+        """f · normalise((1−a) T_g + a T_{g+1}) for each image, without its own [C, E] class features: both ends are
+        unit vectors, so the norm is √((1−a)² + a² + 2a(1−a) T_g·T_{g+1})."""
+        position = weight * (len(table) - 1)
+        cell = position.long().clamp(max=len(table) - 2)
+        a = (position - cell).unsqueeze(1)
+        out = torch.empty(len(features), table.shape[1])
+        for g in cell.unique().tolist():
+            rows = cell == g
+            low, high, ar = table[g], table[g + 1], a[rows]
+            cosine = (low * high).sum(1)
+            norm = ((1 - ar) ** 2 + ar**2 + 2 * ar * (1 - ar) * cosine).sqrt()
+            mixed = (1 - ar) * self.backbone.logits(features[rows], low) + ar * self.backbone.logits(
+                features[rows], high
+            )
+            out[rows] = mixed / norm
+        return out
+
+    def _table(self, task: int, candidates: Candidates) -> Tensor:
+        """[G, C, E] class features at G weights from 0 to 1, on the CPU, computed once."""
+        key = (task, candidates.key)
+        if key not in self._tables:
+            grid = torch.linspace(0, 1, self.text_grid).tolist()
+            self._tables[key] = torch.stack([self.class_features(task, w, candidates).cpu() for w in grid])
+        return self._tables[key]
+
+    @torch.no_grad()
+    def class_features(self, task: int, weight: float, candidates: Candidates) -> Tensor:
+        """[C, E] of the candidates under a task's text prompts at a weight; NO_TASK: frozen."""
+        c, k, _ = candidates.tokens.shape
+        parts = []
+        for chunk in candidates.tokens.flatten(0, 1).split(self.text_batch):
+            if task == NO_TASK:
+                parts.append(self.backbone.encode_text(chunk))
+            else:
+                parts.append(self.method.text_features(chunk, self._parameters[task], weight))
+        features = torch.cat(parts).unflatten(0, (c, k))
+        return features[:, 0] if k == 1 else F.normalize(features.mean(1), dim=-1)
+
+    def interpolation_error(self, task: int, candidates: Candidates) -> float:
+        """The largest absolute error of an interpolated class feature, at the middle of every grid cell, where the
+        error of a linear interpolation is greatest."""
+        table = self._table(task, candidates)
+        middle = F.normalize((table[1:] + table[:-1]) / 2, dim=-1)
+        weights = [(g + 0.5) / (len(table) - 1) for g in range(len(middle))]
+        exact = torch.stack([self.class_features(task, w, candidates).cpu() for w in weights])
+        return float((middle - exact).abs().max())
