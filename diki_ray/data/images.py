@@ -1,0 +1,83 @@
+"""Bytes to pixels: one function that every image goes through, and the reasons it may refuse one.
+
+Pillow guesses formats from the bytes and knows dozens, one of which (EPS) starts another program; only those that
+image data sets use are tried. The pixel limit is checked on the header, before memory is taken.
+"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from diki_ray.errors import DataError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+EXTENSIONS = frozenset({"jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm"})
+"""File extensions, lower case, that are images to us; shards hold nothing else beside labels."""
+
+MAX_PIXELS = 89_478_485
+"""Where Pillow begins to warn of decompression bombs; decoded that is 256 MiB."""
+
+_EXIF_ORIENTATION = 0x0112
+
+
+class UndecodableImageError(DataError):
+    """An image that is skipped; `reason` is one of few short phrases, fit for counting."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+
+
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode to 8-bit RGB, upright.
+
+    EXIF rotation is applied; transparency is laid on white; CMYK, palettes and grey are converted; 16 bits are scaled
+    to 8 instead of being cut off. Of an animation the first frame is taken.
+
+    Raises UndecodableImageError: "not an image", "truncated image", "too many pixels", "unsupported pixel format".
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise UndecodableImageError("not an image") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UndecodableImageError("too many pixels", str(error)) from None
+    except Exception as error:  # a damaged header can raise almost anything from Pillow's parsers
+        raise UndecodableImageError("not an image", repr(error)) from None
+    if image.width * image.height > max_pixels:
+        raise UndecodableImageError("too many pixels", f"{image.width}x{image.height}, allowed are {max_pixels}")
+    try:
+        image.load()
+        return _to_rgb(_upright(image))
+    except UndecodableImageError:
+        raise
+    except Exception as error:  # likewise from its decoders: OSError, SyntaxError, struct.error, EOFError, ValueError
+        raise UndecodableImageError("truncated image", repr(error)) from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except Exception:  # damaged metadata beside good pixels: the pixels count
+        return image
+    return ImageOps.exif_transpose(image) if orientation in range(2, 9) else image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode == "F":
+        raise UndecodableImageError("unsupported pixel format", "floating point pixels have no agreed range")
+    if image.mode.startswith("I"):
+        levels = np.asarray(image).astype(np.int64)
+        if levels.size and (levels.min() < 0 or levels.max() > 65535):
+            raise UndecodableImageError("unsupported pixel format", "more than 16 bits a channel")
+        # Rounded division by 257 takes 65535 to 255; Pillow's own conversion clips everything above 255 to white.
+        return Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,312 @@
+"""The index of a prepared data set: what its shards hold, checked before anything is read from them.
+
+A prepared data set is one folder, local or in object storage, with WebDataset tars and one `index.json`, written last:
+a folder without it is an unfinished preparation. For every sample the index keeps its length in the tar (in blocks of
+512 bytes) and a CRC-32. Eight characters and a few digits a sample buy two things: any sample can be read by one range
+request, so that a rank starts anywhere without rereading; and a flipped bit costs the sample it hit instead of shifting
+or silently changing all that follow.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import obstore
+from obstore.store import ObjectStore, from_url
+
+from diki_ray.errors import DataError, StorageError
+
+INDEX_FILE = "index.json"
+FORMAT = 1
+TAR_BLOCK_BYTES = 512
+SPLIT_PROTOCOLS = ("coop", "zscl", "own", "embedded")
+
+REMOTE_SCHEMES = ("s3", "gs", "az", "http", "https")
+"""Where data may lie beside a local path. A `pipe:` URL, which webdataset would hand to a shell, is not among them."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar of a split.
+
+    `blocks[i]` is the length of sample i in blocks of 512 bytes, headers and padding included; `crc32[i]` is the CRC-32
+    of those bytes. `sha256` is over the whole file.
+    """
+
+    file: str
+    num_samples: int
+    num_bytes: int
+    sha256: str
+    blocks: tuple[int, ...] = ()
+    crc32: tuple[int, ...] = ()
+
+    def check(self, where: str) -> None:
+        """Raise DataError unless the numbers agree with each other; `where` names the index in the message."""
+        if not re.fullmatch(r"[\w][\w.-]*\.tar", self.file):
+            raise DataError(f"{where}: {self.file!r} is not a shard's file name (a plain name ending in .tar)")
+        if len(self.blocks) != self.num_samples or len(self.crc32) != self.num_samples:
+            raise DataError(
+                f"{where}: shard {self.file} says {self.num_samples} samples, but lists {len(self.blocks)} lengths "
+                f"and {len(self.crc32)} checksums; prepare the data set again"
+            )
+        if any(b < 2 for b in self.blocks) or sum(self.blocks) * TAR_BLOCK_BYTES > self.num_bytes:
+            raise DataError(f"{where}: the samples of shard {self.file} do not fit its {self.num_bytes} bytes")
+        if not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
+            raise DataError(f"{where}: shard {self.file} has no SHA-256 checksum")
+
+    def as_json(self) -> dict[str, Any]:
+        """A JSON object; lengths and checksums as one string each, a line instead of one for every sample."""
+        return {
+            "file": self.file,
+            "num_samples": self.num_samples,
+            "num_bytes": self.num_bytes,
+            "sha256": self.sha256,
+            "blocks": " ".join(map(str, self.blocks)),
+            "crc32": "".join(f"{c:08x}" for c in self.crc32),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Shard:
+        """The inverse of `as_json`; KeyError, TypeError or ValueError where `data` has another shape."""
+        crc = str(data["crc32"])
+        return cls(
+            file=str(data["file"]),
+            num_samples=int(data["num_samples"]),
+            num_bytes=int(data["num_bytes"]),
+            sha256=str(data["sha256"]),
+            blocks=tuple(int(b) for b in str(data["blocks"]).split()),
+            crc32=tuple(int(crc[i : i + 8], 16) for i in range(0, len(crc), 8)),
+        )
+
+
+@dataclass(frozen=True)
+class Split:
+    """The shards of "train", "val" or "test" in reading order, and how many samples each class has."""
+
+    name: str
+    shards: tuple[Shard, ...]
+    samples_per_class: tuple[int, ...]
+
+    @property
+    def num_samples(self) -> int:
+        """Samples over all shards."""
+        return sum(shard.num_samples for shard in self.shards)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.num_bytes for shard in self.shards)
+
+
+@dataclass(frozen=True)
+class DatasetIndex:
+    """What a prepared data set holds. Valid by construction: DataError where its parts disagree.
+
+    `uri` is the folder (local path, s3://, gs://, az://, http(s)://). The first template trains, the mean of all of
+    them tests. `provenance` says where the data came from and how they were cut; it takes no part in the digest.
+    """
+
+    uri: str
+    name: str
+    class_names: tuple[str, ...]
+    templates: tuple[str, ...]
+    split_protocol: str
+    splits: Mapping[str, Split]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        where = join(self.uri, INDEX_FILE)
+        if not self.name or not self.class_names or not all(isinstance(c, str) and c.strip() for c in self.class_names):
+            raise DataError(f"{where}: a data set needs a name and at least one class, and no class name may be empty")
+        if not self.templates or any(t.count("{}") != 1 for t in self.templates):
+            raise DataError(f"{where}: every template needs exactly one {{}} for the class name, got {self.templates}")
+        if self.split_protocol not in SPLIT_PROTOCOLS:
+            raise DataError(f"{where}: split_protocol is {self.split_protocol!r}; allowed are {SPLIT_PROTOCOLS}")
+        files = [shard.file for split in self.splits.values() for shard in split.shards]
+        if len(set(files)) != len(files):
+            raise DataError(f"{where}: the same shard is listed twice")
+        for name, split in self.splits.items():
+            if name != split.name or len(split.samples_per_class) != len(self.class_names):
+                raise DataError(f"{where}: split {name!r} does not match the {len(self.class_names)} classes")
+            if sum(split.samples_per_class) != split.num_samples or min(split.samples_per_class) < 0:
+                raise DataError(f"{where}: split {name!r}: samples per class and samples per shard disagree")
+            for shard in split.shards:
+                shard.check(where)
+
+    def split(self, name: str) -> Split:
+        """The split of that name; DataError says which there are."""
+        if name not in self.splits:
+            raise DataError(f"{join(self.uri, INDEX_FILE)} has no split {name!r}, only {sorted(self.splits)}")
+        return self.splits[name]
+
+    def shard_uri(self, shard: Shard) -> str:
+        """Where a shard of this data set lies."""
+        return join(self.uri, shard.file)
+
+    def digest(self, *split_names: str) -> str:
+        """SHA-256 (hex) over what the named splits (all, when none is named) hold: bytes, classes, templates.
+
+        The place takes no part in it, nor do the name and the provenance: the same data elsewhere have the same digest.
+        """
+        content = {
+            "format": FORMAT,
+            "class_names": list(self.class_names),
+            "templates": list(self.templates),
+            "splits": {
+                name: [[shard.sha256, shard.num_samples] for shard in self.split(name).shards]
+                for name in sorted(split_names or self.splits)
+            },
+        }
+        return hashlib.sha256(_canonical(content)).hexdigest()
+
+    def save(self) -> None:
+        """Write `index.json` into `uri`, atomically; the shards must be there already. Durable when it returns."""
+        content = {
+            "format": FORMAT,
+            "name": self.name,
+            "split_protocol": self.split_protocol,
+            "templates": list(self.templates),
+            "class_names": list(self.class_names),
+            "provenance": dict(self.provenance),
+            "splits": {
+                name: {
+                    "num_samples": split.num_samples,
+                    "samples_per_class": list(split.samples_per_class),
+                    "shards": [shard.as_json() for shard in split.shards],
+                }
+                for name, split in self.splits.items()
+            },
+        }
+        content["checksum"] = hashlib.sha256(_canonical(content)).hexdigest()
+        write_bytes(join(self.uri, INDEX_FILE), json.dumps(content, indent=1, ensure_ascii=False).encode())
+
+    @classmethod
+    def load(cls, uri: str) -> DatasetIndex:
+        """Read the index in folder `uri` (or at `uri`, if it names the file); DataError if missing or damaged."""
+        uri = str(uri).removesuffix(f"/{INDEX_FILE}").rstrip("/") or "/"
+        where = join(uri, INDEX_FILE)
+        try:
+            raw = read_bytes(where)
+        except FileNotFoundError:
+            raise DataError(
+                f"there is no {where}: not a prepared data set, or its preparation did not finish; "
+                "run jobs/prepare.py on it"
+            ) from None
+        try:
+            data = json.loads(raw)
+            checksum = data.pop("checksum", None)
+            if data["format"] != FORMAT:
+                raise DataError(f"{where} has format {data['format']}, this version reads {FORMAT}: prepare it again")
+            if checksum != hashlib.sha256(_canonical(data)).hexdigest():
+                raise DataError(f"{where} does not have the checksum it was written with: prepare the data set again")
+            splits = {
+                name: Split(
+                    name=name,
+                    shards=tuple(Shard.from_json(shard) for shard in split["shards"]),
+                    samples_per_class=tuple(split["samples_per_class"]),
+                )
+                for name, split in data["splits"].items()
+            }
+            return cls(
+                uri=uri,
+                name=data["name"],
+                class_names=tuple(data["class_names"]),
+                templates=tuple(data["templates"]),
+                split_protocol=data["split_protocol"],
+                splits=splits,
+                provenance=data["provenance"],
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{where} is not the index of a data set ({error!r}): prepare it again") from None
+
+
+def _canonical(content: Any) -> bytes:
+    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+
+
+# --- where data lie -------------------------------------------------------------------------------------------------
+
+
+def scheme_of(uri: str) -> str:
+    """ "" for a local path, else one of REMOTE_SCHEMES; DataError for every other scheme (`pipe:`, `file:`, …)."""
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", uri)
+    if match is None:
+        return ""
+    scheme = match.group(1).lower()
+    if scheme not in REMOTE_SCHEMES or not uri[match.end() :].startswith("//"):
+        allowed = ", ".join(f"{s}://" for s in REMOTE_SCHEMES)
+        raise DataError(f"{uri!r}: data are read from local paths, {allowed}; nothing else is opened")
+    return scheme
+
+
+def join(folder: str, file: str) -> str:
+    """`file` in `folder`, local or remote."""
+    return f"{folder.rstrip('/')}/{file}"
+
+
+@lru_cache(maxsize=64)
+def _store(folder: str) -> ObjectStore:
+    # Credentials and endpoints come from the environment (AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, …).
+    if scheme_of(folder) == "http":
+        return from_url(folder, client_options={"allow_http": True})
+    return from_url(folder)
+
+
+def read_bytes(uri: str, start: int = 0, stop: int | None = None) -> bytes:
+    """Bytes [start, stop) of a file, to its end without `stop`; a shorter file gives fewer bytes.
+
+    Raises FileNotFoundError if there is none, StorageError naming it if it cannot be read.
+    """
+    if not scheme_of(uri):
+        try:
+            with open(uri, "rb") as file:
+                file.seek(start)
+                return file.read(-1 if stop is None else stop - start)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise FileNotFoundError(str(error)) from None
+        except OSError as error:
+            raise StorageError(f"cannot read {uri}: {error}") from None
+    folder, _, file_name = uri.rpartition("/")
+    try:
+        store = _store(folder)
+        if start == 0 and stop is None:
+            return bytes(obstore.get(store, file_name).bytes())
+        end = obstore.head(store, file_name)["size"] if stop is None else stop
+        return bytes(obstore.get_range(store, file_name, start=start, end=end)) if end > start else b""
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # obstore raises its own, OSError and ValueError, by store
+        raise StorageError(f"cannot read {uri}: {error}") from error
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write a file whole or not at all (temporary name, fsync, rename; one put in object storage)."""
+    if scheme_of(uri):
+        folder, _, file_name = uri.rpartition("/")
+        try:
+            obstore.put(_store(folder), file_name, data)
+        except Exception as error:
+            raise StorageError(f"cannot write {uri}: {error}") from error
+        return
+    path = Path(uri)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot write {uri}: {error}") from error

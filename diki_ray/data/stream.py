@@ -1,0 +1,410 @@
+"""Canonical streams: the same global batches whatever the number of workers, resumable at any of them.
+
+The order of an epoch is arithmetic over the index, apart from all I/O (`EpochOrder`):
+
+    shards, permuted by (seed, epoch) ── concatenated ──▶ N places
+    N places ── cut into V runs ──▶ stream v has ceil((N − v) / V) of them, permuted in windows of K
+    global position p ──▶ stream p mod V at offset p div V;  batch b ──▶ positions [b·B, min((b+1)·B, N))
+    rank r of W ──▶ the streams v with v·W div V = r
+
+So a batch takes its share of every stream, each stream reads its shards front to back, and who reads a stream changes
+nothing. A rank holds at most two windows a stream undecoded: 2·K·V/W image files (K = 32 and V = 24: 1,536 for W = 1).
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from diki_ray.data.images import UndecodableImageError, decode_image
+from diki_ray.data.index import DatasetIndex
+from diki_ray.data.shards import BadSampleError, SkipLedger, decode_sample, read_encoded
+from diki_ray.errors import DataError
+
+Int64 = NDArray[np.int64]
+Transform = Callable[[Image.Image], Tensor]
+
+DEFAULT_NUM_STREAMS = 24
+"""Divisible by 1, 2, 3, 4, 6, 8, 12 and 24, so that ranks get equal shares under the usual numbers of workers."""
+
+DEFAULT_WINDOW = 32
+DEFAULT_CACHE_BYTES = 512 * 2**20
+
+_READ_THREADS = 8
+"""Range requests in flight. They wait for disks and networks and take no processor time."""
+
+
+# --- what is read, as arithmetic ------------------------------------------------------------------------------------
+
+
+def _shuffled(length: int, seed: int, *purpose: int) -> Int64:
+    # Sorted raw output, because numpy keeps its bit streams for good, but not what `permutation` makes of them.
+    raw = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=purpose)).random_raw(length)
+    return np.argsort(raw, kind="stable").astype(np.int64)
+
+
+def streams_of(rank: int, world_size: int, num_streams: int) -> range:
+    """The streams that a rank reads: ⌊V/W⌋ or ⌈V/W⌉ neighbours; DataError for more workers than streams."""
+    if not 1 <= world_size <= num_streams:
+        raise DataError(
+            f"{world_size} workers cannot share {num_streams} streams: use at most {num_streams} workers, "
+            "or set num_streams to at least their number (which changes the sample order)"
+        )
+    if not 0 <= rank < world_size:
+        raise DataError(f"rank {rank} is not one of {world_size} workers")
+    return range(-(-rank * num_streams // world_size), -(-(rank + 1) * num_streams // world_size))
+
+
+@dataclass(frozen=True)
+class EpochOrder:
+    """One epoch's order of a split whose shards hold `shard_sizes` samples. Samples are numbered in index order."""
+
+    shard_sizes: tuple[int, ...]
+    seed: int
+    epoch: int
+    num_streams: int
+    window: int
+
+    @cached_property
+    def _shards(self) -> Int64:
+        return _shuffled(len(self.shard_sizes), self.seed, self.epoch, 0)
+
+    @cached_property
+    def _shard_ends(self) -> Int64:
+        """Where each shard ends in the concatenated sequence, in permuted order."""
+        return np.cumsum(np.asarray(self.shard_sizes, dtype=np.int64)[self._shards])
+
+    @cached_property
+    def _shard_starts_in_index(self) -> Int64:
+        return np.concatenate(([0], np.cumsum(np.asarray(self.shard_sizes, dtype=np.int64))))[:-1]
+
+    @cached_property
+    def _stream_starts(self) -> Int64:
+        n, v = sum(self.shard_sizes), np.arange(self.num_streams, dtype=np.int64)
+        return np.concatenate(([0], np.cumsum((n - v + self.num_streams - 1) // self.num_streams)))
+
+    @cached_property
+    def _places(self) -> dict[int, Int64]:
+        return {}
+
+    def _places_in_stream(self, stream: int) -> Int64:
+        """Offset in the stream → place in its run of the sequence, for all offsets. Kept for the streams asked for."""
+        if stream not in self._places:
+            length = int(self._stream_starts[stream + 1] - self._stream_starts[stream])
+            draw = _shuffled(length, self.seed, self.epoch, 1 + stream)
+            # Sorted by window first, by the draw second.
+            self._places[stream] = np.lexsort((draw, np.arange(length) // self.window)).astype(np.int64)
+        return self._places[stream]
+
+    def samples(self, stream: int, offsets: Int64) -> Int64:
+        """The samples at these offsets of a stream."""
+        places = self._stream_starts[stream] + self._places_in_stream(stream)[offsets]
+        turn = np.searchsorted(self._shard_ends, places, side="right")
+        shards = self._shards[turn]
+        starts = self._shard_ends[turn] - np.asarray(self.shard_sizes, dtype=np.int64)[shards]
+        return self._shard_starts_in_index[shards] + places - starts
+
+    def window_samples(self, stream: int, window: int) -> Int64:
+        """All samples of a stream's window in the order in which they lie: runs of neighbours within shards."""
+        length = int(self._stream_starts[stream + 1] - self._stream_starts[stream])
+        offsets = np.arange(window * self.window, min((window + 1) * self.window, length), dtype=np.int64)
+        samples = self.samples(stream, offsets)
+        return samples[np.argsort(self._places_in_stream(stream)[offsets])]
+
+
+@dataclass(frozen=True)
+class PlannedBatch:
+    """What one rank reads of one global batch; the arrays have one entry a sample, in order of position.
+
+    `reads` names for each sample the read that brings it: (stream, window) in training, (0, turn) in evaluation.
+    """
+
+    step: int
+    positions: Int64
+    samples: Int64
+    reads: tuple[tuple[int, int], ...]
+    global_size: int
+
+
+def plan_epoch(
+    order: EpochOrder, *, batch_size: int, world_size: int, rank: int, start_batch: int = 0
+) -> Iterator[PlannedBatch]:
+    """What rank `rank` reads in an epoch from global batch `start_batch` on; its part of a batch may be empty."""
+    mine = streams_of(rank, world_size, order.num_streams)
+    num_samples = sum(order.shard_sizes)
+    for step in range(start_batch, -(-num_samples // batch_size)):
+        first, last = step * batch_size, min((step + 1) * batch_size, num_samples)
+        positions = np.arange(first, last, dtype=np.int64)
+        streams = positions % order.num_streams
+        mask = (streams >= mine.start) & (streams < mine.stop)
+        positions, streams = positions[mask], streams[mask]
+        offsets = positions // order.num_streams
+        samples = np.empty_like(positions)
+        for stream in np.unique(streams):
+            here = streams == stream
+            samples[here] = order.samples(int(stream), offsets[here])
+        reads = tuple(zip(streams.tolist(), (offsets // order.window).tolist(), strict=True))
+        yield PlannedBatch(step=step, positions=positions, samples=samples, reads=reads, global_size=last - first)
+
+
+# --- reading it -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A rank's part of a global batch.
+
+    `images` float [b, 3, H, W], `labels` int64 [b]; b may be 0. Samples that could not be decoded are missing, the
+    others keep their positions. `step` is the number of the global batch in its epoch; `global_size` the number of
+    samples it was planned with over all ranks, skipped ones included: divide losses by it.
+    """
+
+    epoch: int
+    step: int
+    images: Tensor
+    labels: Tensor
+    keys: tuple[str, ...]
+    positions: tuple[int, ...]
+    global_size: int
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    image: Tensor
+    label: int
+    key: str
+
+
+class _SplitReader:
+    """Turns planned batches into batches: reads, decodes in threads, and remembers what fits `cache_bytes`."""
+
+    def __init__(
+        self,
+        index: DatasetIndex,
+        split: str,
+        transform: Transform,
+        num_threads: int,
+        prefetch_batches: int,
+        ledger: SkipLedger | None,
+        cache_bytes: int,
+    ) -> None:
+        self.index = index
+        self.split = index.split(split)
+        self.num_threads = num_threads
+        self.prefetch_batches = prefetch_batches
+        self.ledger = SkipLedger(budget=default_skip_budget(self.split.num_samples)) if ledger is None else ledger
+        self.sizes = tuple(shard.num_samples for shard in self.split.shards)
+        self._ends = np.cumsum(self.sizes, dtype=np.int64)
+        self._transform = transform
+        self._blank = transform(Image.new("RGB", (64, 64)))  # the shape of what no image came for: empty batches
+        sample_bytes = max(1, self._blank.nbytes)
+        self._cache_room = cache_bytes // sample_bytes
+        self._cache: dict[int, _Decoded] = {}
+
+    def batches(
+        self, epoch: int, planned: Iterable[PlannedBatch], samples_of_read: Callable[[int, int], Int64]
+    ) -> Iterator[Batch]:
+        """The batches, in order; what later ones need is read and decoded meanwhile."""
+        with (
+            ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="read") as reading,
+            ThreadPoolExecutor(self.num_threads, thread_name_prefix="decode") as decoding,
+        ):
+            reads: dict[int, dict[int, Future[dict[int, bytes]]]] = {}
+
+            def read(lane: int, number: int) -> Future[dict[int, bytes]]:
+                lane_reads = reads.setdefault(lane, {})
+                for old in [n for n in lane_reads if n < number]:
+                    del lane_reads[old]
+                for wanted in (number, number + 1):
+                    if wanted not in lane_reads and (samples := samples_of_read(lane, wanted)).size:
+                        lane_reads[wanted] = reading.submit(self._read, samples)
+                return lane_reads[number]
+
+            def start(plan: PlannedBatch) -> list[_Decoded | Future[_Decoded | None]]:
+                return [
+                    self._cache.get(sample) or decoding.submit(self._decode, read(*where), sample)
+                    for sample, where in zip(plan.samples.tolist(), plan.reads, strict=True)
+                ]
+
+            under_way: deque[tuple[PlannedBatch, list[_Decoded | Future[_Decoded | None]]]] = deque()
+            try:
+                for plan in planned:
+                    under_way.append((plan, start(plan)))
+                    if len(under_way) > self.prefetch_batches:
+                        yield self._assemble(epoch, *under_way.popleft())
+                while under_way:
+                    yield self._assemble(epoch, *under_way.popleft())
+            finally:  # an error or a consumer that stops: don't decode what nobody waits for
+                decoding.shutdown(wait=False, cancel_futures=True)
+                reading.shutdown(wait=False, cancel_futures=True)
+
+    def _locate(self, sample: int) -> tuple[int, int]:
+        """Shard number and place in it."""
+        shard = int(np.searchsorted(self._ends, sample, side="right"))
+        return shard, sample - int(self._ends[shard]) + self.sizes[shard]
+
+    def _read(self, samples: Int64) -> dict[int, bytes]:
+        found: dict[int, bytes] = {}
+        for run in np.split(samples, np.flatnonzero(np.diff(samples) != 1) + 1):
+            sample, last = int(run[0]), int(run[-1]) + 1
+            while sample < last:  # neighbours in the index may lie in two shards
+                number, first = self._locate(sample)
+                shard = self.split.shards[number]
+                count = min(last - sample, shard.num_samples - first)
+                parts = read_encoded(self.index.shard_uri(shard), shard, first, first + count)
+                found.update(enumerate(parts, start=sample))
+                sample += count
+        return found
+
+    def _decode(self, read: Future[dict[int, bytes]], sample: int) -> _Decoded | None:
+        """The decoded sample, or None after counting why not."""
+        number, place = self._locate(sample)
+        shard = self.split.shards[number]
+        where = self.index.shard_uri(shard)
+        key = f"sample {place}"
+        try:
+            encoded = decode_sample(read.result()[sample], shard, place, where, len(self.index.class_names))
+            key = encoded.key
+            image = self._transform(decode_image(encoded.image))
+        except (BadSampleError, UndecodableImageError) as error:
+            self.ledger.skip(where, key, error.reason)
+            return None
+        if image.shape != self._blank.shape:
+            raise DataError(f"the transform gave {tuple(image.shape)} for {key}, {tuple(self._blank.shape)} before")
+        decoded = _Decoded(image, encoded.label, encoded.key)
+        if len(self._cache) < self._cache_room:
+            self._cache[sample] = decoded
+        return decoded
+
+    def _assemble(self, epoch: int, plan: PlannedBatch, started: list[_Decoded | Future[_Decoded | None]]) -> Batch:
+        results = [item.result() if isinstance(item, Future) else item for item in started]
+        kept = [(position, d) for position, d in zip(plan.positions.tolist(), results, strict=True) if d is not None]
+        return Batch(
+            epoch=epoch,
+            step=plan.step,
+            images=torch.stack([d.image for _, d in kept]) if kept else self._blank.new_empty((0, *self._blank.shape)),
+            labels=torch.tensor([d.label for _, d in kept], dtype=torch.int64),
+            keys=tuple(d.key for _, d in kept),
+            positions=tuple(position for position, _ in kept),
+            global_size=plan.global_size,
+        )
+
+
+def default_skip_budget(num_samples: int) -> int:
+    """How many samples of a split may be skipped unless told otherwise: 1 %, at least 8."""
+    return max(8, num_samples // 100)
+
+
+def default_num_threads() -> int:
+    """Decoding threads unless told otherwise: the processors this process may use, at most 8."""
+    return max(1, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+
+
+class TrainStream:
+    """A rank's view of the training batches of one split.
+
+    For the same (index, seed, batch_size, num_streams, window) the global batches, merged over ranks by position, are
+    the same under every world size up to `num_streams`. `transform` (PIL RGB image → float [3, H, W]) must be
+    deterministic: decoded images are kept for later epochs up to `cache_bytes` a rank.
+
+    Raises DataError at once for an empty split, or more workers than streams; while reading, when more samples than
+    the ledger's budget (default: 1 %, at least 8) could not be used, or a shard is missing.
+    """
+
+    def __init__(
+        self,
+        index: DatasetIndex,
+        split: str,
+        *,
+        seed: int,
+        batch_size: int,
+        transform: Transform,
+        num_streams: int = DEFAULT_NUM_STREAMS,
+        world_size: int = 1,
+        rank: int = 0,
+        num_threads: int | None = None,
+        ledger: SkipLedger | None = None,
+        window: int = DEFAULT_WINDOW,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        prefetch_batches: int = 2,
+    ) -> None:
+        if batch_size < 1 or window < 1 or seed < 0:
+            raise DataError(f"batch_size {batch_size} and window {window} must be at least 1, seed {seed} at least 0")
+        streams_of(rank, world_size, num_streams)
+        threads = default_num_threads() if num_threads is None else num_threads
+        self._reader = _SplitReader(index, split, transform, threads, prefetch_batches, ledger, cache_bytes)
+        if not self._reader.split.num_samples:
+            raise DataError(f"split {split!r} of {index.name} ({index.uri}) is empty: there is nothing to train on")
+        self.batch_size, self.num_streams, self.world_size, self.rank = batch_size, num_streams, world_size, rank
+        self._seed, self._window = seed, window
+
+    @property
+    def ledger(self) -> SkipLedger:
+        """What was skipped so far on this rank."""
+        return self._reader.ledger
+
+    @property
+    def num_batches(self) -> int:
+        """Global batches an epoch, the last one possibly smaller."""
+        return -(-self._reader.split.num_samples // self.batch_size)
+
+    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+        """This rank's part of the global batches from `start_batch` on: one Batch each, empty ones included."""
+        order = EpochOrder(self._reader.sizes, self._seed, epoch, self.num_streams, self._window)
+        planned = plan_epoch(
+            order, batch_size=self.batch_size, world_size=self.world_size, rank=self.rank, start_batch=start_batch
+        )
+
+        @lru_cache(maxsize=4 * self.num_streams)
+        def samples_of_read(stream: int, window: int) -> Int64:
+            return order.window_samples(stream, window)
+
+        yield from self._reader.batches(epoch, planned, samples_of_read)
+
+
+def eval_batches(
+    index: DatasetIndex,
+    split: str,
+    *,
+    batch_size: int,
+    transform: Transform,
+    batches: Iterable[int] | None = None,
+    num_threads: int | None = None,
+    ledger: SkipLedger | None = None,
+    prefetch_batches: int = 2,
+) -> Iterator[Batch]:
+    """The canonical batches of a split: batch k is samples [k·B, (k+1)·B) in index order, under any sharing of work.
+
+    `batches` chooses some, in the given order (default: all); only their bytes are read. DataError for a batch that
+    does not exist.
+    """
+    threads = default_num_threads() if num_threads is None else num_threads
+    reader = _SplitReader(index, split, transform, threads, prefetch_batches, ledger, cache_bytes=0)
+    num_samples = reader.split.num_samples
+    num_batches = -(-num_samples // batch_size)
+
+    chosen = list(range(num_batches) if batches is None else batches)
+    for batch in chosen:
+        if not 0 <= batch < num_batches:
+            raise DataError(f"split {split!r} of {index.name} has batches 0 … {num_batches - 1}, not {batch}")
+
+    def samples_of_read(_: int, turn: int) -> Int64:
+        first = chosen[turn] * batch_size if turn < len(chosen) else num_samples
+        return np.arange(first, min(first + batch_size, num_samples), dtype=np.int64)
+
+    def planned() -> Iterator[PlannedBatch]:
+        for turn, batch in enumerate(chosen):
+            samples = samples_of_read(0, turn)
+            yield PlannedBatch(batch, samples, samples, ((0, turn),) * samples.size, global_size=samples.size)
+
+    yield from reader.batches(0, planned(), samples_of_read)
