@@ -1,0 +1,295 @@
+"""The configuration: one typed, frozen tree, read from YAML with dotted overrides (`train.epochs=3`).
+
+Every field says its unit and what its default means. An unknown key, a wrong type or a value out of range is an error
+that names the field, the value and what is allowed. The resolved tree and its hash travel with each result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from diki_ray.errors import ConfigError
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
+"""Run and task names are parts of paths, of actor names and of metric labels."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
+
+
+class RunSection(Section):
+    """Where a run lives. The same name on the same storage is the same run: it is continued."""
+
+    name: str = Field(pattern=NAME)
+    storage: str = "runs"
+    """A local folder, or s3://, gs://, az:// and a prefix. Modules are shared by all runs of one storage."""
+    seed: int = Field(default=0, ge=0)
+    take_over: bool = False
+    """True: take the run from another driver that still holds it; the other one's later writes are refused."""
+
+
+class BackboneSection(Section):
+    """The frozen CLIP."""
+
+    name: str = "embedded"
+    """`embedded` (the tiny CLIP of this package), an open_clip model, or a Python file with create(directory)."""
+    pretrained: str | None = None
+    """open_clip's tag of the weights, or a local file of weights."""
+    directory: str | None = None
+    """Given to create(directory); the file's own folder by default."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the frozen weights and their activations; auto: bfloat16 on a GPU, float32 on a CPU."""
+
+
+class MethodSection(Section):
+    """What learns a task. Published DIKI on ViT-B/16: depth 8, length 8 in both towers."""
+
+    name: Literal["diki"] = "diki"
+    image_depth: int = Field(default=8, ge=0)
+    """Blocks of the image tower, from the first, that have prompts."""
+    image_length: int = Field(default=8, ge=1)
+    """Prompts in each of them."""
+    text_depth: int = Field(default=8, ge=0)
+    text_length: int = Field(default=8, ge=1)
+
+    @model_validator(mode="after")
+    def _something_to_train(self) -> Self:
+        if self.image_depth == 0 and self.text_depth == 0:
+            raise ValueError("image_depth and text_depth are both 0: there would be nothing to train")
+        return self
+
+
+class TrainSection(Section):
+    """How a task is trained. Published: SGD, lr 5.0, cosine to lr/1000, batch 128, 10 epochs."""
+
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = Field(default=5.0, gt=0)
+    final_lr_fraction: float = Field(default=1e-3, ge=0, le=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    """adamw only."""
+    epochs: int = Field(default=10, ge=1)
+    batch_size: int = Field(default=128, ge=1)
+    """Images in a global batch, over all workers."""
+    num_workers: int = Field(default=1, ge=1)
+    """Data-parallel workers. From here and never from what happens to be free: it is part of a module's key."""
+    num_streams: int = Field(default=24, ge=1)
+    """Virtual streams; any number of workers up to it reads the same global batches."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where this machine has it."""
+    cpus_per_worker: float = Field(default=1.0, gt=0)
+    checkpoint_every_s: float = Field(default=60.0, ge=0)
+    """Seconds between mid-task checkpoints; 0: after every step."""
+    max_failures: int = Field(default=3, ge=-1)
+    """Worker-group restarts before the run stops with the error; -1: no limit."""
+    max_nonfinite_steps: int = Field(default=3, ge=1)
+    """Batches in a row with a loss or gradient that is not finite before training stops."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.num_workers > self.num_streams:
+            raise ValueError(
+                f"num_workers={self.num_workers} is more than num_streams={self.num_streams}: every worker reads at "
+                "least one stream; raise train.num_streams"
+            )
+        if self.optimizer == "sgd" and self.weight_decay:
+            raise ValueError("weight_decay is for optimizer=adamw; with sgd leave it at 0")
+        return self
+
+
+class DataSection(Section):
+    """Where prepared shards are kept, and how bad samples are dealt with."""
+
+    root: str = "prepared"
+    """Folder of the data sets that are prepared on first use (embedded tasks, image folders)."""
+    max_skipped_fraction: float = Field(default=0.01, ge=0, le=1)
+    """Share of a split's samples that may be skipped as unreadable before it is an error."""
+    num_threads: int = Field(default=2, ge=1)
+    """Threads of a worker that decode images."""
+
+
+class StatisticsSection(Section):
+    """The Gaussians, as they are read from the moments."""
+
+    covariance_eps: float = Field(default=1e-7, gt=0)
+    shrinkage: Literal["none", "oas", "ledoit_wolf"] = "none"
+
+
+class CalibrationSection(Section):
+    """From a log density to the integration weight.
+
+    published: sigmoid(s / scale + bias). validated: sigmoid(slope · z + bias), z the density standardised over the
+    task's own validation images.
+    """
+
+    form: Literal["published", "validated"] = "published"
+    scale: float | None = Field(default=None, gt=0)
+    """published; the backbone's embedding dimension by default (512 for ViT-B/16)."""
+    slope: float = Field(default=1.0, gt=0)
+    """validated."""
+    bias: float | None = None
+    """-1 for published (as the paper has it), 4 for validated by default."""
+
+
+class EvaluateSection(Section):
+    """How the accuracy matrix is computed."""
+
+    routing: Literal["image", "batch"] = "image"
+    """image: each image for itself. batch: the published code's vote over batches of one data set."""
+    label_space: Literal["task", "seen", "all"] = "task"
+    """task: the classes of the data set under test (MTIL). seen: all learnt so far (ODCL-CIL). all: X-TAIL."""
+    batch_size: int = Field(default=256, ge=1)
+    """Images in a canonical batch. Under routing=batch it is part of the result (published: 256)."""
+    text_grid: int = Field(default=33, ge=0)
+    """Weights at which class features are tabulated; 0: exact for every image."""
+    skip_weight: float = Field(default=0.0, ge=0, le=1)
+    """Images with a lower weight get the frozen model's answer without a residual pass; 0: off."""
+    num_workers: int = Field(default=1, ge=1)
+    cpus_per_worker: float = Field(default=1.0, gt=0)
+
+    @field_validator("text_grid")
+    @classmethod
+    def _grid(cls, value: int) -> int:
+        if value == 1:
+            raise ValueError("1 point is no grid: give at least 2, or 0 for exact")
+        return value
+
+
+class ClusterSection(Section):
+    """The Ray cluster. Without an address the job starts its own on this machine and stops it at the end; under
+    `ray job submit` it joins the cluster that runs it."""
+
+    address: str | None = None
+    num_cpus: int | None = Field(default=None, ge=1)
+    """Of the cluster started here; as many as the machine has by default."""
+
+
+class TelemetrySection(Section):
+    """What is shown while a run goes on."""
+
+    port: int | None = Field(default=None, ge=1, le=65535)
+    """Prometheus metrics are served here on `host`; off by default."""
+    host: str = "127.0.0.1"
+
+
+class TaskSection(Section):
+    """One task of the stream."""
+
+    data: str
+    """`embedded:NAME`, a prepared data set (folder with index.json, local or remote), or a folder in a known layout."""
+    name: str | None = Field(default=None, pattern=NAME)
+    """The data set's own name by default."""
+    template: str | None = None
+    """The caption of a class, with {} for its name; the data set's own by default."""
+    shots: int | None = Field(default=None, ge=1)
+    """Training images a class; all by default."""
+
+    @field_validator("template")
+    @classmethod
+    def _has_place(cls, value: str | None) -> str | None:
+        if value is not None and value.count("{}") != 1:
+            raise ValueError("a template needs exactly one {} where the class name goes, as in 'a photo of a {}.'")
+        return value
+
+
+class Config(Section):
+    """The whole tree."""
+
+    run: RunSection
+    tasks: tuple[TaskSection, ...] = Field(min_length=1)
+    backbone: BackboneSection = BackboneSection()
+    method: MethodSection = MethodSection()
+    train: TrainSection = TrainSection()
+    data: DataSection = DataSection()
+    statistics: StatisticsSection = StatisticsSection()
+    calibration: CalibrationSection = CalibrationSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    cluster: ClusterSection = ClusterSection()
+    telemetry: TelemetrySection = TelemetrySection()
+    protocol: str = "own"
+    """The benchmark this configuration follows, as in `mtil-1/coop`; results carry it with the routing."""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        twice = [n for n, k in Counter(t.name for t in self.tasks if t.name).items() if k > 1]
+        if twice:
+            raise ValueError(f"tasks: two tasks are named {twice[0]!r}; every task needs a name of its own")
+        return self
+
+    def digest(self) -> str:
+        """sha256 of what decides the numbers: everything but where and how fast it runs."""
+        tree = self.model_dump(mode="json", exclude={"cluster", "telemetry"})
+        for key in ("storage", "name", "take_over"):
+            tree["run"].pop(key)
+        tree["data"].pop("num_threads")
+        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in a YAML file, with dotted overrides applied in order.
+
+    Raises:
+        ConfigError: no such file, not YAML, an override without `=`, or a tree that is not valid.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}; give the path of a YAML file, see configs/.") from error
+    for override in overrides:
+        if "=" not in override or override.startswith(("-", "=")):
+            raise ConfigError(f"{override!r} is not an override; write section.field=value, as in train.epochs=3.")
+    try:
+        tree = OmegaConf.merge(OmegaConf.create(yaml.safe_load(text) or {}), OmegaConf.from_dotlist(list(overrides)))
+        plain: Any = OmegaConf.to_container(tree, resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise ConfigError(f"{path} with overrides {list(overrides)} is not a valid configuration: {first}") from error
+    return parse(plain, source=str(path))
+
+
+def parse(tree: Any, source: str = "configuration") -> Config:
+    """Raises ConfigError naming every field that is wrong, its value, and what is allowed."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: " + "; ".join(_sentence(e) for e in error.errors())) from None
+
+
+def _sentence(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = _fields_at(error["loc"][:-1])
+        return f"{where}: there is no such field" + (f"; there are {', '.join(known)}" if known else "")
+    if error["type"] == "missing":
+        return f"{where}: this field is needed"
+    message = error["msg"].removeprefix("Value error, ")
+    value = error["input"]
+    shown = "" if isinstance(value, (dict, BaseModel)) else f" (it is {value!r})"
+    return f"{where}: {message}{shown}" if where else message
+
+
+def _fields_at(location: tuple[Any, ...]) -> list[str]:
+    model: Any = Config
+    for part in location:
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(part)
+        annotation = field.annotation if field else None
+        model = TaskSection if part == "tasks" else annotation
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return []
+    return sorted(model.model_fields)

@@ -1,0 +1,143 @@
+"""What a configuration asks for, as values: the tasks of the stream, the key of each module, what is still to train.
+
+Pure but for reading the data sets' indexes; decided before any cluster is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from diki_ray.config import Config
+from diki_ray.data import prepare
+from diki_ray.data.index import DatasetIndex
+from diki_ray.errors import ConfigError
+from diki_ray.model import backbone as backbones
+from diki_ray.model.backbone import Backbone
+from diki_ray.model.methods import METHODS, Method
+from diki_ray.model.module import module_key, task_seed
+from diki_ray.model.training import Recipe
+
+
+@dataclass(frozen=True)
+class PlannedTask:
+    """One task, resolved: its data, what its module's key is made of, and its seed."""
+
+    name: str
+    index: DatasetIndex
+    templates: tuple[str, ...]
+    """The first trains; all of them, averaged, answer (the zscl protocol's ensembles)."""
+    seed: int
+    key: str
+    predecessor: str | None
+    """The key of the module it starts from, where the method's tasks depend on the earlier ones."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.index.class_names
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stream in order, on one backbone."""
+
+    config: Config
+    backbone_digest: str
+    embed_dim: int
+    tasks: tuple[PlannedTask, ...]
+
+    def pending(self, committed: Collection[str]) -> list[PlannedTask]:
+        """The tasks whose module keys are not among those committed, in stream order."""
+        return [task for task in self.tasks if task.key not in committed]
+
+
+def device_of(config: Config) -> str:
+    """`cuda` or `cpu`; a GPU asked for and not there is a ConfigError."""
+    available = torch.cuda.is_available()
+    if config.train.device == "cuda" and not available:
+        raise ConfigError("train.device=cuda: torch sees no GPU on this machine; use train.device=auto or cpu.")
+    return "cuda" if available and config.train.device != "cpu" else "cpu"
+
+
+def precision_of(config: Config) -> torch.dtype:
+    """Of the frozen weights: as configured, `auto` by device."""
+    precision = config.backbone.precision
+    if precision == "auto":
+        precision = "bfloat16" if device_of(config) == "cuda" else "float32"
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+
+def load_backbone(config: Config) -> Backbone:
+    """On the CPU in float32; the caller moves it."""
+    b = config.backbone
+    return backbones.load(b.name, b.pretrained, b.directory)
+
+
+def build_method(config: Config, backbone: Backbone) -> Method:
+    settings = config.method.model_dump(exclude={"name"})
+    return METHODS[config.method.name](backbone, **settings)
+
+
+def recipe_of(config: Config) -> Recipe:
+    t = config.train
+    return Recipe(t.optimizer, t.lr, t.final_lr_fraction, t.weight_decay, t.max_nonfinite_steps)
+
+
+def make_plan(config: Config, backbone: Backbone) -> Plan:
+    """Prepares or loads every data set's index and derives the module keys.
+
+    Raises:
+        ConfigError, DataError: two tasks of one name, data that is missing or not valid.
+    """
+    build_method(config, backbone)  # refuses depths that the backbone does not have, before anything is prepared
+    digest = backbone.digest()
+    tasks: list[PlannedTask] = []
+    for section in config.tasks:
+        index = prepare.ensure(
+            section.data,
+            config.data.root,
+            name=section.name,
+            template=section.template,
+            shots=section.shots,
+            seed=config.run.seed,
+        )
+        name = section.name or index.name
+        if name in (t.name for t in tasks):
+            raise ConfigError(f"tasks: two tasks are named {name!r}; give one of them another name.")
+        templates = (section.template,) if section.template else index.templates
+        tasks.append(_planned(config, digest, name, index, templates, tasks))
+    return Plan(config, digest, backbone.embed_dim, tuple(tasks))
+
+
+def _planned(
+    config: Config,
+    backbone_digest: str,
+    name: str,
+    index: DatasetIndex,
+    templates: tuple[str, ...],
+    earlier: Sequence[PlannedTask],
+) -> PlannedTask:
+    method = METHODS[config.method.name]
+    predecessor = earlier[-1].key if method.sequential and earlier else None
+    splits = [s for s in ("train", "val") if s in index.splits]
+    data_digest = index.digest(*splits)
+    train = config.train
+    key = module_key(
+        backbone=backbone_digest,
+        precision=str(precision_of(config)),
+        data=data_digest,
+        class_names=index.class_names,
+        template=templates[0],
+        method=config.method.model_dump(),
+        method_version=method.version,
+        recipe=recipe_of(config),
+        epochs=train.epochs,
+        batch_size=train.batch_size,
+        num_streams=train.num_streams,
+        num_workers=train.num_workers,
+        seed=config.run.seed,
+        predecessor=predecessor,
+    )
+    return PlannedTask(name, index, templates, task_seed(config.run.seed, data_digest), key, predecessor)
