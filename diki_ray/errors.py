@@ -17,6 +17,10 @@ class StorageError(UserError):
     """Storage that cannot be read or written; names the path."""
 
 
+class DiskFullError(StorageError):
+    """No space left for a write; names the path and the free bytes. What was committed before stays valid."""
+
+
 class LeaseHeldError(UserError):
     """Another driver holds the run; says which, since when, and how to take over."""
 

@@ -1,0 +1,324 @@
+"""Objects on a disk or in a bucket, behind five verbs: the only module that knows where bytes live.
+
+`put` is atomic and durable when it returns, and `put(create_only=True)` is the one primitive that every promise of the
+store rests on: of any number of writers, on any number of machines, exactly one creates an object.
+
+Buckets (s3://, gs://, az://) go through obstore, whose conditional put does that. A local path does not: obstore's
+`LocalStore` links its temporary file into place without an fsync, so an acknowledged write could vanish, or be empty,
+after a power loss. Here a file is written and synced under another name, linked (create) or renamed (replace), and then
+its directory is synced: two fsyncs a write, against a few writes a task.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+
+from diki_ray.errors import DiskFullError, StorageError, UserError
+
+_TEMPORARY = ".tmp"
+# A wrong endpoint or a lost network must become an error a person reads, not obstore's three minutes of silence.
+_RETRY_TIMEOUT_S = 30.0
+# Signs of a file system without hard links (some FUSE mounts of buckets): there is no atomic create on it.
+_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK}
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """What a listing says about one object. `modified` is in seconds since 1970, by the storage's clock."""
+
+    path: str
+    num_bytes: int
+    modified: float
+
+
+class Objects(ABC):
+    """Named bytes under one root, by relative path with `/`. A missing object is None, any failure a StorageError."""
+
+    uri: str
+
+    @staticmethod
+    def open(uri: str, **options: Any) -> "Objects":
+        """The objects under a local path (plain or file://) or a bucket URL; `options` are obstore's."""
+        scheme, separator, rest = uri.partition("://")
+        if not separator:
+            return LocalObjects(uri)
+        if scheme == "file":
+            return LocalObjects("/" + rest.lstrip("/"))
+        return BucketObjects(uri, **options)
+
+    @abstractmethod
+    def get(self, path: str) -> bytes | None:
+        """The object's bytes, or None when there is no such object."""
+
+    @abstractmethod
+    def put(self, path: str, data: bytes, create_only: bool = False) -> bool:
+        """Write atomically; durable when it returns.
+
+        With `create_only` an existing object is left as it is and False is returned. After an error the object is the
+        old one, whole, or the new one, whole: a caller who must know reads it back.
+        """
+
+    @abstractmethod
+    def list(self, prefix: str) -> tuple[ObjectInfo, ...]:
+        """All objects below the folder `prefix`, at any depth, sorted by path; none when there is no such folder."""
+
+    @abstractmethod
+    def delete(self, paths: Iterable[str]) -> None:
+        """Delete objects; one that is already gone is no error."""
+
+    @abstractmethod
+    def exists(self, path: str) -> bool:
+        """Whether there is such an object."""
+
+    @abstractmethod
+    def folders(self, prefix: str) -> tuple[str, ...]:
+        """Names of the folders directly below `prefix`, sorted."""
+
+    def settle(self, folder: str) -> None:
+        """Make what is visible in a folder durable, should its writer have been killed before it could say so."""
+        return None
+
+    def sweep(self, older_than_s: float) -> int:
+        """Delete what killed writers left half written and no listing shows; the bytes freed."""
+        return 0
+
+
+class LocalObjects(Objects):
+    """A folder of a local or shared POSIX file system with hard links."""
+
+    def __init__(self, root: str) -> None:
+        self._root = Path(root).expanduser().absolute()
+        self.uri = str(self._root)
+
+    def get(self, path: str) -> bytes | None:
+        file = self._file(path)
+        with _explained(file, "read"):
+            try:
+                return file.read_bytes()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+    def put(self, path: str, data: bytes, create_only: bool = False) -> bool:
+        file = self._file(path)
+        with _explained(file, "write"):
+            _make_folder(file.parent)
+            if create_only and file.exists():
+                # Whoever linked it may have died before this: only now may a caller treat it as acknowledged.
+                _sync_folder(file.parent)
+                return False
+            temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}{_TEMPORARY}")
+            try:
+                _write_synced(temporary, data)
+                created = _link(temporary, file) if create_only else _replace(temporary, file)
+                _sync_folder(file.parent)
+            finally:
+                temporary.unlink(missing_ok=True)
+            return created
+
+    def list(self, prefix: str) -> tuple[ObjectInfo, ...]:
+        return tuple(sorted(self._walk(prefix, temporary=False), key=lambda info: info.path))
+
+    def delete(self, paths: Iterable[str]) -> None:
+        folders = set()
+        for path in paths:
+            file = self._file(path)
+            with _explained(file, "delete"):
+                file.unlink(missing_ok=True)
+            folders.add(file.parent)
+        for folder in folders:
+            with _explained(folder, "delete in"), contextlib.suppress(FileNotFoundError):
+                _sync_folder(folder)
+
+    def exists(self, path: str) -> bool:
+        file = self._file(path)
+        with _explained(file, "read"):
+            return file.is_file()
+
+    def folders(self, prefix: str) -> tuple[str, ...]:
+        folder = self._file(prefix)
+        with _explained(folder, "list"):
+            try:
+                return tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()))
+            except FileNotFoundError:
+                return ()
+
+    def settle(self, folder: str) -> None:
+        path = self._file(folder)
+        with _explained(path, "write"):
+            _sync_folder(path)
+
+    def sweep(self, older_than_s: float) -> int:
+        old = [i for i in self._walk("", temporary=True) if i.modified < time.time() - older_than_s]
+        self.delete(info.path for info in old)
+        return sum(info.num_bytes for info in old)
+
+    def _file(self, path: str) -> Path:
+        return self._root / checked_path(path)
+
+    def _walk(self, prefix: str, temporary: bool) -> Iterator[ObjectInfo]:
+        top = self._file(prefix) if prefix else self._root
+        with _explained(top, "list"):
+            for folder, _, names in os.walk(top):
+                for name in names:
+                    if (name.startswith(".") and name.endswith(_TEMPORARY)) != temporary:
+                        continue
+                    file = Path(folder, name)
+                    try:
+                        status = file.stat()
+                    except FileNotFoundError:  # deleted since it was listed
+                        continue
+                    yield ObjectInfo(file.relative_to(self._root).as_posix(), status.st_size, status.st_mtime)
+
+
+class BucketObjects(Objects):
+    """A bucket, or a prefix of one, whose service honours conditional puts (S3, GCS, Azure, MinIO, R2)."""
+
+    def __init__(self, uri: str, store: Any = None, **options: Any) -> None:
+        self.uri = uri.rstrip("/")
+        self._store = _bucket(self.uri, options) if store is None else store
+
+    def get(self, path: str) -> bytes | None:
+        with _explained(self._name(path), "read"):
+            try:
+                return bytes(obstore.get(self._store, checked_path(path)).bytes())
+            except FileNotFoundError:
+                return None
+
+    def put(self, path: str, data: bytes, create_only: bool = False) -> bool:
+        with _explained(self._name(path), "write"):
+            try:
+                obstore.put(self._store, checked_path(path), data, mode="create" if create_only else "overwrite")
+            except (AlreadyExistsError, PreconditionError):
+                return False
+            return True
+
+    def list(self, prefix: str) -> tuple[ObjectInfo, ...]:
+        with _explained(self._name(prefix), "list"):
+            found = [
+                ObjectInfo(item["path"], item["size"], item["last_modified"].timestamp())
+                for page in obstore.list(self._store, checked_path(prefix) if prefix else None)
+                for item in page
+            ]
+        return tuple(sorted(found, key=lambda info: info.path))
+
+    def delete(self, paths: Iterable[str]) -> None:
+        for path in paths:
+            with _explained(self._name(path), "delete"), contextlib.suppress(FileNotFoundError):
+                obstore.delete(self._store, checked_path(path))
+
+    def exists(self, path: str) -> bool:
+        with _explained(self._name(path), "read"):
+            try:
+                obstore.head(self._store, checked_path(path))
+            except FileNotFoundError:
+                return False
+            return True
+
+    def folders(self, prefix: str) -> tuple[str, ...]:
+        with _explained(self._name(prefix), "list"):
+            found = obstore.list_with_delimiter(self._store, checked_path(prefix))["common_prefixes"]
+        return tuple(sorted(name.rstrip("/").rpartition("/")[2] for name in found))
+
+    def _name(self, path: str) -> str:
+        return f"{self.uri}/{path}"
+
+
+def checked_path(path: str) -> str:
+    """The path itself when it stays below the root, else a UserError: names come from people and from tar files."""
+    parts = path.split("/")
+    if not path or "\\" in path or "\0" in path or any(part in ("", ".", "..") for part in parts):
+        raise UserError(f"{path!r} is no object name: use relative names without empty, '.' or '..' parts")
+    return path
+
+
+def _bucket(uri: str, options: dict[str, Any]) -> Any:
+    endpoint = options.get("endpoint") or os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT") or ""
+    # Plain http only where the user's own endpoint says so (a MinIO beside the cluster, a test server).
+    client_options: Any = {"allow_http": True} if endpoint.startswith("http://") else {}
+    retry: Any = {"max_retries": 5, "retry_timeout": timedelta(seconds=_RETRY_TIMEOUT_S)}
+    try:
+        return obstore.store.from_url(uri, client_options=client_options, retry_config=retry, **options)
+    except (BaseError, ValueError) as error:
+        raise UserError(f"{uri} is no storage: give a local path, s3://, gs:// or az:// ({_brief(error)})") from error
+
+
+@contextlib.contextmanager
+def _explained(where: Path | str, action: str) -> Iterator[None]:
+    """Turn what disks and services raise into errors that name the path and say what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFullError(
+                f"cannot {action} {where}: no space left ({_free_bytes(where):,} bytes free there); free some "
+                "space and run the same command again, everything committed so far is intact"
+            ) from error
+        raise StorageError(f"cannot {action} {where}: {error.strerror or _brief(error)}") from error
+    except BaseError as error:
+        raise StorageError(f"cannot {action} {where}: {_brief(error)}") from error
+
+
+def _brief(error: Exception) -> str:
+    return str(error).partition("\n\nDebug source")[0].strip()
+
+
+def _free_bytes(where: Path | str) -> int:
+    folder = Path(where)
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _write_synced(file: Path, data: bytes) -> None:
+    with open(file, "xb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _link(temporary: Path, file: Path) -> bool:
+    try:
+        os.link(temporary, file)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno in _NO_LINKS:
+            raise StorageError(
+                f"the file system of {file.parent} has no hard links, so two drivers could overwrite each other: "
+                "use a local disk or NFS, or give the bucket itself (s3://, gs://, az://) instead of a mount of it"
+            ) from error
+        raise
+    return True
+
+
+def _replace(temporary: Path, file: Path) -> bool:
+    os.replace(temporary, file)
+    return True
+
+
+def _make_folder(folder: Path) -> None:
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _sync_folder(folder.parent)  # or a power loss takes the folder and every acknowledged file in it
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
