@@ -310,3 +310,17 @@ def write_bytes(uri: str, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(f"cannot write {uri}: {error}") from error
+
+
+def delete(uri: str) -> None:
+    """Remove a file; nothing happens if there is none."""
+    if not scheme_of(uri):
+        Path(uri).unlink(missing_ok=True)
+        return
+    folder, _, file_name = uri.rpartition("/")
+    try:
+        obstore.delete(_store(folder), file_name)
+    except FileNotFoundError:
+        pass
+    except Exception as error:
+        raise StorageError(f"cannot delete {uri}: {error}") from error

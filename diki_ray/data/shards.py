@@ -28,7 +28,7 @@ from diki_ray.data.index import TAR_BLOCK_BYTES, Shard, Split, join, read_bytes,
 from diki_ray.errors import DataError, StorageError
 
 os.environ["WDS_SECURE"] = "1"  # before webdataset is imported, which reads it once
-from webdataset.tariterators import group_by_keys  # type: ignore[attr-defined]
+from webdataset.tariterators import group_by_keys
 
 DEFAULT_SHARD_BYTES = 32 * 2**20
 """Small enough to be held while written, large enough that object storage reads it at full speed."""

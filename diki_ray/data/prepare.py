@@ -1,0 +1,474 @@
+"""From a source to a prepared data set: choose the images, write the shards, say what was found.
+
+Three steps, so that the middle one can run anywhere: `plan` lists and decides (no image is opened), `write_job` writes
+one shard (a pure function of its job, restartable), `finish` adds the index, last. `ensure` does all three in this
+process; `jobs/prepare.py` spreads the middle one over a cluster.
+
+Every choice is made by sorting hashes of (seed, purpose, image), not by a random generator: it does not depend on the
+order in which files are listed, and the 8-shot subset of a seed lies within its 16-shot subset.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from diki_ray.data.images import UndecodableImageError, decode_image
+from diki_ray.data.index import (
+    INDEX_FILE,
+    DatasetIndex,
+    Shard,
+    Split,
+    delete,
+    join,
+    read_bytes,
+    scheme_of,
+    write_bytes,
+)
+from diki_ray.data.shards import MAX_KEY_LENGTH, Sample, encode_sample, shard_file, write_shard
+from diki_ray.data.sources import EMBEDDED, RawDataset, RawItem, Reader, open_source
+from diki_ray.errors import DataError
+
+DEFAULT_TEMPLATE = "a photo of a {}."
+HELD_OUT_FRACTION = 0.2
+"""Of each class's training images: what a source without validation (or test) images gives up for it."""
+
+MAX_VAL_SHOTS = 4
+"""CoOp validates a k-shot run with min(k, 4) images a class."""
+
+_SHARDS_WANTED = 32
+_MIN_SHARD_BYTES, _MAX_SHARD_BYTES = 2**20, 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the prepared bytes beside the source.
+
+    `shots`: training images a class, None for all. `resize_px`: None keeps the files' own bytes; else images are
+    stored at that size, by CLIP's resize (bicubic, shorter side) and centre crop, as `image_format` "png" or "jpeg".
+    """
+
+    shots: int | None = None
+    seed: int = 0
+    resize_px: int | None = None
+    image_format: str = "png"
+
+    def __post_init__(self) -> None:
+        if self.shots is not None and self.shots < 1:
+            raise DataError(f"shots is {self.shots}; allowed is 1 or more, or none for all images")
+        if self.resize_px is not None and not 8 <= self.resize_px <= 4096:
+            raise DataError(f"resize_px is {self.resize_px}; allowed is 8 to 4096")
+        if self.image_format not in ("png", "jpeg"):
+            raise DataError(f"image_format is {self.image_format!r}; allowed are 'png' and 'jpeg'")
+
+
+# --- choosing -------------------------------------------------------------------------------------------------------
+
+
+def in_drawn_order(items: Iterable[RawItem], seed: int, purpose: str) -> list[RawItem]:
+    """The items in an order that depends on seed, purpose and the items, not on the order they come in."""
+
+    def drawn(item: RawItem) -> bytes:
+        return hashlib.sha256(f"{seed}\0{purpose}\0{item.ref}".encode()).digest()
+
+    return sorted(items, key=drawn)
+
+
+def _by_class(items: Iterable[RawItem]) -> list[list[RawItem]]:
+    classes: dict[int, list[RawItem]] = defaultdict(list)
+    for item in items:
+        classes[item.label].append(item)
+    return [classes[label] for label in sorted(classes)]
+
+
+def hold_out(items: Sequence[RawItem], seed: int, purpose: str) -> tuple[list[RawItem], list[RawItem]]:
+    """(kept, held out): 20 % of each class, rounded, at least one image of a class that has two."""
+    kept: list[RawItem] = []
+    held: list[RawItem] = []
+    for members in _by_class(items):
+        drawn = in_drawn_order(members, seed, purpose)
+        count = max(1, round(HELD_OUT_FRACTION * len(drawn))) if len(drawn) > 1 else 0
+        held += drawn[:count]
+        kept += drawn[count:]
+    return kept, held
+
+
+def draw_shots(items: Sequence[RawItem], shots: int, seed: int) -> list[RawItem]:
+    """`shots` images of each class, or all that there are."""
+    return [item for members in _by_class(items) for item in in_drawn_order(members, seed, "shots")[:shots]]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The images of each split in the order they are written, and what is worth saying about them."""
+
+    splits: Mapping[str, tuple[RawItem, ...]]
+    sizes_before_shots: Mapping[str, int]
+    skipped: Mapping[str, int]
+    notes: tuple[str, ...]
+
+
+def choose(raw: RawDataset, settings: Settings) -> Choice:
+    """Complete the splits, draw shots, shuffle. DataError if nothing is left to train on."""
+    notes = list(raw.notes)
+    skipped = Counter(raw.skipped)
+    splits: dict[str, list[RawItem]] = {}
+    for split, items in raw.splits.items():
+        unique = {item.ref: item for item in reversed(items)}
+        skipped["listed twice"] += len(items) - len(unique)
+        splits[split] = list(unique.values())
+    for split in ("test", "val"):
+        if not splits.get(split):
+            splits["train"], splits[split] = hold_out(splits.get("train", []), settings.seed, split)
+            notes.append(
+                f"no {split} images of its own: {HELD_OUT_FRACTION:.0%} a class of the training images, "
+                f"drawn once with seed {settings.seed}, so that none is in both"
+            )
+    sizes = {split: len(items) for split, items in splits.items()}
+    if not splits["train"]:
+        raise DataError(f"{raw.name}: there are no training images ({raw.layout}; left out: {dict(+skipped)})")
+    notes += _warnings(raw, splits)
+    if settings.shots is not None:
+        splits["train"] = draw_shots(splits["train"], settings.shots, settings.seed)
+        splits["val"] = draw_shots(splits["val"], min(settings.shots, MAX_VAL_SHOTS), settings.seed)
+    return Choice(
+        # Shuffled once here, so that reading front to back mixes classes.
+        splits={s: tuple(in_drawn_order(splits[s], settings.seed, "order")) for s in ("train", "val", "test")},
+        sizes_before_shots=sizes,
+        skipped=+skipped,
+        notes=tuple(notes),
+    )
+
+
+def _warnings(raw: RawDataset, splits: Mapping[str, Sequence[RawItem]]) -> list[str]:
+    found = []
+    refs = {split: {item.ref for item in items} for split, items in splits.items()}
+    for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
+        if shared := len(refs[a] & refs[b]):
+            found.append(f"{shared} images are both in {a} and in {b}")
+    for split, items in splits.items():
+        missing = sorted(set(range(len(raw.class_names))) - {item.label for item in items})
+        if missing:
+            names = ", ".join(raw.class_names[label] for label in missing[:5])
+            found.append(f"{len(missing)} classes have no {split} image: {names}{' …' if len(missing) > 5 else ''}")
+    return found
+
+
+def keys_of(items: Sequence[RawItem]) -> list[str]:
+    """A sample's key for each item: its ref without extension where that can be a key, else made so by a checksum."""
+    stems = [re.sub(r"\.[^./]*$", "", item.ref).removeprefix("./") for item in items]
+    taken = Counter(stems)
+    keys = []
+    for item, stem in zip(items, stems, strict=True):
+        key = re.sub(r"[^A-Za-z0-9_/-]+", "_", stem).strip("/")
+        key = re.sub(r"/+", "/", key)
+        if key != stem or taken[stem] > 1 or len(key) > MAX_KEY_LENGTH:
+            key = f"{key[: MAX_KEY_LENGTH - 13].rstrip('/')}-{hashlib.sha256(item.ref.encode()).hexdigest()[:12]}"
+        keys.append(key)
+    return keys
+
+
+# --- planning, writing, finishing -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """One shard to write: everything a process elsewhere needs. `items` and `keys` go together."""
+
+    folder: str
+    file: str
+    split: str
+    items: tuple[RawItem, ...]
+    keys: tuple[str, ...]
+    reader: Reader
+    num_classes: int
+    settings: Settings
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """What became of a job. `shard` is None if no image of it could be used; `skipped` has (ref, reason) pairs."""
+
+    split: str
+    shard: Shard | None
+    samples_per_class: tuple[int, ...]
+    skipped: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A planned data set: where it goes, its jobs, and the index as far as it is known before writing."""
+
+    folder: str
+    raw: RawDataset
+    choice: Choice
+    settings: Settings
+    templates: tuple[str, ...]
+    jobs: tuple[ShardJob, ...]
+    digest: str
+    source: str
+
+
+def plan(
+    source: str,
+    root: str,
+    *,
+    name: str | None = None,
+    template: str | Sequence[str] | None = None,
+    split_protocol: str | None = None,
+    class_names: Sequence[str] = (),
+    settings: Settings | None = None,
+) -> Preparation:
+    """List the source and decide everything but the bytes. Opens no image; DataError for what cannot be prepared."""
+    settings = settings or Settings()
+    raw = open_source(source, name=name, split_protocol=split_protocol, class_names=class_names)
+    choice = choose(raw, settings)
+    templates = (template,) if isinstance(template, str) else tuple(template or raw.templates or (DEFAULT_TEMPLATE,))
+    digest = _digest(raw, choice, templates, settings)
+    folder = join(root, f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', raw.name)}-{digest[:8]}")
+    jobs = tuple(
+        ShardJob(folder, shard_file(split, n), split, items, keys, raw.reader, len(raw.class_names), settings)
+        for split, chosen in choice.splits.items()
+        for n, (items, keys) in enumerate(_cut(chosen, settings))
+    )
+    label = source if source.startswith(EMBEDDED) else Path(source).resolve().name
+    return Preparation(folder, raw, choice, settings, templates, jobs, digest, label)
+
+
+def _digest(raw: RawDataset, choice: Choice, templates: tuple[str, ...], settings: Settings) -> str:
+    content = {
+        "class_names": raw.class_names,
+        "content": raw.content,
+        "items": {s: [[i.ref, i.label, i.num_bytes] for i in items] for s, items in choice.splits.items()},
+        "layout": [raw.layout, raw.split_protocol],
+        "settings": asdict(settings),
+        "templates": templates,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _cut(items: Sequence[RawItem], settings: Settings) -> Iterable[tuple[tuple[RawItem, ...], tuple[str, ...]]]:
+    """Runs of items, one a shard: about _SHARDS_WANTED, so that streams differ and writing spreads, in 1 … 32 MiB."""
+    keys = keys_of(items)
+    stored = settings.resize_px and settings.resize_px**2 * (2 if settings.image_format == "png" else 1) // 2
+    sizes = [(stored or item.num_bytes) + 2048 for item in items]
+    limit = min(_MAX_SHARD_BYTES, max(_MIN_SHARD_BYTES, sum(sizes) // _SHARDS_WANTED))
+    start, filled = 0, 0
+    for i, size in enumerate(sizes):
+        if filled and filled + size > limit:
+            yield tuple(items[start:i]), tuple(keys[start:i])
+            start, filled = i, 0
+        filled += size
+    if items:
+        yield tuple(items[start:]), tuple(keys[start:])
+
+
+def _done_uri(job: ShardJob) -> str:
+    return join(job.folder, f"{job.file}.done.json")
+
+
+def write_job(job: ShardJob) -> ShardResult:
+    """Write one shard and a note that it is done; a job that was done before is only checked. Durable when it returns.
+
+    Images that cannot be read or decoded are left out with their reason; StorageError if the shard can't be written.
+    """
+    done = _done_before(job)
+    if done is not None:
+        return done
+    encoded: list[bytes] = []
+    per_class = [0] * job.num_classes
+    skipped: list[tuple[str, str]] = []
+    for item, key in zip(job.items, job.keys, strict=True):
+        try:
+            data, extension = job.reader.read(item.ref)
+            image = decode_image(data)  # also when the bytes are kept: better found out now than in training
+            if job.settings.resize_px is not None:
+                data, extension = _at_size(image, job.settings.resize_px, job.settings.image_format)
+        except UndecodableImageError as error:
+            skipped.append((item.ref, error.reason))
+            continue
+        except (OSError, DataError) as error:
+            skipped.append((item.ref, f"unreadable ({type(error).__name__})"))
+            continue
+        encoded.append(encode_sample(Sample(key, data, extension, item.label), job.num_classes))
+        per_class[item.label] += 1
+    shard = write_shard(job.folder, job.file, encoded) if encoded else None
+    note = {"shard": shard.as_json() if shard else None, "samples_per_class": per_class, "skipped": skipped}
+    write_bytes(_done_uri(job), json.dumps(note).encode())
+    return ShardResult(job.split, shard, tuple(per_class), tuple(skipped))
+
+
+def _done_before(job: ShardJob) -> ShardResult | None:
+    try:
+        note = json.loads(read_bytes(_done_uri(job)))
+        shard = Shard.from_json(note["shard"]) if note["shard"] else None
+        if shard and hashlib.sha256(read_bytes(join(job.folder, shard.file))).hexdigest() != shard.sha256:
+            return None
+        skipped = tuple((ref, reason) for ref, reason in note["skipped"])
+        return ShardResult(job.split, shard, tuple(note["samples_per_class"]), skipped)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _at_size(image: Any, size_px: int, image_format: str) -> tuple[bytes, str]:
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.functional import center_crop, resize
+
+    image = center_crop(resize(image, size_px, InterpolationMode.BICUBIC), [size_px, size_px])
+    out = io.BytesIO()
+    if image_format == "png":
+        image.save(out, "PNG")
+        return out.getvalue(), "png"
+    image.save(out, "JPEG", quality=95, subsampling=0)
+    return out.getvalue(), "jpg"
+
+
+def finish(preparation: Preparation, results: Iterable[ShardResult], max_skipped: int | None = None) -> DatasetIndex:
+    """Write the index, after which the data set exists. `results` in any order.
+
+    DataError if more than `max_skipped` images (default: 1 %, at least 8) could not be used, naming the first.
+    """
+    results = list(results)
+    raw = preparation.raw
+    skipped = sorted(pair for result in results for pair in result.skipped)
+    num_items = sum(len(items) for items in preparation.choice.splits.values())
+    budget = max(8, num_items // 100) if max_skipped is None else max_skipped
+    reasons = Counter(reason for _, reason in skipped)
+    if len(skipped) > budget:
+        raise DataError(
+            f"{raw.name}: {len(skipped)} of {num_items} images could not be used and the budget is {budget}; the first "
+            f"is {skipped[0][0]} ({skipped[0][1]}). By reason: {dict(reasons)}"
+        )
+    splits = {}
+    for split in preparation.choice.splits:
+        of_split = [r for r in results if r.split == split]
+        shards = sorted((r.shard for r in of_split if r.shard), key=lambda shard: shard.file)
+        counts = zip(*(r.samples_per_class for r in of_split), strict=True)
+        per_class = tuple(map(sum, counts)) or (0,) * len(raw.class_names)
+        splits[split] = Split(split, tuple(shards), per_class)
+    index = DatasetIndex(
+        uri=preparation.folder,
+        name=raw.name,
+        class_names=raw.class_names,
+        templates=preparation.templates,
+        split_protocol=raw.split_protocol,
+        splits=splits,
+        provenance={
+            "source": preparation.source,
+            "layout": raw.layout,
+            "settings": asdict(preparation.settings),
+            "digest": preparation.digest,
+            "notes": list(preparation.choice.notes),
+            "left_out": dict(sorted((Counter(preparation.choice.skipped) + reasons).items())),
+            "left_out_images": [f"{ref}: {reason}" for ref, reason in skipped[:50]],
+            "sizes_that_differ": _differing_sizes(raw, preparation.choice),
+        },
+    )
+    index.save()
+    for job in preparation.jobs:
+        delete(_done_uri(job))
+    return index
+
+
+def _differing_sizes(raw: RawDataset, choice: Choice) -> dict[str, dict[str, int]]:
+    found = dict(choice.sizes_before_shots)
+    if raw.known_sizes and "val" not in raw.known_sizes:
+        found["train"] += found.pop("val")  # published without validation
+    return {
+        split: {"found": found.get(split, 0), "published": size}
+        for split, size in raw.known_sizes.items()
+        if found.get(split, 0) != size
+    }
+
+
+Run = Callable[[Callable[[ShardJob], ShardResult], Sequence[ShardJob]], Iterable[ShardResult]]
+
+
+def ensure(
+    source: str,
+    root: str,
+    *,
+    name: str | None = None,
+    template: str | Sequence[str] | None = None,
+    shots: int | None = None,
+    seed: int = 0,
+    split_protocol: str | None = None,
+    class_names: Sequence[str] = (),
+    resize_px: int | None = None,
+    image_format: str = "png",
+    max_skipped: int | None = None,
+    run: Run = map,
+) -> DatasetIndex:
+    """The prepared data set of a source, prepared now unless it is there: in `root/<name>-<digest>`.
+
+    `source` is a prepared folder (any place with index.json; used as it is), "embedded:<task>", a manifest or a folder
+    in any known layout. The same source and settings give the same bytes. `template` replaces the data set's own (the
+    first trains, the mean of all tests). `run` maps `write_job` over jobs, in any order.
+
+    Raises DataError for what cannot be prepared, StorageError for what cannot be read or written.
+    """
+    prepared = load_prepared(source)
+    if prepared is not None:
+        if shots is not None and prepared.provenance.get("settings", {}).get("shots") != shots:
+            raise DataError(f"{source} is already prepared: draw {shots} shots from its original source instead")
+        templates = (template,) if isinstance(template, str) else tuple(template or prepared.templates)
+        return replace(prepared, name=name or prepared.name, templates=templates)
+    preparation = plan(
+        source,
+        root,
+        name=name,
+        template=template,
+        split_protocol=split_protocol,
+        class_names=class_names,
+        settings=Settings(shots, seed, resize_px, image_format),
+    )
+    found = find_finished(preparation)
+    return found or finish(preparation, run(write_job, preparation.jobs), max_skipped)
+
+
+def load_prepared(source: str) -> DatasetIndex | None:
+    """The data set in `source` if that is a prepared one; remote places can only be that. DataError if damaged."""
+    if source.startswith(EMBEDDED):
+        return None
+    if scheme_of(source) or Path(source, INDEX_FILE).is_file():
+        return DatasetIndex.load(source)
+    return None
+
+
+def find_finished(preparation: Preparation) -> DatasetIndex | None:
+    """The data set if this preparation was finished before and all its local files are still whole in size."""
+    try:
+        index = DatasetIndex.load(preparation.folder)
+    except DataError:
+        return None  # never finished, or damaged: written again
+    shards = [shard for split in index.splits.values() for shard in split.shards]
+    if not scheme_of(index.uri):
+        for shard in shards:
+            path = Path(index.shard_uri(shard))
+            if not path.is_file() or path.stat().st_size != shard.num_bytes:
+                return None
+    return index
+
+
+def summary(index: DatasetIndex) -> list[str]:
+    """What a prepared data set holds and what was left out, one line each, for people."""
+    lines = [f"{index.name}: {len(index.class_names)} classes, {index.split_protocol} split, in {index.uri}"]
+    for split in index.splits.values():
+        counts = split.samples_per_class
+        lines.append(
+            f"  {split.name:5} {split.num_samples:7,} images, {min(counts)} to {max(counts)} a class, "
+            f"{len(split.shards)} shards, {split.num_bytes / 2**20:.1f} MiB"
+        )
+    about = index.provenance
+    lines += [f"  left out: {count} × {reason}" for reason, count in about.get("left_out", {}).items()]
+    lines += [f"    {image}" for image in about.get("left_out_images", [])[:5]]
+    for split, sizes in about.get("sizes_that_differ", {}).items():
+        lines.append(f"  {split} has {sizes['found']:,} images, the published split {sizes['published']:,}")
+    return lines + [f"  note: {note}" for note in about.get("notes", [])]
