@@ -101,6 +101,7 @@ class LocalObjects(Objects):
     def __init__(self, root: str) -> None:
         self._root = Path(root).expanduser().absolute()
         self.uri = str(self._root)
+        self._settled: set[Path] = set()
 
     def get(self, path: str) -> bytes | None:
         file = self._file(path)
@@ -113,7 +114,7 @@ class LocalObjects(Objects):
     def put(self, path: str, data: bytes, create_only: bool = False) -> bool:
         file = self._file(path)
         with _explained(file, "write"):
-            _make_folder(file.parent)
+            self._make_folder(file.parent)
             if create_only and file.exists():
                 # Whoever linked it may have died before this: only now may a caller treat it as acknowledged.
                 _sync_folder(file.parent)
@@ -166,6 +167,24 @@ class LocalObjects(Objects):
 
     def _file(self, path: str) -> Path:
         return self._root / checked_path(path)
+
+    def _make_folder(self, folder: Path) -> None:
+        """A folder whose own entry is durable, or a power loss takes it with every acknowledged file in it.
+
+        One that is there already may come from a process killed before it could sync it: the first write of this
+        process into each folder makes sure.
+        """
+        if folder in self._settled and folder.is_dir():
+            return
+        if folder == self._root:
+            if folder.is_dir():
+                return
+            folder.mkdir(parents=True, exist_ok=True)
+        else:
+            self._make_folder(folder.parent)
+            folder.mkdir(exist_ok=True)
+        _sync_folder(folder.parent)
+        self._settled.add(folder)
 
     def _walk(self, prefix: str, temporary: bool) -> Iterator[ObjectInfo]:
         top = self._file(prefix) if prefix else self._root
@@ -306,14 +325,6 @@ def _link(temporary: Path, file: Path) -> bool:
 def _replace(temporary: Path, file: Path) -> bool:
     os.replace(temporary, file)
     return True
-
-
-def _make_folder(folder: Path) -> None:
-    if folder.is_dir():
-        return
-    _make_folder(folder.parent)
-    folder.mkdir(exist_ok=True)
-    _sync_folder(folder.parent)  # or a power loss takes the folder and every acknowledged file in it
 
 
 def _sync_folder(folder: Path) -> None:

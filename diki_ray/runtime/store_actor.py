@@ -6,6 +6,7 @@ touches anything, and whatever actor of the run the other finds belongs to a dri
 
 import contextlib
 import hashlib
+import json
 import os
 import threading
 import time
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diki_ray.errors import FencedError, StorageError, UserError
@@ -66,15 +67,19 @@ class StoreClient:
         LeaseHeldError when a driver that gives signs of life has it. One that crashed is followed: at once when it ran
         on this machine or with `take_over`, else `ttl_s` after its last sign of life (`wait_s` limits the wait).
         """
-        holder = this_process(os.environ.get("RAY_JOB_SUBMISSION_ID", "") or ray.get_runtime_context().get_job_id())
+        holder = this_process(_job_id())
         located = objects(storage)
         wait_s = ttl_s + 1.0 if wait_s is None else wait_s
         epoch = RunStore(located, run).acquire(holder, ttl_s, take_over, wait_s)
         client = StoreClient(RunHandle(located.uri, run, holder, epoch, ttl_s), timeout_s)
         client._owns_run = True
         client._objects = objects
-        client._create_actor(time.monotonic() + timeout_s)
-        client.status()
+        try:
+            client._create_actor(time.monotonic() + timeout_s)
+            client.status()
+        except BaseException:
+            RunStore(located, run).release(epoch)  # the next try need not wait for a lease that nobody uses
+            raise
         threading.Thread(target=client._keep_renewing, name="diki-store-lease", daemon=True).start()
         return client
 
@@ -213,6 +218,8 @@ class StoreClient:
                 if isinstance(outcome.error, FencedError):
                     self._lost = outcome.error
                 raise outcome.error
+            except RayTaskError:
+                raise  # a defect of ours, with its traceback; some of these are ValueErrors as well
             # ValueError: nobody has that name (yet). ObjectLostError: the actor died with bytes it had just offered.
             except (RayActorError, GetTimeoutError, ObjectLostError, ValueError) as error:
                 self._cached_actor = None
@@ -264,6 +271,8 @@ class StoreClient:
 
     def _keep_renewing(self) -> None:
         while not self._stopped.wait(self.handle.ttl_s / 3):
+            if not ray.is_initialized():
+                return  # the driver has shut Ray down; asking would start a cluster of its own
             try:
                 self._write("renew")
             except FencedError:
@@ -278,6 +287,12 @@ class StoreClient:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return StoreClient, (self.handle, self._timeout_s)
+
+
+def _job_id() -> str:
+    """The name to give `ray job stop`, where this driver is a submitted job."""
+    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {})
+    return submitted.get("job_submission_id") or ray.get_runtime_context().get_job_id()
 
 
 def actor_name(storage: str, run: str) -> str:

@@ -2,8 +2,8 @@
 
 runs/<run>/log/<seq>.json        entries, created once, never changed, never deleted
 runs/<run>/snapshots/<seq>.json  the state after entry <seq>: a faster way to open a long log, nothing depends on it
-runs/<run>/heartbeat.json        when the holder of the lease was last heard of
-library/purge.json               there while someone deletes unreferenced blobs: no lease is given out meanwhile
+runs/<run>/leases/<epoch>.json   when the holder of that epoch was last heard of (of its own: a late one harms nobody)
+library/upkeep.json              there while someone purges or imports: no lease is given out meanwhile
 """
 
 import time
@@ -33,7 +33,7 @@ from diki_ray.runtime.store_log import (
     unseal,
 )
 
-PURGE_LOCK = "library/purge.json"
+UPKEEP_LOCK = "library/upkeep.json"
 _NUM_READERS = 16  # a bucket answers in tens of milliseconds: a thousand entries one by one would take half a minute
 _MAX_RACES = 100  # losing this often in a row is no race, it is a storage that breaks its word
 _KEPT_SNAPSHOTS = 2  # the newest may be damaged
@@ -64,8 +64,10 @@ class RunLog:
     def entries(self, first: int, last: int) -> list[Entry]:
         """Entries first … last, checksums verified; CorruptError for a missing one, as numbers have no gaps."""
         numbers = range(first, last + 1)
+        if not numbers:
+            return []
         with ThreadPoolExecutor(_NUM_READERS) as pool:
-            found = list(pool.map(self._read, numbers)) if numbers else []
+            found = list(pool.map(self._read, numbers))
         entries = []
         for number, entry in zip(numbers, found, strict=True):
             if entry is not None:
@@ -126,7 +128,7 @@ class RunLog:
             lease = Entry(self.state.seq + 1, "lease", self.state.epoch + 1, time.time(), metadata=metadata)
             if self._create(lease):
                 self._check_conditional_puts(lease)
-                self._yield_to_purge(lease)
+                self._yield_to_upkeep(lease)
                 self.renew(lease.epoch)
                 return lease.epoch
         raise StorageError(f"{self.objects.uri}: the lease of run {self.run!r} can neither be made nor read")
@@ -147,7 +149,7 @@ class RunLog:
         """Say that the holder lives. An object of its own: a lease entry every few seconds would flood the log."""
         self.refresh()
         self.require(epoch)
-        self.objects.put(f"{self.folder}/heartbeat.json", seal({"epoch": epoch, "renewed_at": time.time()}))
+        self.objects.put(self._heartbeat(epoch), seal({"renewed_at": time.time()}))
 
     def release(self, epoch: int) -> None:
         """Give the run back; its epoch can't write any more. A second time it is no error."""
@@ -263,14 +265,14 @@ class RunLog:
         return State()
 
     def _heard(self, lease: Entry) -> float:
-        data = self.objects.get(f"{self.folder}/heartbeat.json")
-        if data is None:
-            return lease.time
+        data = self.objects.get(self._heartbeat(lease.epoch))
         try:
-            beat = unseal(data, "heartbeat.json")
+            return lease.time if data is None else float(unseal(data, "heartbeat")["renewed_at"])
         except CorruptError:  # worth one interval: the next renewal replaces it
             return lease.time
-        return float(beat["renewed_at"]) if beat["epoch"] == lease.epoch else lease.time
+
+    def _heartbeat(self, epoch: int) -> str:
+        return f"{self.folder}/leases/{epoch:08d}.json"
 
     def _check_conditional_puts(self, entry: Entry) -> None:
         if self.objects.put(self.path(entry.seq), encode_entry(entry), create_only=True):
@@ -279,16 +281,16 @@ class RunLog:
                 "two drivers could destroy each other's work: use a storage service with conditional puts"
             )
 
-    def _yield_to_purge(self, lease: Entry) -> None:
-        """A purge looks for leases after it has put its lock; we look for its lock after our lease: one of us sees."""
-        if (data := self.objects.get(PURGE_LOCK)) is None:
+    def _yield_to_upkeep(self, lease: Entry) -> None:
+        """A purge puts its lock, then looks for leases; we put our lease, then look for its lock: one of us sees."""
+        if (data := self.objects.get(UPKEEP_LOCK)) is None:
             return
-        lock = unseal(data, PURGE_LOCK)
+        lock = unseal(data, UPKEEP_LOCK)
         holder = Holder(**lock["holder"])
         if is_alive(holder) is not False and time.time() < lock["until"]:
             self.release(lease.epoch)
             raise LeaseHeldError(
-                f"{holder.describe()} is purging {self.objects.uri}, no run may start meanwhile: try again in a minute"
+                f"{holder.describe()} is tidying {self.objects.uri}, no run may start meanwhile: try again in a minute"
             )
 
 

@@ -21,7 +21,7 @@ from diki_ray.runtime.objects import Objects
 from diki_ray.runtime.store import DEFAULT_TTL_S, RunStore
 from diki_ray.runtime.store_log import Holder
 
-_CACHED_BLOB_BYTES = 512 << 20  # about 280 modules, in the object store of the actor's node
+_CACHED_BLOB_BYTES = 256 << 20  # about 140 modules, in the object store of the actor's node
 _KEPT_EVENTS = 10_000
 _ABANDONED_TTLS = 10  # an actor nobody renewed for this many lease times ends itself: its driver is gone
 _WRITES = {
@@ -91,6 +91,8 @@ class StoreActor:
         def act() -> Any:
             with self._writing:
                 value = getattr(self._opened(), method)(epoch, *args)
+                if method == "purge":
+                    self._blobs.clear()  # what was deleted is not to live on in memory
             if method == "renew":
                 self._renewed_at = time.monotonic()
             return value

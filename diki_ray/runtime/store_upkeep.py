@@ -7,20 +7,20 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diki_ray.errors import LeaseHeldError, StorageError, UserError
+from diki_ray.errors import FencedError, LeaseHeldError, StorageError, UserError
 from diki_ray.runtime.objects import LocalObjects, Objects, checked_path
 from diki_ray.runtime.store_checkpoints import Checkpoints
-from diki_ray.runtime.store_journal import PURGE_LOCK, RunLog
-from diki_ray.runtime.store_lease import is_alive
+from diki_ray.runtime.store_journal import UPKEEP_LOCK, RunLog
+from diki_ray.runtime.store_lease import is_alive, this_process
 from diki_ray.runtime.store_library import Library, key_path, module_path
 from diki_ray.runtime.store_log import Holder, holder_of, seal, unseal
 
-_PURGE_TTL_S = 120.0  # how long a purge that died elsewhere keeps runs from starting
+_LOCK_TTL_S = 120.0  # how long a purge or import that died elsewhere keeps runs from starting
 _LEFTOVER_AGE_S = 3600.0  # no write of ours takes an hour: an older temporary file has no writer any more
 _BATCH = 100
 
@@ -55,7 +55,7 @@ def purge(log: RunLog, library: Library, dry_run: bool) -> PurgeReport:
         blobs, keys = _unreferenced(objects, log, library)
         return PurgeReport(tuple(blobs), sum(blobs.values()), len(keys), 0, dry_run)
     assert log.state.lease is not None
-    with _purge_lock(objects, holder_of(log.state.lease)) as still_ours:
+    with _upkeep_lock(objects, holder_of(log.state.lease)) as still_ours:
         _fence_other_runs(objects, log.run)
         blobs, keys = _unreferenced(objects, log, library)
         for paths in ([key_path(key) for key in keys], [module_path(digest) for digest in blobs]):
@@ -143,52 +143,67 @@ def _fence_other_runs(objects: Objects, own: str) -> None:
                 "blob that nothing refers to yet: purge when it has ended"
             )
         # Its driver died, or sleeps: closing the lease makes sure that it can't wake up and refer to what is deleted.
-        other.release(lease.epoch)
+        # A driver that takes the run just now finds our lock and steps back; to release its old lease is then an error.
+        with suppress(FencedError):
+            other.release(lease.epoch)
 
 
 @contextmanager
-def _purge_lock(objects: Objects, holder: Holder) -> Iterator["_StillOurs"]:
+def _upkeep_lock(objects: Objects, holder: Holder) -> Iterator["_StillOurs"]:
     ours = _StillOurs(objects, holder)
     ours.take()
     try:
         yield ours
     finally:
-        objects.delete([PURGE_LOCK])
+        ours.give_back()
 
 
 class _StillOurs:
-    """The storage's purge lock; calling it extends it, or stops a purge that slept too long to be sure of anything."""
+    """The storage's upkeep lock; calling it extends it, or stops a purge that slept too long to be sure of anything."""
 
     def __init__(self, objects: Objects, holder: Holder) -> None:
         self._objects = objects
         self._holder = holder
 
     def take(self) -> None:
-        if self._objects.put(PURGE_LOCK, self._content(), create_only=True):
+        if self._objects.put(UPKEEP_LOCK, self._content(), create_only=True):
             return
         lock = self._read()
         other = Holder(**lock["holder"]) if lock else None
         rival = other is not None and other.token != self._holder.token and is_alive(other) is not False
         if lock and other and rival and time.time() < lock["until"]:
-            raise LeaseHeldError(f"{other.describe()} is purging this storage already: try again in a minute")
-        self._objects.put(PURGE_LOCK, self._content())
+            raise LeaseHeldError(f"{other.describe()} is tidying this storage already: try again in a minute")
+        self._objects.put(UPKEEP_LOCK, self._content())
 
     def __call__(self) -> None:
         lock = self._read()
         if lock is None or lock["holder"]["token"] != self._holder.token or time.time() >= lock["until"]:
-            raise StorageError("the purge was interrupted for too long and has stopped; start it again")
-        self._objects.put(PURGE_LOCK, self._content())
+            raise StorageError("the work was interrupted for too long and has stopped; start it again")
+        self._objects.put(UPKEEP_LOCK, self._content())
+
+    def give_back(self) -> None:
+        lock = self._read()
+        if lock is not None and lock["holder"]["token"] == self._holder.token:
+            self._objects.delete([UPKEEP_LOCK])
 
     def _content(self) -> bytes:
-        return seal({"holder": vars(self._holder), "until": time.time() + _PURGE_TTL_S})
+        return seal({"holder": vars(self._holder), "until": time.time() + _LOCK_TTL_S})
 
     def _read(self) -> dict[str, Any] | None:
-        data = self._objects.get(PURGE_LOCK)
-        return unseal(data, PURGE_LOCK) if data is not None else None
+        data = self._objects.get(UPKEEP_LOCK)
+        return unseal(data, UPKEEP_LOCK) if data is not None else None
 
 
 def _copy(source: Objects, source_run: str, target: Objects, target_run: str) -> int:
-    """Blobs and keys, then the run's folders, its log last and in order: stopped anywhere, it is an earlier state."""
+    """Blobs and keys, then the run's folders, its log last and in order: stopped anywhere, it is an earlier state.
+
+    Under the upkeep lock of the target: a purge there would find blobs that no log refers to yet.
+    """
+    with _upkeep_lock(target, this_process()) as still_ours:
+        return _copy_locked(source, source_run, target, target_run, still_ours)
+
+
+def _copy_locked(source: Objects, source_run: str, target: Objects, target_run: str, still_ours: "_StillOurs") -> int:
     log, there = RunLog(source, source_run), RunLog(target, target_run)
     if log.state.seq == 0:
         raise UserError(
@@ -198,6 +213,7 @@ def _copy(source: Objects, source_run: str, target: Objects, target_run: str) ->
         raise UserError(f"{target.uri} has a run {target_run!r} already, held or further on: give another name")
     library, num_bytes = Library(target), 0
     for entry in log.state.modules:
+        still_ours()
         blob = Library(source).read(entry.digest)
         record = library.commit(entry.key, blob, entry.metadata)
         if record.digest != entry.digest and not library.intact(entry.digest):
