@@ -14,7 +14,7 @@ from diki_ray.data.sources.folders import folder_dataset, manifest_dataset, mani
 from diki_ray.data.sources.raw import RawDataset, RawItem, Reader
 from diki_ray.errors import DataError
 
-__all__ = ["EMBEDDED", "RawDataset", "RawItem", "Reader", "open_source"]
+__all__ = ["EMBEDDED", "RawDataset", "RawItem", "Reader", "benchmark_folder", "open_source"]
 
 EMBEDDED = "embedded:"
 
@@ -53,6 +53,15 @@ def open_source(
             raise DataError(f"{path} is not a known data set: the {split_protocol} split is only defined for those")
         raw = _open_by_layout(path, name or path.name, class_names)
     return replace(raw, class_names=tuple(class_names)) if class_names else raw
+
+
+def benchmark_folder(name: str, data: str) -> str:
+    """The folder of a known data set among the folders in `data`; DataError lists the names it may have."""
+    entry = catalogue()[name]
+    for folder in entry.folders:
+        if Path(data, folder).is_dir():
+            return str(Path(data, folder))
+    raise DataError(f"{data} has no folder of {name}; it may be called {', '.join(entry.folders)}")
 
 
 def _known(folder: Path) -> CatalogueEntry | None:
