@@ -88,10 +88,12 @@ class TrainSection(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where this machine has it."""
     cpus_per_worker: float = Field(default=1.0, gt=0)
-    checkpoint_every_s: float = Field(default=60.0, ge=0)
-    """Seconds between mid-task checkpoints; 0: after every step."""
+    checkpoint_every_steps: int = Field(default=50, ge=1)
+    """Steps between mid-task checkpoints; steps and not seconds, so that every worker agrees without asking."""
     max_failures: int = Field(default=3, ge=-1)
     """Worker-group restarts before the run stops with the error; -1: no limit."""
+    collective_timeout_s: int = Field(default=120, ge=1)
+    """Seconds after which a worker that hangs is noticed by the others, and the group restarted."""
     max_nonfinite_steps: int = Field(default=3, ge=1)
     """Batches in a row with a loss or gradient that is not finite before training stops."""
 
@@ -266,7 +268,10 @@ def parse(tree: Any, source: str = "configuration") -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{source}: " + "; ".join(_sentence(e) for e in error.errors())) from None
+        errors = error.errors()
+        # A tuple with a bad item also counts as too short; the bad item says it all.
+        inner = [e for e in errors if not any(o["loc"][: len(e["loc"])] == e["loc"] for o in errors if o is not e)]
+        raise ConfigError(f"{source}: " + "; ".join(_sentence(e) for e in inner)) from None
 
 
 def _sentence(error: Any) -> str:

@@ -19,7 +19,7 @@ from diki_ray.model.gaussian import Gaussians
 from diki_ray.model.methods.base import Method
 from diki_ray.model.module import TaskModule
 from diki_ray.model.residual import Parameters
-from diki_ray.model.routing import NO_TASK, Calibration, Routes, Routing, route
+from diki_ray.model.routing import NO_TASK, Calibration, Reordered, Routes, Routing, route
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,27 +79,42 @@ class Predictor:
             return torch.zeros(len(features), 0, dtype=torch.float64)
         return self.gaussians.log_density(features).cpu()
 
-    def route(self, log_density: Tensor, routing: Routing, num_learnt: int | None = None) -> Routes:
-        """Routes among the first `num_learnt` modules (all of them by default)."""
-        return route(log_density[:, :num_learnt], self.calibration, routing)
+    def route(self, log_density: Tensor, routing: Routing, learnt: Sequence[int] | None = None) -> Routes:
+        """Routes among the modules `learnt`, in that order (ties go to the first); among all by default."""
+        if learnt is None or list(learnt) == list(range(log_density.shape[1])):
+            return route(log_density, self.calibration, routing)
+        order = torch.as_tensor(list(learnt), dtype=torch.long)
+        return route(log_density[:, order], Reordered(self.calibration, order), routing).renamed(order)
 
-    @torch.no_grad()
     def logits(self, images: Tensor, frozen: Tensor, routes: Routes, candidates: Candidates) -> Tensor:
         """[B, C] float32 on the CPU. images [B, 3, H, W] are read only where a residual pass is needed; frozen [B, E]
         are their frozen features."""
-        task = torch.where(routes.weight < self.skip_weight, NO_TASK, routes.task)
+        return self.logits_of_features(self.image_features(images, frozen, routes), routes, candidates)
+
+    @torch.no_grad()
+    def image_features(self, images: Tensor, frozen: Tensor, routes: Routes) -> Tensor:
+        """[B, E] on the CPU: each image under its task's module at its weight; the frozen ones where none applies."""
+        task = self._answering_task(routes)
         features = frozen.clone()
         prompted = (task != NO_TASK).nonzero().flatten()
         if len(prompted):
-            features[prompted] = self._image_features(images[prompted], task[prompted], routes.weight[prompted])
-        out = torch.empty(len(frozen), len(candidates.names))
+            features[prompted] = self._prompted(images[prompted], task[prompted], routes.weight[prompted])
+        return features
+
+    def logits_of_features(self, features: Tensor, routes: Routes, candidates: Candidates) -> Tensor:
+        """[B, C] of features that `image_features` gave for the same routes."""
+        task = self._answering_task(routes)
+        out = torch.empty(len(features), len(candidates.names))
         for t in task.unique().tolist():
             rows = (task == t).nonzero().flatten()
             weight = routes.text_weight[rows].float() if t != NO_TASK else torch.zeros(len(rows))
             out[rows] = self._logits_of_task(features[rows], t, weight, candidates)
         return out
 
-    def _image_features(self, images: Tensor, task: Tensor, weight: Tensor) -> Tensor:
+    def _answering_task(self, routes: Routes) -> Tensor:
+        return torch.where(routes.weight < self.skip_weight, NO_TASK, routes.task)
+
+    def _prompted(self, images: Tensor, task: Tensor, weight: Tensor) -> Tensor:
         """One residual pass over images of any mixture of tasks: prompts are gathered per image."""
         present, index = task.unique(return_inverse=True)
         device = self.backbone.device
@@ -162,6 +177,10 @@ class Predictor:
                 parts.append(self.method.text_features(chunk, self._parameters[task], weight))
         features = torch.cat(parts).unflatten(0, (c, k))
         return features[:, 0] if k == 1 else F.normalize(features.mean(1), dim=-1)
+
+    def tables(self) -> list[tuple[int, str]]:
+        """(task, candidates' key) of the tables in use."""
+        return list(self._tables)
 
     def interpolation_error(self, task: int, candidates: Candidates) -> float:
         """The largest absolute error of an interpolated class feature, at the middle of every grid cell, where the

@@ -76,6 +76,17 @@ class Validated:
 
 
 @dataclass(frozen=True, eq=False)
+class Reordered:
+    """A calibration seen from a selection of tasks: column i of it is task order[i]."""
+
+    calibration: Calibration
+    order: Tensor
+
+    def weight(self, log_density: Tensor, task: Tensor) -> Tensor:
+        return self.calibration.weight(log_density, self.order[task])
+
+
+@dataclass(frozen=True, eq=False)
 class Routes:
     """For each image the task whose module answers (NO_TASK: none) and its weights.
 
@@ -85,6 +96,11 @@ class Routes:
     task: Tensor  # int64 [N]
     weight: Tensor  # float64 [N]
     text_weight: Tensor  # float64 [N]
+
+    def renamed(self, order: Tensor) -> Routes:
+        """Routes among the columns of a selection `order`, said in the numbers of what was selected from."""
+        task = torch.where(self.task == NO_TASK, NO_TASK, order[self.task.clamp(min=0)])
+        return Routes(task, self.weight, self.text_weight)
 
 
 def route(log_density: Tensor, calibration: Calibration, routing: Routing) -> Routes:

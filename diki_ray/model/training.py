@@ -132,11 +132,16 @@ class TaskTrainer:
     def _class_features(self) -> Tensor:
         """[C, E] from each rank's share of the classes."""
         num_classes = len(self.class_tokens)
+        if world_size() == 1:
+            return self.method.text_features(self.class_tokens, self.parameters)
         mine = self.class_tokens[share(num_classes)]
+        # The gather's backward is collective: it must run on every rank, also on one that has no class (more workers
+        # than classes) or whose text tower has no parameters, so every part hangs on the parameters by an exact zero.
+        zero = next(iter(self.parameters.values())).sum() * 0
         if len(mine):
-            part = self.method.text_features(mine, self.parameters)
-        else:  # more workers than classes: still a node of the graph, since the gather's backward is collective
-            part = torch.zeros(0, self.method.backbone.embed_dim, device=mine.device, requires_grad=True)
+            part = self.method.text_features(mine, self.parameters) + zero
+        else:
+            part = zero.expand(0, self.method.backbone.embed_dim)
         return gather_rows(part, num_classes)
 
     def _apply(self, flat: Tensor) -> None:

@@ -83,7 +83,7 @@ def test_both_routings_after_each_task(predictor: Predictor, learnt: int, task: 
     densities = predictor.log_density(frozen)
     expected = f"eval.learnt{learnt}.task{task}"
 
-    batch = predictor.route(densities, "batch", learnt)
+    batch = predictor.route(densities, "batch", range(learnt))
     assert batch.task.unique().tolist() == [int(GOLDEN[f"{expected}.batch.majority"])]
     assert_close(batch.text_weight[0], GOLDEN[f"{expected}.batch.text_weight"], 1e-5)
     logits = predictor.logits(images, frozen, batch, candidates(task))
@@ -91,7 +91,7 @@ def test_both_routings_after_each_task(predictor: Predictor, learnt: int, task: 
     accuracy = (logits.argmax(1) == labels).double().mean()
     assert_close(accuracy, GOLDEN["eval.accuracy"][learnt - 1, task], 1e-7)
 
-    image = predictor.route(densities, "image", learnt)
+    image = predictor.route(densities, "image", range(learnt))
     assert torch.equal(image.task, GOLDEN[f"{expected}.image.routed"])
     assert_close(image.weight, GOLDEN[f"{expected}.image.weight"], 1e-5)
     logits = predictor.logits(images, frozen, image, candidates(task))

@@ -1,0 +1,37 @@
+# make quickstart   the embedded stream, from an empty folder to the accuracy matrix
+# make test         environment, lint, types, tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: quickstart test env env-test lint types clean
+
+quickstart: env
+	$(BIN)/python jobs/continual.py --config configs/quickstart.yaml
+
+test: env-test lint types
+	$(BIN)/python -m pytest
+
+lint: env-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: env-test
+	$(BIN)/mypy
+
+# The environment is current as long as pyproject.toml is not newer than its stamp.
+env: $(VENV)/.installed
+env-test: $(VENV)/.installed-test
+
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,77 @@
+"""The Ray cluster of a job: joined where there is one to join, else started on this machine and stopped at the end."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from diki_ray.config import Config
+from diki_ray.errors import ConfigError
+from diki_ray.runtime.plan import device_of
+
+WAIT_FOR_NODES_S = 600.0
+"""An autoscaler that starts from 0 needs minutes for its first node; a cluster without one is judged at once."""
+
+
+@contextmanager
+def cluster(config: Config) -> Iterator[None]:
+    """Connects to `cluster.address`, or to the cluster that runs this job, or to one started here for the job alone.
+
+    Raises:
+        ConfigError: the cluster cannot be reached, runs another Ray version, or cannot hold what the configuration asks.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1")
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    if address is None:
+        # A cluster for this job alone, reachable from this machine only: no other client is to share its token.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    try:
+        ray.init(
+            address=address or "local",
+            num_cpus=None if address else config.cluster.num_cpus,
+            include_dashboard=False if address is None else None,
+            namespace="diki_ray",
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"cluster.address={address!r}: no Ray cluster could be joined there ({_first_line(error)}). Check the "
+            "address, the token (RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH) and that both sides run the same Ray version, or "
+            "leave cluster.address out to start one on this machine."
+        ) from error
+    try:
+        _check_capacity(config, joined=address is not None)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_capacity(config: Config, joined: bool) -> None:
+    """Refuses what could never be scheduled; without this Ray would wait for ever. A joined cluster may still grow."""
+    there = ray.cluster_resources()
+    train, evaluate = config.train, config.evaluate
+    for section, workers, cpus in (
+        ("train", train.num_workers, train.cpus_per_worker),
+        ("evaluate", evaluate.num_workers, evaluate.cpus_per_worker),
+    ):
+        need = workers * cpus
+        if not joined and need > there.get("CPU", 0):
+            raise ConfigError(
+                f"{section}.num_workers={workers} with {section}.cpus_per_worker={cpus:g} needs {need:g} CPUs and this "
+                f"machine's cluster has {there.get('CPU', 0):g}; lower one of them, or set cluster.num_cpus higher."
+            )
+    if not joined and device_of(config) == "cuda" and there.get("GPU", 0) < train.num_workers:
+        raise ConfigError(
+            f"train.device=cuda with train.num_workers={train.num_workers}: Ray sees {there.get('GPU', 0):g} GPUs "
+            "on this machine; use train.device=cpu, fewer workers, or a cluster with GPUs."
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

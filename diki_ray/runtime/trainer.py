@@ -1,0 +1,386 @@
+"""Ray Train: one worker group goes through all pending tasks, so that import, model load and process-group start are
+paid once and not for every task.
+
+The workers know the store by its actor's name and never touch storage themselves. What is committed, and the newest
+good checkpoint of a task under way, are the store's to say: Ray's own checkpoint manifest is not used, so a truncated
+one cannot keep a run from starting (docs/reliability.md).
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import diki_ray
+from diki_ray import errors
+from diki_ray.config import Config
+from diki_ray.data.shards import SkipLedger
+from diki_ray.data.stream import TrainStream, eval_batches
+from diki_ray.errors import UserError
+from diki_ray.model.collective import all_reduce_sum, rank, world_size
+from diki_ray.model.gaussian import Moments
+from diki_ray.model.methods import Method
+from diki_ray.model.module import NUM_VALIDATION_FEATURES, TaskModule, read_tensors, write_tensors
+from diki_ray.model.residual import Parameters
+from diki_ray.model.training import TaskTrainer
+from diki_ray.runtime.plan import PlannedTask, build_method, device_of, load_backbone, precision_of, recipe_of
+from diki_ray.runtime.store_actor import StoreClient
+
+REPORT_EVERY_S = 0.5
+FAILURE = "failure.json"
+"""The document in which a worker tells the driver what the user can put right."""
+
+
+def train(config: Config, pending: Sequence[PlannedTask], store: StoreClient) -> None:
+    """Trains the pending tasks in order and commits each module; returns when all are committed.
+
+    Raises:
+        UserError: what a worker said can be put right (bad data, non-finite loss), or that workers kept dying.
+    """
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    use_gpu = device_of(config) == "cuda"
+    attempt = uuid.uuid4().hex[:8]
+    trainer = TorchTrainer(
+        train_tasks,
+        train_loop_config={"config": config, "tasks": tuple(pending), "store": store, "attempt": attempt},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=config.train.collective_timeout_s),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.train.num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": config.train.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            # A name of its own every time: a used one would make Ray restore its manifest of the earlier attempt.
+            name=f"{config.run.name}-{attempt}",
+            storage_path=f"{store.handle.storage}/ray",
+            failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures),
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        _raise_what_a_worker_said(store, attempt)
+        raise UserError(
+            f"training stopped after {config.train.max_failures} restarts of the workers: {_last_line(error)}. What is "
+            "committed is safe; run the same command to continue, or raise train.max_failures."
+        ) from error
+    _raise_what_a_worker_said(store, attempt)
+
+
+def train_tasks(loop: dict[str, Any]) -> None:
+    """Runs in every Ray Train worker. A UserError goes to the store, which the driver reads: trying again would only
+    meet it again."""
+    config, tasks, store, attempt = loop["config"], loop["tasks"], loop["store"], loop["attempt"]
+    if _failure(store, attempt) is not None:
+        return  # this group was restarted only because a worker had to leave its peers in the middle of a collective
+    torch.set_num_threads(max(1, int(config.train.cpus_per_worker)))
+    try:
+        worker = TaskWorker(config, build_method(config, _backbone_for_training(config)), store)
+        for task in tasks:
+            worker.learn(task)
+    except UserError as error:
+        store.put_document(FAILURE, {"attempt": attempt, "kind": type(error).__name__, "message": str(error)})
+        if world_size() > 1:
+            raise
+
+
+def _failure(store: StoreClient, attempt: str) -> dict[str, str] | None:
+    said = store.get_document(FAILURE)
+    return said if said and said["attempt"] == attempt else None
+
+
+def _raise_what_a_worker_said(store: StoreClient, attempt: str) -> None:
+    if (said := _failure(store, attempt)) is not None:
+        raise getattr(errors, said["kind"], UserError)(said["message"])
+
+
+def _last_line(error: BaseException) -> str:
+    """Ray's errors carry the workers' whole tracebacks; their last line says what happened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _backbone_for_training(config: Config) -> Any:
+    device = device_of(config)
+    if device == "cuda":
+        import ray.train.torch
+
+        return load_backbone(config).to(ray.train.torch.get_device(), precision_of(config))
+    return load_backbone(config).to(device, precision_of(config))
+
+
+@dataclass
+class TaskWorker:
+    """One worker's way through its tasks; plain but for the store it is given, so it also runs without Ray Train."""
+
+    config: Config
+    method: Method
+    store: StoreClient
+
+    def learn(self, task: PlannedTask) -> None:
+        """Trains, takes the statistics of, and commits one task; nothing when its module is already there."""
+        if _from_rank_zero(lambda: task.key in {entry.key for entry in self.store.modules()}):
+            return
+        trainer, resumed = self._start(task)
+        stream = TrainStream(
+            task.index,
+            "train",
+            seed=task.seed,
+            batch_size=self.config.train.batch_size,
+            num_streams=self.config.train.num_streams,
+            world_size=world_size(),
+            rank=rank(),
+            transform=self.method.backbone.preprocess,
+            num_threads=self.config.data.num_threads,
+            ledger=self._ledger(task, "train"),
+        )
+        ledger = resumed
+        first_epoch, first_batch = divmod(trainer.progress.step, stream.num_batches)
+        for epoch in range(first_epoch, self.config.train.epochs):
+            ledger = self._epoch(task, trainer, stream, epoch, first_batch if epoch == first_epoch else 0, ledger)
+        moments = self._statistics(task)
+        validation = self._validation_features(task)
+        skipped = _sum(stream.ledger.total)
+        consumed = _sum(ledger)
+        if rank() == 0:
+            self._commit(task, trainer, moments, validation, consumed, skipped)
+        _barrier()  # nobody starts the next task before this one is durable: a crash then leaves at most one open
+
+    def _start(self, task: PlannedTask) -> tuple[TaskTrainer, int]:
+        """The trainer at its newest good checkpoint or at the beginning, and this rank's part of the ledger."""
+        generator = torch.Generator().manual_seed(task.seed)
+        predecessor = self._predecessor(task)
+        num_batches = -(-task.index.split("train").num_samples // self.config.train.batch_size)
+        trainer = TaskTrainer(
+            self.method,
+            self.method.backbone.tokenize(task.class_names, task.templates[0]),
+            recipe_of(self.config),
+            num_steps=self.config.train.epochs * num_batches,
+            parameters=self.method.initial(generator, predecessor),
+        )
+        saved = _from_rank_zero(lambda: self.store.load_checkpoint(task.key))
+        if saved is None:
+            return trainer, 0
+        header, arrays = read_tensors(saved[1])
+        trainer.load_state(header, arrays)
+        return trainer, header["consumed"] if rank() == 0 else 0
+
+    def _predecessor(self, task: PlannedTask) -> Parameters | None:
+        if task.predecessor is None:
+            return None
+        digests = {entry.key: entry.digest for entry in self.store.modules()}
+        module = TaskModule.from_bytes(self.store.read_module(digests[task.predecessor]))
+        return {name: torch.from_numpy(np.array(p)) for name, p in module.parameters.items()}
+
+    def _epoch(
+        self, task: PlannedTask, trainer: TaskTrainer, stream: TrainStream, epoch: int, first_batch: int, ledger: int
+    ) -> int:
+        """One epoch from a batch on, with its validation; returns this rank's part of the ledger."""
+        every = self.config.train.checkpoint_every_steps
+        meter = _Meter(self, task, epoch, stream.num_batches, trainer)
+        for batch in stream.epoch(epoch, first_batch):
+            result = trainer.step(batch.images, batch.labels, batch.keys)
+            ledger += sum(_ledger_entry(epoch, batch.step, position) for position in batch.positions)
+            meter.add(result.loss, result.accuracy, result.num_samples)
+            if trainer.progress.step % every == 0 and batch.step + 1 < stream.num_batches:
+                ledger = self._checkpoint(task, trainer, ledger)
+        validation = self._validate(task, trainer)
+        trainer.end_epoch(epoch, meter.summary(validation), validation)
+        meter.report_epoch(validation)
+        if epoch + 1 < self.config.train.epochs:
+            ledger = self._checkpoint(task, trainer, ledger)
+        return ledger
+
+    def _checkpoint(self, task: PlannedTask, trainer: TaskTrainer, ledger: int) -> int:
+        """Saves the state, the same on every rank; rank 0 writes it and takes over everybody's part of the ledger."""
+        consumed = _sum(ledger)
+        if rank() == 0:
+            header, arrays = trainer.state()
+            self.store.save_checkpoint(
+                task.key, trainer.progress.step, write_tensors(header | {"consumed": consumed}, arrays)
+            )
+        return consumed if rank() == 0 else 0
+
+    def _validate(self, task: PlannedTask, trainer: TaskTrainer) -> float | None:
+        """Accuracy on the validation split with the task's own module at w = 1; None without such a split."""
+        if "val" not in task.index.splits:
+            return None
+        class_features = trainer.class_features()
+        correct = count = 0
+        for images, labels in self._share_of(task, "val"):
+            correct += trainer.num_correct(images, labels, class_features)
+            count += len(labels)
+        total = all_reduce_sum(torch.tensor([correct, count], dtype=torch.float64, device=trainer.class_tokens.device))
+        return float(total[0] / total[1])
+
+    def _share_of(self, task: PlannedTask, split: str) -> Any:
+        """(images, labels) of the canonical batches that fall to this rank."""
+        size = self.config.evaluate.batch_size if split == "test" else self.config.train.batch_size
+        num_batches = -(-task.index.split(split).num_samples // size)
+        mine = range(rank(), num_batches, world_size())
+        for batch in eval_batches(
+            task.index,
+            split,
+            batch_size=size,
+            transform=self.method.backbone.preprocess,
+            batches=mine,
+            num_threads=self.config.data.num_threads,
+            ledger=self._ledger(task, split),
+        ):
+            yield batch.images, batch.labels
+
+    @torch.no_grad()
+    def _statistics(self, task: PlannedTask) -> Moments:
+        """Moments of the frozen features of the training images, merged over ranks in rank order."""
+        backbone = self.method.backbone
+        own = Moments.empty(backbone.embed_dim)
+        for images, _ in self._share_of(task, "train"):
+            own = own.merge(Moments.of(backbone.encode_image(images).cpu()))
+        return Moments.merged(_gathered(own))
+
+    @torch.no_grad()
+    def _validation_features(self, task: PlannedTask) -> np.ndarray:
+        """float16 [M, E] of the first validation images; the same on every rank, for M is small."""
+        backbone = self.method.backbone
+        if "val" not in task.index.splits:
+            return np.zeros((0, backbone.embed_dim), np.float16)
+        batches = eval_batches(
+            task.index,
+            "val",
+            batch_size=NUM_VALIDATION_FEATURES,
+            transform=backbone.preprocess,
+            batches=[0],
+            num_threads=self.config.data.num_threads,
+            ledger=self._ledger(task, "val"),
+        )
+        return np.concatenate([backbone.encode_image(b.images).cpu().numpy() for b in batches]).astype(np.float16)
+
+    def _ledger(self, task: PlannedTask, split: str) -> SkipLedger:
+        num_samples = task.index.split(split).num_samples
+        return SkipLedger(budget=int(self.config.data.max_skipped_fraction * num_samples))
+
+    def _commit(
+        self,
+        task: PlannedTask,
+        trainer: TaskTrainer,
+        moments: Moments,
+        validation: np.ndarray,
+        consumed: int,
+        skipped: int,
+    ) -> None:
+        progress = trainer.progress
+        module = TaskModule(
+            key=task.key,
+            task=task.name,
+            class_names=task.class_names,
+            templates=task.templates,
+            method=self.config.method.name,
+            parameters={name: p.cpu().numpy() for name, p in trainer.best.items()},
+            moments=moments,
+            validation_features=validation,
+            provenance={
+                "data": {"name": task.index.name, "digest": task.index.digest(), "protocol": task.index.split_protocol},
+                "seed": task.seed,
+                "method": self.config.method.model_dump(),
+                "train": self.config.train.model_dump(),
+                "best_epoch": progress.best_epoch,
+                "history": progress.history,
+                "num_steps": progress.step,
+                "num_nonfinite_steps": trainer.num_nonfinite,
+                "num_skipped": skipped,
+                "consumed": consumed,
+                "versions": {"diki_ray": diki_ray.__version__, "torch": torch.__version__},
+            },
+        )
+        metadata = {"task": task.name, "num_classes": len(task.class_names), "method": self.config.method.name}
+        self.store.commit_module(task.key, task.name, module.to_bytes(), metadata)
+        self.store.drop_checkpoints(task.key)
+
+
+class _Meter:
+    """Running loss, accuracy and images/s of an epoch; rank 0 tells the driver now and then."""
+
+    def __init__(self, worker: TaskWorker, task: PlannedTask, epoch: int, num_batches: int, trainer: TaskTrainer):
+        self.store, self.trainer = worker.store, trainer
+        self.event = {"task": task.name, "epoch": epoch, "num_epochs": worker.config.train.epochs}
+        self.num_batches, self.started, self.reported = num_batches, time.monotonic(), 0.0
+        self.loss = self.correct = 0.0
+        self.count = self.batches = 0
+
+    def add(self, loss: float, accuracy: float, num_samples: int) -> None:
+        self.batches += 1
+        if num_samples and np.isfinite(loss):
+            self.loss += loss * num_samples
+            self.correct += accuracy * num_samples
+            self.count += num_samples
+        if rank() == 0 and time.monotonic() - self.reported > REPORT_EVERY_S:
+            self.reported = time.monotonic()
+            self._send("step")
+
+    def summary(self, validation: float | None) -> dict[str, float]:
+        """Of the epoch, for the module's history: nothing that depends on the clock, so that bytes can be equal."""
+        mean = {"loss": self.loss / max(self.count, 1), "accuracy": self.correct / max(self.count, 1)}
+        return mean if validation is None else mean | {"validation_accuracy": validation}
+
+    def report_epoch(self, validation: float | None) -> None:
+        if rank() == 0:
+            self._send("epoch", validation_accuracy=validation, best_epoch=self.trainer.progress.best_epoch)
+
+    def _send(self, kind: str, **more: Any) -> None:
+        seconds = time.monotonic() - self.started
+        self.store.record_progress(
+            {"kind": kind}
+            | self.event
+            | {
+                "step": self.trainer.progress.step,
+                "num_steps": self.trainer.num_steps,
+                "loss": self.loss / max(self.count, 1),
+                "accuracy": self.correct / max(self.count, 1),
+                "images_per_s": self.count / seconds if seconds else 0.0,
+                "num_nonfinite": self.trainer.num_nonfinite,
+            }
+            | more
+        )
+
+
+def _ledger_entry(epoch: int, step: int, position: int) -> int:
+    """A number that stands for 'this position was consumed at this step of this epoch'; sums of them, modulo 2⁶², tell
+    whether two runs consumed the same samples, whoever read them and in whichever order."""
+    mixed = (epoch + 1) * 0x9E3779B97F4A7C15 ^ (step + 1) * 0xC2B2AE3D27D4EB4F ^ (position + 1) * 0x165667B19E3779F9
+    mixed = (mixed ^ (mixed >> 31)) * 0xBF58476D1CE4E5B9
+    return (mixed ^ (mixed >> 27)) & (2**40 - 1)
+
+
+def _gathered(value: Any) -> list[Any]:
+    """Every rank's value, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _sum(value: int) -> int:
+    return sum(_gathered(value))
+
+
+def _from_rank_zero(read: Any) -> Any:
+    """What rank 0 reads, on every rank: two ranks that asked the store apart could see two different moments."""
+    box = [read() if rank() == 0 else None]
+    if world_size() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def _barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()

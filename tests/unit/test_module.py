@@ -1,0 +1,87 @@
+"""A module's bytes, key and seed; the layers of the package."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from golden import Golden
+
+import diki_ray
+from diki_ray.errors import CorruptError
+from diki_ray.model.gaussian import Moments
+from diki_ray.model.module import TaskModule, module_key, task_seed
+
+MODULE = Golden.load().module(0)
+
+
+def test_bytes_come_back_and_are_the_same_every_time() -> None:
+    blob = MODULE.to_bytes()
+    back = TaskModule.from_bytes(blob)
+    assert blob == back.to_bytes()
+    assert (back.key, back.task, back.class_names, back.templates) == (
+        MODULE.key,
+        MODULE.task,
+        MODULE.class_names,
+        MODULE.templates,
+    )
+    assert all(np.array_equal(back.parameters[n], p) for n, p in MODULE.parameters.items())
+    reordered = replace(MODULE, parameters=dict(reversed(MODULE.parameters.items())))
+    assert reordered.to_bytes() == blob
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b"", lambda b: b"\x80\x04" + b, lambda b: b[8:]])
+def test_bytes_that_are_no_module_are_corrupt(damage) -> None:
+    with pytest.raises(CorruptError):
+        TaskModule.from_bytes(damage(MODULE.to_bytes()))
+
+
+def test_one_task_of_vit_b_16_takes_at_most_1_8_megabytes() -> None:
+    rng = np.random.default_rng(0)
+    tensors = {f"image.layer{i}.{n}": (8, 768) for i in range(8) for n in ("keys", "values")}
+    tensors |= {f"text.layer{i}.{n}": (8, 512) for i in range(8) for n in ("keys", "values")}
+    module = TaskModule(
+        key="0" * 64,
+        task="sun397",
+        class_names=tuple(f"a class name {i}" for i in range(397)),
+        templates=("a photo of a {}.",),
+        method="diki",
+        parameters={n: rng.normal(size=s).astype(np.float32) for n, s in tensors.items()},
+        moments=Moments.of(rng.normal(size=(600, 512))),
+        validation_features=rng.normal(size=(64, 512)),
+    )
+    assert len(module.to_bytes()) <= 1_800_000
+
+
+def test_keys_and_seeds_depend_on_values_and_not_on_order() -> None:
+    assert module_key(a=1, b=(2, 3)) == module_key(b=[2, 3], a=1)
+    assert module_key(a=1, b=2) != module_key(a=1, b=3)
+    assert task_seed(0, "x") == task_seed(0, "x") != task_seed(1, "x")
+    assert 0 <= task_seed(0, "x") < 2**63
+
+
+LOWER = {
+    "model": ("ray", "diki_ray.data", "diki_ray.runtime"),
+    "data": ("ray", "diki_ray.runtime"),
+    "runtime": ("jobs",),
+}
+
+
+@pytest.mark.parametrize("layer", LOWER)
+def test_layers_import_one_way(layer: str) -> None:
+    """Mathematics <- data <- runtime <- jobs; nothing under the runtime imports Ray."""
+    folder = Path(diki_ray.__file__).parent / layer
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
+            for name in names:
+                assert not any(name == f or name.startswith(f + ".") for f in LOWER[layer]), f"{path} imports {name}"
