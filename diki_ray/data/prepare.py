@@ -168,7 +168,7 @@ def keys_of(items: Sequence[RawItem]) -> list[str]:
     keys = []
     for item, stem in zip(items, stems, strict=True):
         key = re.sub(r"[^A-Za-z0-9_/-]+", "_", stem).strip("/")
-        key = re.sub(r"/+", "/", key)
+        key = re.sub(r"/+", "/", key) or "image"
         if key != stem or taken[stem] > 1 or len(key) > MAX_KEY_LENGTH:
             key = f"{key[: MAX_KEY_LENGTH - 13].rstrip('/')}-{hashlib.sha256(item.ref.encode()).hexdigest()[:12]}"
         keys.append(key)

@@ -47,9 +47,19 @@ def image_files(folder: Path) -> tuple[list[str], Counter[str]]:
                 skipped["not an image file"] += 1
             elif not path.is_file():
                 skipped["broken link"] += 1
+            elif not _is_utf8(path.relative_to(folder).as_posix()):
+                skipped["file name is not UTF-8"] += 1
             else:
                 found.append(path.relative_to(folder).as_posix())
     return sorted(found), skipped
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def items_of(root: Path, labelled: Sequence[tuple[str, int]]) -> tuple[tuple[RawItem, ...], Counter[str]]:
