@@ -129,7 +129,6 @@ class RunLog:
             if self._create(lease):
                 self._check_conditional_puts(lease)
                 self._yield_to_upkeep(lease)
-                self.renew(lease.epoch)
                 return lease.epoch
         raise StorageError(f"{self.objects.uri}: the lease of run {self.run!r} can neither be made nor read")
 

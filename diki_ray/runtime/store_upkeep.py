@@ -20,7 +20,7 @@ from diki_ray.runtime.store_lease import is_alive, this_process
 from diki_ray.runtime.store_library import Library, key_path, module_path
 from diki_ray.runtime.store_log import Holder, holder_of, seal, unseal
 
-_LOCK_TTL_S = 120.0  # how long a purge or import that died elsewhere keeps runs from starting
+_LOCK_TTL_S = 60.0  # how long a purge or import that died elsewhere keeps runs from starting
 _LEFTOVER_AGE_S = 3600.0  # no write of ours takes an hour: an older temporary file has no writer any more
 _BATCH = 100
 
@@ -151,8 +151,8 @@ def _fence_other_runs(objects: Objects, own: str) -> None:
 @contextmanager
 def _upkeep_lock(objects: Objects, holder: Holder) -> Iterator["_StillOurs"]:
     ours = _StillOurs(objects, holder)
-    ours.take()
     try:
+        ours.take()
         yield ours
     finally:
         ours.give_back()
