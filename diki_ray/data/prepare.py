@@ -3,9 +3,6 @@
 Three steps, so that the middle one can run anywhere: `plan` lists and decides (no image is opened), `write_job` writes
 one shard (a pure function of its job, restartable), `finish` adds the index, last. `ensure` does all three in this
 process; `jobs/prepare.py` spreads the middle one over a cluster.
-
-Every choice is made by sorting hashes of (seed, purpose, image), not by a random generator: it does not depend on the
-order in which files are listed, and the 8-shot subset of a seed lies within its 16-shot subset.
 """
 
 from __future__ import annotations
@@ -14,8 +11,8 @@ import hashlib
 import io
 import json
 import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,17 +29,12 @@ from diki_ray.data.index import (
     scheme_of,
     write_bytes,
 )
-from diki_ray.data.shards import MAX_KEY_LENGTH, Sample, encode_sample, shard_file, write_shard
+from diki_ray.data.shards import Sample, encode_sample, shard_file, write_shard
 from diki_ray.data.sources import EMBEDDED, RawDataset, RawItem, Reader, open_source
+from diki_ray.data.sources.choice import Choice, choose, keys_of
 from diki_ray.errors import DataError
 
 DEFAULT_TEMPLATE = "a photo of a {}."
-HELD_OUT_FRACTION = 0.2
-"""Of each class's training images: what a source without validation (or test) images gives up for it."""
-
-MAX_VAL_SHOTS = 4
-"""CoOp validates a k-shot run with min(k, 4) images a class."""
-
 _SHARDS_WANTED = 32
 _MIN_SHARD_BYTES, _MAX_SHARD_BYTES = 2**20, 32 * 2**20
 
@@ -67,115 +59,6 @@ class Settings:
             raise DataError(f"resize_px is {self.resize_px}; allowed is 8 to 4096")
         if self.image_format not in ("png", "jpeg"):
             raise DataError(f"image_format is {self.image_format!r}; allowed are 'png' and 'jpeg'")
-
-
-# --- choosing -------------------------------------------------------------------------------------------------------
-
-
-def in_drawn_order(items: Iterable[RawItem], seed: int, purpose: str) -> list[RawItem]:
-    """The items in an order that depends on seed, purpose and the items, not on the order they come in."""
-
-    def drawn(item: RawItem) -> bytes:
-        return hashlib.sha256(f"{seed}\0{purpose}\0{item.ref}".encode()).digest()
-
-    return sorted(items, key=drawn)
-
-
-def _by_class(items: Iterable[RawItem]) -> list[list[RawItem]]:
-    classes: dict[int, list[RawItem]] = defaultdict(list)
-    for item in items:
-        classes[item.label].append(item)
-    return [classes[label] for label in sorted(classes)]
-
-
-def hold_out(items: Sequence[RawItem], seed: int, purpose: str) -> tuple[list[RawItem], list[RawItem]]:
-    """(kept, held out): 20 % of each class, rounded, at least one image of a class that has two."""
-    kept: list[RawItem] = []
-    held: list[RawItem] = []
-    for members in _by_class(items):
-        drawn = in_drawn_order(members, seed, purpose)
-        count = max(1, round(HELD_OUT_FRACTION * len(drawn))) if len(drawn) > 1 else 0
-        held += drawn[:count]
-        kept += drawn[count:]
-    return kept, held
-
-
-def draw_shots(items: Sequence[RawItem], shots: int, seed: int) -> list[RawItem]:
-    """`shots` images of each class, or all that there are."""
-    return [item for members in _by_class(items) for item in in_drawn_order(members, seed, "shots")[:shots]]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The images of each split in the order they are written, and what is worth saying about them."""
-
-    splits: Mapping[str, tuple[RawItem, ...]]
-    sizes_before_shots: Mapping[str, int]
-    skipped: Mapping[str, int]
-    notes: tuple[str, ...]
-
-
-def choose(raw: RawDataset, settings: Settings) -> Choice:
-    """Complete the splits, draw shots, shuffle. DataError if nothing is left to train on."""
-    notes = list(raw.notes)
-    skipped = Counter(raw.skipped)
-    splits: dict[str, list[RawItem]] = {}
-    for split, items in raw.splits.items():
-        unique = {item.ref: item for item in reversed(items)}
-        skipped["listed twice"] += len(items) - len(unique)
-        splits[split] = list(unique.values())
-    for split in ("test", "val"):
-        if not splits.get(split):
-            splits["train"], splits[split] = hold_out(splits.get("train", []), settings.seed, split)
-            notes.append(
-                f"no {split} images of its own: {HELD_OUT_FRACTION:.0%} a class of the training images, "
-                f"drawn once with seed {settings.seed}, so that none is in both"
-            )
-    sizes = {split: len(items) for split, items in splits.items()}
-    if not splits["train"]:
-        raise DataError(f"{raw.name}: there are no training images ({raw.layout}; left out: {dict(+skipped)})")
-    notes += _warnings(raw, splits)
-    if settings.shots is not None:
-        splits["train"] = draw_shots(splits["train"], settings.shots, settings.seed)
-        splits["val"] = draw_shots(splits["val"], min(settings.shots, MAX_VAL_SHOTS), settings.seed)
-    return Choice(
-        # Shuffled once here, so that reading front to back mixes classes.
-        splits={s: tuple(in_drawn_order(splits[s], settings.seed, "order")) for s in ("train", "val", "test")},
-        sizes_before_shots=sizes,
-        skipped=+skipped,
-        notes=tuple(notes),
-    )
-
-
-def _warnings(raw: RawDataset, splits: Mapping[str, Sequence[RawItem]]) -> list[str]:
-    found = []
-    refs = {split: {item.ref for item in items} for split, items in splits.items()}
-    for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
-        if shared := len(refs[a] & refs[b]):
-            found.append(f"{shared} images are both in {a} and in {b}")
-    for split, items in splits.items():
-        missing = sorted(set(range(len(raw.class_names))) - {item.label for item in items})
-        if missing:
-            names = ", ".join(raw.class_names[label] for label in missing[:5])
-            found.append(f"{len(missing)} classes have no {split} image: {names}{' …' if len(missing) > 5 else ''}")
-    return found
-
-
-def keys_of(items: Sequence[RawItem]) -> list[str]:
-    """A sample's key for each item: its ref without extension where that can be a key, else made so by a checksum."""
-    stems = [re.sub(r"\.[^./]*$", "", item.ref).removeprefix("./") for item in items]
-    taken = Counter(stems)
-    keys = []
-    for item, stem in zip(items, stems, strict=True):
-        key = re.sub(r"[^A-Za-z0-9_/-]+", "_", stem).strip("/")
-        key = re.sub(r"/+", "/", key) or "image"
-        if key != stem or taken[stem] > 1 or len(key) > MAX_KEY_LENGTH:
-            key = f"{key[: MAX_KEY_LENGTH - 13].rstrip('/')}-{hashlib.sha256(item.ref.encode()).hexdigest()[:12]}"
-        keys.append(key)
-    return keys
-
-
-# --- planning, writing, finishing -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -229,7 +112,7 @@ def plan(
     """List the source and decide everything but the bytes. Opens no image; DataError for what cannot be prepared."""
     settings = settings or Settings()
     raw = open_source(source, name=name, split_protocol=split_protocol, class_names=class_names)
-    choice = choose(raw, settings)
+    choice = choose(raw, shots=settings.shots, seed=settings.seed)
     templates = (template,) if isinstance(template, str) else tuple(template or raw.templates or (DEFAULT_TEMPLATE,))
     digest = _digest(raw, choice, templates, settings)
     folder = join(root, f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', raw.name)}-{digest[:8]}")

@@ -17,8 +17,9 @@ from PIL import Image
 
 from diki_ray.data import prepare
 from diki_ray.data.index import DatasetIndex
-from diki_ray.data.prepare import Settings, choose, ensure, keys_of, plan, summary, write_job
+from diki_ray.data.prepare import Settings, ensure, plan, summary, write_job
 from diki_ray.data.shards import MAX_KEY_LENGTH, read_shard
+from diki_ray.data.sources.choice import choose, keys_of
 from diki_ray.data.sources.raw import FileReader, RawDataset, RawItem
 from diki_ray.data.stream import TrainStream, eval_batches
 from diki_ray.errors import DataError
@@ -68,10 +69,10 @@ def test_choosing_depends_on_the_images_not_on_their_listing(per_class, seed, sh
     shuffle.shuffle(listed)
     if not any(per_class):
         with pytest.raises(DataError, match="no training images"):
-            choose(raw, Settings(seed=seed))
+            choose(raw, seed=seed)
         return
-    choice = choose(raw, Settings(seed=seed))
-    assert choice == choose(dataclasses.replace(raw, splits={"train": tuple(listed)}), Settings(seed=seed))
+    choice = choose(raw, seed=seed)
+    assert choice == choose(dataclasses.replace(raw, splits={"train": tuple(listed)}), seed=seed)
     chosen = [item for items in choice.splits.values() for item in items]
     assert Counter(chosen) == Counter(listed)  # each image in exactly one split
     for label, count in enumerate(per_class):
@@ -83,7 +84,7 @@ def test_choosing_depends_on_the_images_not_on_their_listing(per_class, seed, sh
 
 
 def test_seeds_choose_differently():
-    a, b = (choose(raw_of([20, 20]), Settings(seed=seed)).splits["val"] for seed in (0, 1))
+    a, b = (choose(raw_of([20, 20]), seed=seed).splits["val"] for seed in (0, 1))
     assert {i.ref for i in a} != {i.ref for i in b}
 
 
@@ -93,7 +94,7 @@ def test_shots_are_k_of_train_and_at_most_4_of_val_and_nested():
     raw = raw_of([40, 10], val=val, test=test)
 
     def drawn(shots: int) -> dict[str, list[RawItem]]:
-        return {s: list(items) for s, items in choose(raw, Settings(shots=shots)).splits.items()}
+        return {s: list(items) for s, items in choose(raw, shots=shots).splits.items()}
 
     def per_class(items: list[RawItem]) -> list[int]:
         return [sum(i.label == c for i in items) for c in range(2)]
@@ -105,7 +106,7 @@ def test_shots_are_k_of_train_and_at_most_4_of_val_and_nested():
 
 
 def test_splits_are_written_shuffled():
-    labels = [i.label for i in choose(raw_of([50, 50]), Settings()).splits["train"]]
+    labels = [i.label for i in choose(raw_of([50, 50])).splits["train"]]
     changes = sum(a != b for a, b in pairwise(labels))
     assert changes > 20
 
@@ -113,7 +114,7 @@ def test_splits_are_written_shuffled():
 def test_what_is_odd_is_said():
     train = raw_of([5, 5, 0]).splits["train"]
     raw = dataclasses.replace(raw_of([5, 5, 0]), splits={"train": (*train, train[0]), "test": (train[1],)})
-    choice = choose(raw, Settings())
+    choice = choose(raw)
     assert choice.skipped == {"listed twice": 1}
     text = "\n".join(choice.notes)
     assert "no val images of its own: 20% a class" in text

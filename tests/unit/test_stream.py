@@ -14,16 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from diki_ray.data.index import DatasetIndex
+from diki_ray.data.order import EpochOrder, PlannedBatch, plan_epoch, streams_of
 from diki_ray.data.shards import Sample, SkipLedger, write_split
-from diki_ray.data.stream import (
-    Batch,
-    EpochOrder,
-    PlannedBatch,
-    TrainStream,
-    eval_batches,
-    plan_epoch,
-    streams_of,
-)
+from diki_ray.data.stream import Batch, TrainStream, eval_batches
 from diki_ray.errors import DataError, StorageError
 
 WORKERS = (1, 2, 3, 4, 8, 24)
