@@ -185,5 +185,8 @@ def _from_file(path: Path, directory: str | None, name: str) -> Backbone:
     spec.loader.exec_module(module)
     if not hasattr(module, "create"):
         raise ConfigError(f"backbone.name: {path} has no function create(directory) -> (model, preprocess, tokenizer).")
-    model, preprocess, tokenizer = module.create(directory or str(path.parent))
+    try:
+        model, preprocess, tokenizer = module.create(directory or str(path.parent))
+    except Exception as error:  # the user's own code: whatever it raises, say where
+        raise ConfigError(f"backbone.name: create() of {path} failed: {type(error).__name__}: {error}") from error
     return Backbone(model, preprocess, tokenizer, name)

@@ -21,9 +21,15 @@ WAIT_FOR_NODES_S = 600.0
 def cluster(config: Config) -> Iterator[None]:
     """Connects to `cluster.address`, or to the cluster that runs this job, or to one started here for the job alone.
 
+    In a process that is connected already (a notebook, a test) that connection is used and kept.
+
     Raises:
-        ConfigError: the cluster cannot be reached, runs another Ray version, or cannot hold what the configuration asks.
+        ConfigError: the cluster cannot be reached, runs another Ray version, or is too small for what is asked.
     """
+    if ray.is_initialized():
+        _check_capacity(config, joined=False)
+        yield
+        return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1")
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import ray
@@ -20,7 +20,7 @@ import torch
 from diki_ray.config import Config
 from diki_ray.data.shards import SkipLedger
 from diki_ray.data.stream import eval_batches
-from diki_ray.errors import DataError
+from diki_ray.errors import DataError, UserError
 from diki_ray.model.answers import (
     Answers,
     Prediction,
@@ -93,10 +93,19 @@ class Evaluation:
     """[test set][tasks learnt − 1]"""
 
 
+class CacheStore(Protocol):
+    """Where derived arrays are kept: the store client's methods, or those of a store opened without a cluster."""
+
+    def cache_get(self, name: str) -> bytes | None: ...
+
+    def cache_put(self, name: str, data: bytes) -> None: ...
+
+
 class Evaluating:
     """One process's part of an evaluation; a Ray actor around it is `EvalWorker`, tests call it directly.
 
     read_module: the bytes of the module with a digest (the store client's method).
+    orders: the orders of the tasks whose prefixes are to be answered (`image` routing); the stream's own by default.
     """
 
     def __init__(
@@ -105,10 +114,13 @@ class Evaluating:
         tasks: Sequence[PlannedTask],
         digests: Sequence[str],
         read_module: Callable[[str], bytes],
+        split: str = "test",
+        orders: Sequence[Sequence[int]] | None = None,
     ):
         torch.set_num_threads(max(1, int(config.evaluate.cpus_per_worker)))
         backbone = load_backbone(config).to(device_of(config), precision_of(config))
-        self.config, self.tasks = config, tasks
+        self.config, self.tasks, self.split = config, tasks, split
+        self.orders = [range(len(tasks))] if orders is None else orders
         modules = [TaskModule.from_bytes(read_module(digest)) for digest in digests]
         self.predictor = build_predictor(config, build_method(config, backbone), modules)
         self.candidates = [Candidates.of(backbone, t.class_names, t.templates) for t in tasks]
@@ -118,7 +130,7 @@ class Evaluating:
         ledger = SkipLedger(self._skip_budget(task))
         stream = eval_batches(
             self.tasks[task].index,
-            "test",
+            self.split,
             batch_size=self.config.evaluate.batch_size,
             transform=self.predictor.backbone.preprocess,
             batches=batches,
@@ -134,7 +146,7 @@ class Evaluating:
         return joined
 
     def _skip_budget(self, task: int) -> int:
-        return int(self.config.data.max_skipped_fraction * self.tasks[task].index.split("test").num_samples)
+        return int(self.config.data.max_skipped_fraction * self.tasks[task].index.split(self.split).num_samples)
 
     def _batch(
         self,
@@ -159,7 +171,7 @@ class Evaluating:
             column = torch.full((len(labels),), t)
             answers.weight[:, t] = self.predictor.calibration.weight(densities[:, t], column).numpy()
         batch_routed: list[Prediction] = []
-        orders: list[range] = [range(num_tasks)]
+        orders = self.orders
         if self.config.evaluate.routing == "batch":
             orders = []  # the table then only holds the frozen model's answers
             after = [candidate_tasks(space, task, range(n), num_tasks) for n in range(1, num_tasks + 1)]
@@ -191,9 +203,9 @@ def evaluate(
     config, tasks = plan.config, plan.tasks
     entries = {entry.key: entry for entry in store.modules()}
     digests = [entries[t.key].digest for t in tasks]
-    caches = [_Cache(plan, store, j, digests) for j in range(len(tasks))]
+    caches = [Cache(plan, store, j, digests) for j in range(len(tasks))]
     known = [cache.load() for cache in caches]
-    num_batches = [_num_batches(config, t) for t in tasks]
+    num_batches = [num_batches_of(config, t) for t in tasks]
     use_gpu = device_of(config) == "cuda"
     worker = EvalWorker.options(num_cpus=config.evaluate.cpus_per_worker, num_gpus=1 if use_gpu else 0)
     workers = [worker.remote(config, tasks, digests, store.read_module) for _ in range(config.evaluate.num_workers)]
@@ -211,8 +223,7 @@ def evaluate(
             ray.kill(w)
     test_sets = [Part.joined(p) for p in parts]
     for j, cache in enumerate(caches):
-        if known[j] is None or not np.array_equal(known[j].answers.answered, test_sets[j].answers.answered):  # type: ignore[union-attr]
-            cache.save(test_sets[j])
+        cache.save(test_sets[j])
     notes = {"text_feature_error": error, "text_grid": config.evaluate.text_grid}
     return assemble(config, tasks, test_sets), notes
 
@@ -238,7 +249,12 @@ def _work_through(
         ready, _ = ray.wait(list(running), num_returns=1)
         j, w = running.pop(ready[0])
         free.append(w)
-        yield j, ray.get(ready[0])
+        try:
+            part = ray.get(ready[0])
+        except ray.exceptions.RayTaskError as error:
+            # Ray's own text is the worker's traceback; what the user can put right is said in the cause.
+            raise (error.cause if isinstance(error.cause, UserError) else error) from None
+        yield j, part
 
 
 def assemble(config: Config, tasks: Sequence[PlannedTask], test_sets: Sequence[Part]) -> Evaluation:
@@ -265,20 +281,21 @@ def assemble(config: Config, tasks: Sequence[PlannedTask], test_sets: Sequence[P
     return Evaluation(accuracy, zero_shot, Metrics.of(accuracy), tuple(test_sets), tuple(frozen), tuple(predictions))
 
 
-def _num_batches(config: Config, task: PlannedTask) -> int:
-    return -(-task.index.split("test").num_samples // config.evaluate.batch_size)
+def num_batches_of(config: Config, task: PlannedTask, split: str = "test") -> int:
+    return -(-task.index.split(split).num_samples // config.evaluate.batch_size)
 
 
-class _Cache:
-    """What earlier evaluations computed of one test set: features by data, answers by modules and calibration."""
+class Cache:
+    """What earlier evaluations computed of one split: features by data, answers by modules and calibration."""
 
-    def __init__(self, plan: Plan, store: StoreClient, task: int, digests: Sequence[str]):
+    def __init__(self, plan: Plan, store: CacheStore, task: int, digests: Sequence[str], split: str = "test"):
         config, self.store, self.digests = plan.config, store, list(digests)
         self.num_blocks = len(block_tasks(config.evaluate.label_space, task, len(plan.tasks)))
         data = {
             "backbone": plan.backbone_digest,
             "precision": str(precision_of(config)),
-            "data": plan.tasks[task].index.digest("test"),
+            "data": plan.tasks[task].index.digest(split),
+            "split": split,
             "batch_size": config.evaluate.batch_size,
         }
         blocks = block_tasks(config.evaluate.label_space, task, len(plan.tasks))
@@ -294,6 +311,7 @@ class _Cache:
 
     def load(self) -> Part | None:
         """The known features, with the answers known for the modules of this stream; None when nothing is."""
+        self._loaded: np.ndarray | None = None
         blob = self.store.cache_get(self.features_name)
         if blob is None:
             return None
@@ -307,10 +325,14 @@ class _Cache:
                 for t, digest in enumerate(self.digests):
                     if digest in known["digests"]:
                         here[:, t] = there[:, known["digests"].index(digest)]
+        self._loaded = answers.answered.copy()
         batches, counts = tuple(header["batches"]), tuple(header["counts"])
         return Part(batches, counts, tuple(header["keys"]), arrays["features"], answers, (), header["skipped"])
 
     def save(self, part: Part) -> None:
+        """Keeps the part, where something in it is new."""
+        if self._loaded is not None and np.array_equal(self._loaded, part.answers.answered):
+            return
         header = {"batches": part.batches, "counts": part.counts, "keys": part.keys, "skipped": part.skipped}
         arrays = {"features": part.features, "labels": part.answers.labels}
         self.store.cache_put(self.features_name, write_tensors(header, arrays))

@@ -138,8 +138,9 @@ def test_errors_cross_the_actor_as_themselves(start, storage):
     assert type(caught.value) is UserError
     entry = client.commit_module("k", "task", BLOB)
     Path(storage, "library/modules", f"{entry.digest}.safetensors").write_bytes(BLOB[:1000])
-    with pytest.raises(CorruptError, match="is damaged"):
+    with pytest.raises(CorruptError, match="is damaged") as caught:
         client.module_by_key("k")
+    assert type(caught.value) is CorruptError
     assert client.status()["corrupt_modules"] == 1
     client.record_failure(DataError("shard 3 is empty"))
     client.record_failure(DataError("another"))

@@ -1,0 +1,121 @@
+"""Every error that a configuration can have, one by one, and what it says; overrides, digest, round trip."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from diki_ray.config import Config, load, parse
+from diki_ray.errors import ConfigError, UserError
+
+GOOD = {"run": {"name": "r"}, "tasks": [{"data": "embedded:digits"}]}
+
+
+def changed(**sections: object) -> dict:
+    return GOOD | sections
+
+
+TABLE = [
+    ("unknown section", changed(trian={}), r"trian: there is no such field; there are backbone, .* train"),
+    ("unknown key", changed(train={"epoch": 3}), r"train\.epoch: there is no such field; there are batch_size"),
+    ("unknown key in a task", changed(tasks=[{"data": "x", "class_names": []}]), r"tasks\.0\.class_names: there is no"),
+    ("wrong type", changed(train={"epochs": "three"}), r"train\.epochs: .*integer.*'three'"),
+    ("out of range", changed(train={"lr": -1}), r"train\.lr: .*greater than 0.*-1"),
+    ("not one of", changed(evaluate={"routing": "majority"}), r"evaluate\.routing: .*'image' or 'batch'.*'majority'"),
+    ("infinite", changed(train={"lr": float("inf")}), r"train\.lr: .*finite"),
+    ("missing section", {"tasks": GOOD["tasks"]}, r"run: this field is needed"),
+    ("missing field", changed(tasks=[{"name": "a"}]), r"tasks\.0\.data: this field is needed"),
+    ("no tasks", changed(tasks=[]), r"tasks: .*at least 1 item"),
+    (
+        "two tasks of one name",
+        changed(tasks=[{"data": "a", "name": "x"}, {"data": "b", "name": "x"}]),
+        r"two tasks are",
+    ),
+    ("template without a place", changed(tasks=[{"data": "a", "template": "a photo."}]), r"exactly one \{\}"),
+    ("name with a slash", changed(run={"name": "a/b"}), r"run\.name: .*pattern"),
+    ("more workers than streams", changed(train={"num_workers": 30}), r"num_workers=30 is more than num_streams=24"),
+    ("decay without adamw", changed(train={"weight_decay": 0.1}), r"weight_decay is for optimizer=adamw"),
+    ("nothing to train", changed(method={"image_depth": 0, "text_depth": 0}), r"there would be nothing to train"),
+    ("a grid of one point", changed(evaluate={"text_grid": 1}), r"1 point is no grid"),
+    ("port out of range", changed(telemetry={"port": 70000}), r"telemetry\.port: .*65535"),
+    ("not a tree", ["a"], r"configuration: "),
+]
+
+
+@pytest.mark.parametrize(("tree", "says"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE])
+def test_what_is_wrong_is_said_with_field_value_and_what_is_allowed(tree: object, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        parse(tree)
+
+
+def test_one_bad_field_is_one_sentence() -> None:
+    with pytest.raises(ConfigError) as error:
+        parse(changed(tasks=[{"data": "x", "tamplate": "a {}"}]))
+    assert "at least 1 item" not in str(error.value)
+
+
+def test_files_and_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(GOOD))
+    config = load(path, ["train.epochs=3", "run.name=other", "backbone.pretrained=null", "train.epochs=4"])
+    assert (config.train.epochs, config.run.name) == (4, "other")
+    for overrides, says in [
+        (["train.epochs"], "is not an override"),
+        (["--verbose"], "is not an override"),
+        (["train.epochs.x=3"], "train.epochs"),
+    ]:
+        with pytest.raises(ConfigError, match=says):
+            load(path, overrides)
+    path.write_text("run: [unclosed")
+    with pytest.raises(ConfigError, match="is not a valid configuration"):
+        load(path)
+    with pytest.raises(ConfigError, match="No such file"):
+        load(tmp_path / "none.yaml")
+
+
+def test_resolved_tree_comes_back_and_digest_is_of_what_decides_the_numbers() -> None:
+    config = parse(changed(train={"epochs": 3}))
+    assert parse(yaml.safe_load(config.to_yaml())) == config
+    elsewhere = parse(changed(train={"epochs": 3}, run={"name": "q", "storage": "s3://b"}, telemetry={"port": 9000}))
+    assert elsewhere.digest() == config.digest()
+    assert parse(changed(train={"epochs": 4})).digest() != config.digest()
+    assert parse(changed(calibration={"bias": 0.0}, train={"epochs": 3})).digest() != config.digest()
+
+
+def test_every_field_that_is_not_plain_has_a_docstring_or_comment() -> None:
+    """The reference in docs/ is made from the types: sections must say what they are."""
+    for field in Config.model_fields.values():
+        section = field.annotation
+        assert getattr(section, "__doc__", None), section
+
+
+PLAN_ERRORS = [
+    ("no such embedded task", ["tasks.0.data=embedded:nonsense"], "nonsense"),
+    ("missing folder", ["tasks.0.data=/no/such/folder"], "/no/such/folder"),
+    ("unknown backbone", ["backbone.name=ViT-Z"], "neither `embedded`, nor a Python file"),
+    ("missing backbone file", ["backbone.name=/no/such.py"], "there is no file"),
+    ("too deep", ["method.image_depth=99"], "method.image_depth: 99 blocks"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "says"), [row[1:] for row in PLAN_ERRORS], ids=[row[0] for row in PLAN_ERRORS])
+def test_what_cannot_be_planned_is_said_before_any_cluster_is_touched(
+    tmp_path: Path, overrides: list[str], says: str
+) -> None:
+    from diki_ray.runtime.plan import load_backbone, make_plan
+
+    debug = Path(__file__).parent.parent.parent / "configs" / "debug.yaml"
+    tree = yaml.safe_load(debug.read_text())
+    tree["tasks"] = tree["tasks"][:1]
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    lines = [o.replace("tasks.0.data=", "tasks=[{data: ") + "}]" if o.startswith("tasks.0") else o for o in overrides]
+    config = load(path, [*lines, f"data.root={tmp_path}"])
+
+    def planned() -> object:
+        return make_plan(config, load_backbone(config))
+
+    with pytest.raises(UserError, match=says):
+        planned()
