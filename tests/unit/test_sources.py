@@ -97,6 +97,12 @@ def test_two_folders_for_one_split_are_refused(tmp_path):
         open_source(str(tmp_path))
 
 
+def test_a_prepared_data_set_is_not_a_source(tmp_path):
+    put(tmp_path / "index.json", "{}")
+    with pytest.raises(DataError, match="prepared data set already"):
+        open_source(str(tmp_path))
+
+
 def test_nothing_there_is_said(tmp_path):
     with pytest.raises(DataError, match="no data set at"):
         open_source(str(tmp_path / "nowhere"))

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from diki_ray.data.index import DatasetIndex
+from diki_ray.data.index import DatasetIndex, delete
 from diki_ray.data.order import EpochOrder, PlannedBatch, plan_epoch, streams_of
 from diki_ray.data.shards import Sample, SkipLedger, write_split
 from diki_ray.data.stream import Batch, TrainStream, eval_batches
@@ -425,6 +425,10 @@ def test_shards_are_written_to_and_stream_from_s3_alike(index, monkeypatch):
         assert remote.digest() == index.digest()
         loaded = DatasetIndex.load("s3://data/prepared/toy")
         assert all(same(a, b) for a, b in zip(stream(index).epoch(0), stream(loaded).epoch(0), strict=True))
+        delete(remote.shard_uri(remote.splits["test"].shards[0]))
+        delete("s3://data/prepared/toy/never-there.tar")
+        with pytest.raises(StorageError, match=r"test-000000\.tar is missing"):
+            evaluated(loaded)
         with pytest.raises(DataError, match=r"there is no s3://data/nothing/index\.json"):
             DatasetIndex.load("s3://data/nothing")
     finally:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from diki_ray.data.index import INDEX_FILE
 from diki_ray.data.protocols import CatalogueEntry, catalogue, entry_for_folder
 from diki_ray.data.sources.arrays import cifar_dataset, cifar_kind, idx_dataset, is_idx
 from diki_ray.data.sources.arrow import arrow_dataset, is_saved
@@ -46,6 +47,8 @@ def open_source(
             f"there is no data set at {source!r}: give a folder, a .csv or .jsonl manifest, or embedded:<task>"
         )
     path = path.resolve()
+    if (path / INDEX_FILE).is_file():
+        raise DataError(f"{path} is a prepared data set already: use it as it is")
     entry = _known(path)
     raw = _open_known(path, name, entry, split_protocol) if entry else None
     if raw is None:
