@@ -90,7 +90,10 @@ def undisturbed(tmp_path_factory) -> list[dict[str, Any]]:
 
 def check_what_is_left(objects: Objects, num_acknowledged: int, undisturbed: list[dict[str, Any]]) -> None:
     assert view(objects) in undisturbed[num_acknowledged : num_acknowledged + 2]
-    assert RunStore(objects, "run").verify() == ()
+    store = RunStore(objects, "run")
+    assert store.verify() == ()
+    for info in objects.list("library/keys"):
+        assert store.find_in_library(Path(info.path).stem), "a key leads to a blob that is not there"
     live(objects, num_acknowledged, lambda number: None)
     assert view(objects) == undisturbed[-1]
     assert RunStore(objects, "run").verify() == ()

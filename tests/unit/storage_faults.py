@@ -1,5 +1,6 @@
-"""Storage that fails at the n-th change, in the ways disks, services and killed processes do."""
+"""What the store's tests share: drivers, damage, and storage that fails at the n-th change as disks and services do."""
 
+import dataclasses
 import errno
 import os
 from collections.abc import Iterable
@@ -7,12 +8,32 @@ from pathlib import Path
 
 from diki_ray.errors import DiskFullError, StorageError
 from diki_ray.runtime.objects import LocalObjects, ObjectInfo, Objects
+from diki_ray.runtime.store import RunStore
+from diki_ray.runtime.store_lease import this_process
+from diki_ray.runtime.store_log import Holder
 
+BLOB = b"prompts" * 1000
 KILLED = 77  # exit status of a process that a fault killed
 
 
 def no_sync(descriptor: int) -> None:
     """Instead of os.fsync, most of a test's time: processes die here, not machines, and the kernel keeps its part."""
+
+
+def elsewhere() -> Holder:
+    """A driver on another machine: whether it lives can't be seen from here."""
+    return dataclasses.replace(this_process(), host="node-7", machine="another boot", user="alice")
+
+
+def held(objects: Objects, run: str = "run", **options) -> tuple[RunStore, int]:
+    store = RunStore(objects, run)
+    return store, store.acquire(elsewhere(), **options)
+
+
+def damage(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    file.write_bytes(data)
 
 
 class FaultyObjects(Objects):
