@@ -167,6 +167,13 @@ class EvaluateSection(Section):
         return value
 
 
+class ScheduleSection(Section):
+    """Which tasks are trained at the same time. Tasks are independent: the modules are the same either way."""
+
+    concurrent_tasks: int = Field(default=1, ge=1)
+    """Worker groups side by side, where the cluster has room for them; each goes through its share of the tasks."""
+
+
 class ClusterSection(Section):
     """The Ray cluster. Without an address the job starts its own on this machine and stops it at the end; under
     `ray job submit` it joins the cluster that runs it."""
@@ -216,6 +223,7 @@ class Config(Section):
     statistics: StatisticsSection = StatisticsSection()
     calibration: CalibrationSection = CalibrationSection()
     evaluate: EvaluateSection = EvaluateSection()
+    schedule: ScheduleSection = ScheduleSection()
     cluster: ClusterSection = ClusterSection()
     telemetry: TelemetrySection = TelemetrySection()
     protocol: str = "own"
@@ -230,7 +238,7 @@ class Config(Section):
 
     def digest(self) -> str:
         """sha256 of what decides the numbers: everything but where and how fast it runs."""
-        tree = self.model_dump(mode="json", exclude={"cluster", "telemetry"})
+        tree = self.model_dump(mode="json", exclude={"schedule", "cluster", "telemetry"})
         for key in ("storage", "name", "take_over"):
             tree["run"].pop(key)
         tree["data"].pop("num_threads")
@@ -268,16 +276,21 @@ def parse(tree: Any, source: str = "configuration") -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        errors = error.errors()
-        # A tuple with a bad item also counts as too short; the bad item says it all.
-        inner = [e for e in errors if not any(o["loc"][: len(e["loc"])] == e["loc"] for o in errors if o is not e)]
-        raise ConfigError(f"{source}: " + "; ".join(_sentence(e) for e in inner)) from None
+        raise ConfigError(f"{source}: {sentences(error, Config)}") from None
 
 
-def _sentence(error: Any) -> str:
+def sentences(error: ValidationError, root: type[BaseModel]) -> str:
+    """What pydantic found, one sentence a field, with the fields that there are for one that there is not."""
+    errors = error.errors()
+    # A tuple with a bad item also counts as too short; the bad item says it all.
+    inner = [e for e in errors if not any(o["loc"][: len(e["loc"])] == e["loc"] for o in errors if o is not e)]
+    return "; ".join(_sentence(e, root) for e in inner)
+
+
+def _sentence(error: Any, root: type[BaseModel]) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        known = _fields_at(error["loc"][:-1])
+        known = _fields_at(root, error["loc"][:-1])
         return f"{where}: there is no such field" + (f"; there are {', '.join(known)}" if known else "")
     if error["type"] == "missing":
         return f"{where}: this field is needed"
@@ -287,8 +300,8 @@ def _sentence(error: Any) -> str:
     return f"{where}: {message}{shown}" if where else message
 
 
-def _fields_at(location: tuple[Any, ...]) -> list[str]:
-    model: Any = Config
+def _fields_at(root: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    model: Any = root
     for part in location:
         if isinstance(part, int):
             continue

@@ -18,7 +18,7 @@ WAIT_FOR_NODES_S = 600.0
 
 
 @contextmanager
-def cluster(config: Config) -> Iterator[None]:
+def cluster(config: Config, dashboard: bool = False) -> Iterator[None]:
     """Connects to `cluster.address`, or to the cluster that runs this job, or to one started here for the job alone.
 
     In a process that is connected already (a notebook, a test) that connection is used and kept.
@@ -40,7 +40,7 @@ def cluster(config: Config) -> Iterator[None]:
         ray.init(
             address=address or "local",
             num_cpus=None if address else config.cluster.num_cpus,
-            include_dashboard=False if address is None else None,
+            include_dashboard=dashboard if address is None else None,
             namespace="diki_ray",
             log_to_driver=False,
             logging_level=logging.WARNING,

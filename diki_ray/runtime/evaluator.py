@@ -225,7 +225,7 @@ def evaluate(
     for j, cache in enumerate(caches):
         cache.save(test_sets[j])
     notes = {"text_feature_error": error, "text_grid": config.evaluate.text_grid}
-    return assemble(config, tasks, test_sets), notes
+    return accuracy_of(config, tasks, test_sets), notes
 
 
 def _work_through(
@@ -257,7 +257,7 @@ def _work_through(
         yield j, part
 
 
-def assemble(config: Config, tasks: Sequence[PlannedTask], test_sets: Sequence[Part]) -> Evaluation:
+def accuracy_of(config: Config, tasks: Sequence[PlannedTask], test_sets: Sequence[Part]) -> Evaluation:
     """The accuracy matrix from the answers, by indexing."""
     space, num_tasks = config.evaluate.label_space, len(tasks)
     names = [t.class_names for t in tasks]

@@ -9,7 +9,7 @@ names, never a name without its blob, and there is nothing to repair at start.
 <storage>/runs/<run>/log/…           what was committed, removed, rolled back, and by whom (store_journal.py)
 <storage>/runs/<run>/checkpoints/…   tasks in training (store_checkpoints.py)
 <storage>/runs/<run>/results/…       small documents for people: configuration, results
-<storage>/runs/<run>/cache/…         derived arrays, safe to delete
+<storage>/cache/…                    derived arrays, shared by all runs, safe to delete
 """
 
 import json
@@ -289,4 +289,4 @@ class RunStore:
         return checked_path(f"{self.log.folder}/results/{name}")
 
     def _cached(self, name: str) -> str:
-        return checked_path(f"{self.log.folder}/cache/{name}")
+        return checked_path(f"cache/{name}")

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 import torch.distributed as dist
 
@@ -39,11 +40,58 @@ FAILURE = "failure.json"
 
 
 def train(config: Config, pending: Sequence[PlannedTask], store: StoreClient) -> None:
-    """Trains the pending tasks in order and commits each module; returns when all are committed.
+    """Trains the pending tasks and commits each module; returns when all are committed.
+
+    With `schedule.concurrent_tasks` the tasks are shared out to worker groups that run side by side, as many as the
+    cluster has room for now. A module does not depend on which group trained it, nor on what ran beside.
 
     Raises:
         UserError: what a worker said can be put right (bad data, non-finite loss), or that workers kept dying.
     """
+    groups = shared_out(pending, _num_groups(config))
+    if len(groups) == 1:
+        _train_group(config, pending, store)
+        return
+    # A Ray task as each group's driver: Ray Train wants a main thread of its own for every fit().
+    drive = ray.remote(num_cpus=0, max_retries=0)(_train_group)
+    running = [drive.remote(config, group, store) for group in groups]
+    errors_met: list[BaseException] = []
+    for reply in running:  # the others go on to the end of their tasks: what they commit is not lost
+        try:
+            ray.get(reply)
+        except ray.exceptions.RayTaskError as error:
+            errors_met.append(error.cause if isinstance(error.cause, UserError) else error)
+    if errors_met:
+        raise errors_met[0]
+
+
+def shared_out(tasks: Sequence[PlannedTask], num_groups: int) -> list[list[PlannedTask]]:
+    """The tasks in up to `num_groups` groups of about equal work: the largest first, each to the least loaded group.
+
+    Tasks that start from a predecessor stay in one group, in order.
+    """
+    if num_groups <= 1 or any(task.predecessor for task in tasks):
+        return [list(tasks)]
+    groups: list[list[PlannedTask]] = [[] for _ in range(min(num_groups, len(tasks)))]
+    loads = [0] * len(groups)
+    for task in sorted(tasks, key=lambda t: -t.index.split("train").num_samples):
+        least = loads.index(min(loads))
+        groups[least].append(task)
+        loads[least] += task.index.split("train").num_samples
+    return groups
+
+
+def _num_groups(config: Config) -> int:
+    if config.schedule.concurrent_tasks == 1:
+        return 1
+    free, train = ray.available_resources(), config.train
+    room = free.get("CPU", 0) / (train.num_workers * train.cpus_per_worker)
+    if device_of(config) == "cuda":
+        room = min(room, free.get("GPU", 0) / train.num_workers)
+    return max(1, min(config.schedule.concurrent_tasks, int(room)))
+
+
+def _train_group(config: Config, pending: Sequence[PlannedTask], store: StoreClient) -> None:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -125,6 +173,8 @@ class TaskWorker:
     config: Config
     method: Method
     store: StoreClient
+    on_epoch: Callable[[int, float | None], None] = lambda epoch, validation_accuracy: None
+    """Called on every rank after each epoch."""
 
     def learn(self, task: PlannedTask) -> None:
         """Trains, takes the statistics of, and commits one task; nothing when its module is already there."""
@@ -196,6 +246,7 @@ class TaskWorker:
         validation = self._validate(task, trainer)
         trainer.end_epoch(epoch, meter.summary(validation), validation)
         meter.report_epoch(validation)
+        self.on_epoch(epoch, validation)
         if epoch + 1 < self.config.train.epochs:
             ledger = self._checkpoint(task, trainer, ledger)
         return ledger

@@ -1,0 +1,167 @@
+"""The configuration of a sweep: which fields vary and how, over which orders and seeds, and what is best.
+
+Pure: settings, orders and the choice among results are values, tested without Ray.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from diki_ray.config import NAME, Config, Section, load, parse, sentences
+from diki_ray.errors import ConfigError
+
+
+class Range(Section):
+    """Values between two numbers, for search=random and search=optuna."""
+
+    low: float
+    high: float
+    log: bool = False
+    """True: drawn evenly in the logarithm."""
+    integer: bool = False
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.low >= self.high or (self.log and self.low <= 0):
+            raise ValueError("low must be below high, and above 0 with log=true")
+        return self
+
+
+class OrdersSection(Section):
+    """Over which orders of the tasks every setting is judged; the configuration's own is always the first."""
+
+    named: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """Orders by task names."""
+    num_random: int = Field(default=0, ge=0)
+    """Further orders, drawn with `seed`, no two the same."""
+    all: bool = False
+    """Every permutation; for at most 6 tasks."""
+    seed: int = Field(default=0, ge=0)
+
+
+class ObjectiveSection(Section):
+    """What is maximised on the validation split: the weighted mean of the metrics, over orders and seeds."""
+
+    transfer: float = Field(default=1.0, ge=0)
+    average: float = Field(default=1.0, ge=0)
+    last: float = Field(default=1.0, ge=0)
+
+    def of(self, metrics: Mapping[str, float]) -> float:
+        weights = self.model_dump()
+        known = {n: w for n, w in weights.items() if w and metrics[n] == metrics[n]}  # a stream of one has no Transfer
+        return sum(w * metrics[n] for n, w in known.items()) / sum(known.values())
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if not any(self.model_dump().values()):
+            raise ValueError("every weight is 0: there would be nothing to maximise")
+        return self
+
+
+class SweepConfig(Section):
+    """One sweep. The same name on the same storage is continued: settings that have a result are not run again."""
+
+    name: str = Field(pattern=NAME)
+    base: str
+    """The configuration that is varied; a path relative to this file."""
+    parameters: dict[str, list[Any] | Range] = Field(default_factory=dict)
+    """Dotted field of the configuration -> its values, or a range."""
+    seeds: tuple[int, ...] = (0,)
+    orders: OrdersSection = OrdersSection()
+    search: Literal["grid", "random", "optuna"] = "grid"
+    num_samples: int = Field(default=16, ge=1)
+    """Settings tried by random and optuna."""
+    objective: ObjectiveSection = ObjectiveSection()
+    scheduler: Literal["none", "asha"] = "none"
+    """asha: settings that train stop early when, epoch by epoch, their validation accuracy falls behind."""
+    concurrent_trials: int = Field(default=1, ge=1)
+    cpus_per_trial: float = Field(default=1.0, gt=0)
+    max_failures: int = Field(default=2, ge=0)
+    """Times a trial that fails is tried again before it is shown with its error."""
+
+    @model_validator(mode="after")
+    def _ranges_need_sampling(self) -> Self:
+        ranges = [name for name, values in self.parameters.items() if isinstance(values, Range)]
+        if ranges and self.search == "grid":
+            raise ValueError(f"{ranges[0]} is a range: list its values, or use search=random or search=optuna")
+        empty = [name for name, values in self.parameters.items() if isinstance(values, list) and not values]
+        if empty:
+            raise ValueError(f"{empty[0]} has no values")
+        return self
+
+
+def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[SweepConfig, Config]:
+    """The sweep and the configuration that it varies; overrides apply to the configuration.
+
+    Raises:
+        ConfigError: a file that is missing or not valid, a parameter that is no field of the configuration.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text())
+        sweep = SweepConfig.model_validate(tree)
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}; give the path of a sweep's YAML file.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {sentences(error, SweepConfig)}") from None
+    config = load(path.parent / sweep.base, overrides)
+    for name, values in sweep.parameters.items():
+        first = values[0] if isinstance(values, list) else values.low if not values.integer else int(values.low)
+        varied(config, {name: first})  # refuses an unknown field before anything runs
+    return sweep, config
+
+
+def varied(config: Config, setting: Mapping[str, Any]) -> Config:
+    """The configuration with a setting's fields (dotted names) replaced."""
+    tree = config.model_dump()
+    for name, value in setting.items():
+        *sections, field = name.split(".")
+        node = tree
+        for section in sections:
+            if not isinstance(node.get(section), dict):
+                raise ConfigError(f"parameters: the configuration has no section {section!r} for {name!r}.")
+            node = node[section]
+        node[field] = value
+    return parse(tree, source=f"parameters {dict(setting)}")
+
+
+def orders_of(section: OrdersSection, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Name -> order of task numbers, the stream's own first."""
+    num_tasks = len(names)
+    orders: dict[str, tuple[int, ...]] = {"given": tuple(range(num_tasks))}
+    for name, by_name in section.named.items():
+        if sorted(by_name) != sorted(names):
+            raise ConfigError(f"orders.named.{name}: it must hold every task once: {', '.join(names)}.")
+        orders[name] = tuple(names.index(t) for t in by_name)
+    if section.all:
+        if num_tasks > 6:
+            raise ConfigError(f"orders.all: {num_tasks} tasks have too many permutations; use num_random.")
+        return orders | {_short(p): p for p in itertools.permutations(range(num_tasks)) if p not in orders.values()}
+    rng = random.Random(section.seed)
+    possible = 1
+    for n in range(2, num_tasks + 1):
+        possible *= n
+    wanted = min(len(orders) + section.num_random, possible)
+    while len(orders) < wanted:
+        order = tuple(rng.sample(range(num_tasks), num_tasks))
+        if order not in orders.values():
+            orders[_short(order)] = order
+    return orders
+
+
+def _short(order: Sequence[int]) -> str:
+    return "-".join(str(t) for t in order)
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """The numbers of the points that no other beats in one coordinate without losing in the other (both maximised)."""
+    return [i for i, (x, y) in enumerate(points) if not any(a >= x and b >= y and (a > x or b > y) for a, b in points)]

@@ -1,0 +1,73 @@
+"""Settings, orders and choices of a sweep are values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from diki_ray.config import parse
+from diki_ray.errors import ConfigError
+from diki_ray.sweep_config import ObjectiveSection, OrdersSection, load_sweep, orders_of, pareto_front, varied
+
+BASE = {"run": {"name": "r"}, "tasks": [{"data": "embedded:digits"}]}
+NAMES = ["a", "b", "c", "d"]
+
+
+def write(folder: Path, **sweep: object) -> Path:
+    (folder / "base.yaml").write_text(yaml.safe_dump(BASE))
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump({"name": "s", "base": "base.yaml"} | sweep))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("sweep", "says"),
+    [
+        ({"parameter": {}}, "parameter: there is no such field; there are base, concurrent_trials"),
+        ({"parameters": {"train.epochz": [1]}}, r"train\.epochz: there is no such field"),
+        ({"parameters": {"trian.epochs": [1]}}, "no section 'trian'"),
+        ({"parameters": {"train.lr": []}}, "train.lr has no values"),
+        ({"parameters": {"train.lr": {"low": 0.1, "high": 1}}}, "is a range: list its values, or use search"),
+        ({"parameters": {"train.lr": {"low": 2, "high": 1}}, "search": "random"}, "low must be below high"),
+        ({"objective": {"transfer": 0, "average": 0, "last": 0}}, "nothing to maximise"),
+        ({"base": "none.yaml"}, "none.yaml: No such file"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path: Path, sweep: dict, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load_sweep(write(tmp_path, **sweep))
+
+
+def test_a_setting_replaces_fields() -> None:
+    config = varied(parse(BASE), {"train.epochs": 3, "calibration.form": "validated"})
+    assert (config.train.epochs, config.calibration.form) == (3, "validated")
+
+
+def test_orders_are_named_random_or_all_and_never_twice() -> None:
+    own = (0, 1, 2, 3)
+    assert orders_of(OrdersSection(), NAMES) == {"given": own}
+    named = orders_of(OrdersSection(named={"back": ("d", "c", "b", "a")}), NAMES)
+    assert named == {"given": own, "back": (3, 2, 1, 0)}
+    drawn = orders_of(OrdersSection(num_random=19, seed=1), NAMES)
+    assert len(set(drawn.values())) == 20
+    assert drawn == orders_of(OrdersSection(num_random=19, seed=1), NAMES)
+    assert drawn != orders_of(OrdersSection(num_random=19, seed=2), NAMES)
+    assert len(set(orders_of(OrdersSection(all=True), NAMES).values())) == 24
+    assert len(orders_of(OrdersSection(num_random=100), NAMES)) == 24  # there are no more
+    with pytest.raises(ConfigError, match="every task once"):
+        orders_of(OrdersSection(named={"x": ("a", "a", "b", "c")}), NAMES)
+    with pytest.raises(ConfigError, match="too many permutations"):
+        orders_of(OrdersSection(all=True), list("abcdefg"))
+
+
+def test_objective_is_the_weighted_mean() -> None:
+    metrics = {"transfer": 0.5, "average": 0.7, "last": 0.9}
+    assert ObjectiveSection().of(metrics) == pytest.approx(0.7)
+    assert ObjectiveSection(transfer=0, average=0, last=2).of(metrics) == pytest.approx(0.9)
+    assert ObjectiveSection().of(metrics | {"transfer": float("nan")}) == pytest.approx(0.8)
+
+
+def test_pareto_front() -> None:
+    assert pareto_front([(0.1, 0.9), (0.5, 0.5), (0.4, 0.4), (0.9, 0.1), (0.5, 0.5)]) == [0, 1, 3, 4]
