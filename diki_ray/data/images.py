@@ -81,3 +81,21 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def at_model_size(image: Image.Image, size_px: int, image_format: str) -> tuple[bytes, str]:
+    """CLIP's resize (bicubic, shorter side) and centre crop, once: an image file ("png" or "jpeg") and its extension.
+
+    A model that does the same afterwards gets the same pixels from a PNG as from the original; JPEG (quality 95, full
+    colour resolution) is a third of its size and differs a little.
+    """
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.functional import center_crop, resize
+
+    image = center_crop(resize(image, size_px, InterpolationMode.BICUBIC), [size_px, size_px])
+    out = io.BytesIO()
+    if image_format == "png":
+        image.save(out, "PNG")
+        return out.getvalue(), "png"
+    image.save(out, "JPEG", quality=95, subsampling=0)
+    return out.getvalue(), "jpg"

@@ -8,16 +8,15 @@ process; `jobs/prepare.py` spreads the middle one over a cluster.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from diki_ray.data.images import UndecodableImageError, decode_image
+from diki_ray.data.images import UndecodableImageError, at_model_size, decode_image
 from diki_ray.data.index import (
     INDEX_FILE,
     DatasetIndex,
@@ -87,16 +86,29 @@ class ShardResult:
 
 @dataclass(frozen=True)
 class Preparation:
-    """A planned data set: where it goes, its jobs, and the index as far as it is known before writing."""
+    """A data set to be prepared: where it goes and by which settings. What it consists of is worked out when asked."""
 
     folder: str
     raw: RawDataset
-    choice: Choice
     settings: Settings
     templates: tuple[str, ...]
-    jobs: tuple[ShardJob, ...]
     digest: str
     source: str
+
+    @cached_property
+    def choice(self) -> Choice:
+        """The images of each split; DataError if there is none to train on."""
+        return choose(self.raw, shots=self.settings.shots, seed=self.settings.seed)
+
+    @cached_property
+    def jobs(self) -> tuple[ShardJob, ...]:
+        """The shards to write."""
+        raw, settings = self.raw, self.settings
+        return tuple(
+            ShardJob(self.folder, shard_file(split, n), split, items, keys, raw.reader, len(raw.class_names), settings)
+            for split, chosen in self.choice.splits.items()
+            for n, (items, keys) in enumerate(_cut(chosen, settings))
+        )
 
 
 def plan(
@@ -112,24 +124,19 @@ def plan(
     """List the source and decide everything but the bytes. Opens no image; DataError for what cannot be prepared."""
     settings = settings or Settings()
     raw = open_source(source, name=name, split_protocol=split_protocol, class_names=class_names)
-    choice = choose(raw, shots=settings.shots, seed=settings.seed)
     templates = (template,) if isinstance(template, str) else tuple(template or raw.templates or (DEFAULT_TEMPLATE,))
-    digest = _digest(raw, choice, templates, settings)
+    digest = _digest(raw, templates, settings)
     folder = join(root, f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', raw.name)}-{digest[:8]}")
-    jobs = tuple(
-        ShardJob(folder, shard_file(split, n), split, items, keys, raw.reader, len(raw.class_names), settings)
-        for split, chosen in choice.splits.items()
-        for n, (items, keys) in enumerate(_cut(chosen, settings))
-    )
     label = source if source.startswith(EMBEDDED) else Path(source).resolve().name
-    return Preparation(folder, raw, choice, settings, templates, jobs, digest, label)
+    return Preparation(folder, raw, settings, templates, digest, label)
 
 
-def _digest(raw: RawDataset, choice: Choice, templates: tuple[str, ...], settings: Settings) -> str:
+def _digest(raw: RawDataset, templates: tuple[str, ...], settings: Settings) -> str:
+    listed = {} if raw.content_is_all else raw.splits
     content = {
         "class_names": raw.class_names,
         "content": raw.content,
-        "items": {s: [[i.ref, i.label, i.num_bytes] for i in items] for s, items in choice.splits.items()},
+        "items": {s: sorted([i.ref, i.label, i.num_bytes] for i in items) for s, items in listed.items()},
         "layout": [raw.layout, raw.split_protocol],
         "settings": asdict(settings),
         "templates": templates,
@@ -173,7 +180,7 @@ def write_job(job: ShardJob) -> ShardResult:
             data, extension = job.reader.read(item.ref)
             image = decode_image(data)  # also when the bytes are kept: better found out now than in training
             if job.settings.resize_px is not None:
-                data, extension = _at_size(image, job.settings.resize_px, job.settings.image_format)
+                data, extension = at_model_size(image, job.settings.resize_px, job.settings.image_format)
         except UndecodableImageError as error:
             skipped.append((item.ref, error.reason))
             continue
@@ -198,19 +205,6 @@ def _done_before(job: ShardJob) -> ShardResult | None:
         return ShardResult(job.split, shard, tuple(note["samples_per_class"]), skipped)
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-
-
-def _at_size(image: Any, size_px: int, image_format: str) -> tuple[bytes, str]:
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms.functional import center_crop, resize
-
-    image = center_crop(resize(image, size_px, InterpolationMode.BICUBIC), [size_px, size_px])
-    out = io.BytesIO()
-    if image_format == "png":
-        image.save(out, "PNG")
-        return out.getvalue(), "png"
-    image.save(out, "JPEG", quality=95, subsampling=0)
-    return out.getvalue(), "jpg"
 
 
 def finish(preparation: Preparation, results: Iterable[ShardResult], max_skipped: int | None = None) -> DatasetIndex:

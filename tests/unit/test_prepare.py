@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from diki_ray.data import prepare
+from diki_ray.data import prepare, world
 from diki_ray.data.index import DatasetIndex
 from diki_ray.data.prepare import Settings, ensure, plan, summary, write_job
 from diki_ray.data.shards import MAX_KEY_LENGTH, read_shard
+from diki_ray.data.sources import embedded
 from diki_ray.data.sources.choice import choose, keys_of
 from diki_ray.data.sources.raw import FileReader, RawDataset, RawItem
 from diki_ray.data.stream import TrainStream, eval_batches
@@ -122,9 +123,9 @@ def test_what_is_odd_is_said():
     assert "both in train and in test" in text or "both in val and in test" in text
 
 
-def test_a_label_out_of_range_is_refused_when_listed():
+def test_a_label_out_of_range_is_refused_before_anything_is_written():
     with pytest.raises(DataError, match="label 3, but there are 2 classes"):
-        dataclasses.replace(raw_of([1, 1]), splits={"train": (RawItem("x", 3, 1),)})
+        choose(dataclasses.replace(raw_of([1, 1]), splits={"train": (RawItem("x", 3, 1),)}))
 
 
 @given(st.lists(st.text(min_size=1, max_size=150), min_size=1, max_size=8, unique=True))
@@ -332,6 +333,14 @@ def test_an_embedded_task_is_prepared_and_streams(tmp_path):
 
     def transform(image: Image.Image) -> torch.Tensor:
         return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float()
+
+    def never(*_):
+        raise AssertionError("drawn again")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(world, "samples", never)
+        embedded._drawn.cache_clear()
+        assert ensure("embedded:digits", str(tmp_path), shots=2) == index
 
     with pytest.raises(DataError, match="the transform gave"):
         list(TrainStream(index, "train", seed=0, batch_size=8, transform=transform).epoch(0))

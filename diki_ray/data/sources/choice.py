@@ -67,11 +67,12 @@ class Choice:
 
 
 def choose(raw: RawDataset, *, shots: int | None = None, seed: int = 0) -> Choice:
-    """Complete the splits, draw shots, shuffle. DataError if nothing is left to train on."""
+    """Complete the splits, draw shots, shuffle. DataError if nothing is left to train on or a label is out of range."""
     notes = list(raw.notes)
     skipped = Counter(raw.skipped)
     splits: dict[str, list[RawItem]] = {}
     for split, items in raw.splits.items():
+        _check_labels(raw, items)
         unique = {item.ref: item for item in reversed(items)}
         skipped["listed twice"] += len(items) - len(unique)
         splits[split] = list(unique.values())
@@ -96,6 +97,13 @@ def choose(raw: RawDataset, *, shots: int | None = None, seed: int = 0) -> Choic
         skipped=+skipped,
         notes=tuple(notes),
     )
+
+
+def _check_labels(raw: RawDataset, items: Sequence[RawItem]) -> None:
+    for item in items:
+        if not 0 <= item.label < len(raw.class_names):
+            count = len(raw.class_names)
+            raise DataError(f"{raw.name}: {item.ref!r} has label {item.label}, but there are {count} classes")
 
 
 def _warnings(raw: RawDataset, splits: Mapping[str, Sequence[RawItem]]) -> list[str]:

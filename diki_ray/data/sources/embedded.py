@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
+
+import matplotlib
+import PIL
 
 from diki_ray.data import world
 from diki_ray.data.sources.raw import RawDataset, RawItem
@@ -36,8 +42,34 @@ def _drawn(task: str, split: str) -> tuple[tuple[bytes, int], ...]:
     return tuple(drawn)
 
 
+class _DrawnSplits(Mapping[str, tuple[RawItem, ...]]):
+    """The items of each split. Labels come with the pictures, so looking at one draws a split (half a second)."""
+
+    def __init__(self, task: str) -> None:
+        self._task = task
+
+    def __getitem__(self, split: str) -> tuple[RawItem, ...]:
+        drawn = _drawn(self._task, split)
+        return tuple(RawItem(f"{split}/{i:06d}", label, _DRAWN_BYTES) for i, (_, label) in enumerate(drawn))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(world.TASKS[self._task].sizes)
+
+    def __len__(self) -> int:
+        return len(world.TASKS[self._task].sizes)
+
+
+@lru_cache(maxsize=1)
+def _world_checksum() -> str:
+    """Of everything that decides the pictures: the code that draws them and the libraries that rasterise."""
+    found = hashlib.sha256(f"{PIL.__version__} {matplotlib.__version__}".encode())
+    for file in sorted(Path(world.__file__).parent.glob("world*.py")):
+        found.update(file.read_bytes())
+    return found.hexdigest()
+
+
 def embedded_dataset(task: str, name: str) -> RawDataset:
-    """A task of the embedded world; DataError says which there are."""
+    """A task of the embedded world; DataError says which there are. Nothing is drawn until its items are looked at."""
     if task not in world.TASKS:
         raise DataError(f"there is no embedded task {task!r}; there are {', '.join(world.TASKS)}")
     about = world.TASKS[task]
@@ -45,14 +77,10 @@ def embedded_dataset(task: str, name: str) -> RawDataset:
         name=name,
         layout="embedded",
         class_names=about.class_names,
-        splits={
-            split: tuple(
-                RawItem(f"{split}/{i:06d}", label, _DRAWN_BYTES) for i, (_, label) in enumerate(_drawn(task, split))
-            )
-            for split in about.sizes
-        },
+        splits=_DrawnSplits(task),
         reader=EmbeddedReader(task),
         templates=(about.template,),
         split_protocol="embedded",
-        content=f"world {world.WORLD_VERSION} {task}",
+        content=f"{_world_checksum()} {task}",
+        content_is_all=True,
     )

@@ -53,8 +53,9 @@ class RawDataset:
     """A source, listed but not read.
 
     `layout` names what was recognised. `templates` and `class_names` are what the source itself or the catalogue says.
-    `content` is a checksum over whatever decides the data beyond names, labels and sizes of files. `skipped` counts
-    by reason what was seen and left out while listing.
+    `content` is a checksum over whatever decides the data beyond names, labels and sizes of files; with
+    `content_is_all` it stands for those too, and `splits` may be costly to look into. `skipped` counts by reason what
+    was seen and left out while listing.
     """
 
     name: str
@@ -65,18 +66,10 @@ class RawDataset:
     templates: tuple[str, ...] = ()
     split_protocol: str = "own"
     content: str = ""
+    content_is_all: bool = False
     known_sizes: Mapping[str, int] = field(default_factory=dict)
     skipped: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        for split, items in self.splits.items():
-            if split not in SPLITS:
-                raise DataError(f"{self.name}: a split is one of {SPLITS}, not {split!r}")
-            for item in items:
-                if not 0 <= item.label < len(self.class_names):
-                    count = len(self.class_names)
-                    raise DataError(f"{self.name}: {item.ref!r} has label {item.label}, but there are {count} classes")
 
 
 def sniff_extension(data: bytes) -> str:
