@@ -62,6 +62,20 @@ class Progress:
     best_accuracy: float = -1.0
     history: list[dict[str, float]] = field(default_factory=list)
     """One entry an epoch: loss, accuracy on train and validation."""
+    loss_sum: float = 0.0
+    num_correct: float = 0.0
+    num_samples: int = 0
+    """Of the epoch under way, over the steps that were made; part of the state, so that a resumed epoch's history is
+    the undisturbed one's."""
+
+    @property
+    def loss(self) -> float:
+        """Mean over the epoch so far."""
+        return self.loss_sum / max(self.num_samples, 1)
+
+    @property
+    def accuracy(self) -> float:
+        return self.num_correct / max(self.num_samples, 1)
 
 
 class TaskTrainer:
@@ -124,6 +138,9 @@ class TaskTrainer:
         if finite and count:
             self._apply(flat[:-3] / count)
             self.nonfinite_in_a_row = 0
+            self.progress.loss_sum += loss_sum
+            self.progress.num_correct += num_correct
+            self.progress.num_samples += count
         elif not finite:
             self._strike(keys)
         mean = (loss_sum / count, num_correct / count) if count else (math.nan, math.nan)
@@ -177,9 +194,14 @@ class TaskTrainer:
         """[C, E] under the current parameters; every rank must call it."""
         return self._class_features()
 
-    def end_epoch(self, epoch: int, summary: dict[str, float], validation_accuracy: float | None) -> bool:
+    def end_epoch(self, epoch: int, validation_accuracy: float | None) -> bool:
         """Records the epoch; True when it is the best so far (the last one always, where there is no validation)."""
-        self.progress.history.append(summary)
+        p = self.progress
+        summary = {"loss": p.loss, "accuracy": p.accuracy}
+        p.history.append(
+            summary if validation_accuracy is None else summary | {"validation_accuracy": validation_accuracy}
+        )
+        p.loss_sum, p.num_correct, p.num_samples = 0.0, 0.0, 0
         better = validation_accuracy is None or validation_accuracy > self.progress.best_accuracy
         if better:
             self.best = self._copy()

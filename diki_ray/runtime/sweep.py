@@ -129,7 +129,7 @@ def _judged(
             metrics = Metrics.of(accuracy)
             values.append({m: metrics.mean(m) for m in METRICS} | {"zero_shot": float(zero_shot.mean())})
             names.append({"order": order, "seed": seed})
-    judged = {m: _spread([v[m] for v in values]) for m in (*METRICS, "zero_shot")}
+    judged: dict[str, Any] = {m: _spread([v[m] for v in values]) for m in (*METRICS, "zero_shot")}
     judged |= {"values": values, "of": names, "seconds": round(time.monotonic() - started, 2)}
     results.put(name, judged)
     return judged | {"objective": _spread([sweep.objective.of(v) for v in values])}

@@ -31,6 +31,7 @@ from diki_ray.model.methods import Method
 from diki_ray.model.module import NUM_VALIDATION_FEATURES, TaskModule, read_tensors, write_tensors
 from diki_ray.model.residual import Parameters
 from diki_ray.model.training import TaskTrainer
+from diki_ray.runtime.faults import Faults
 from diki_ray.runtime.plan import PlannedTask, build_method, device_of, load_backbone, precision_of, recipe_of
 from diki_ray.runtime.store_actor import StoreClient
 
@@ -236,16 +237,19 @@ class TaskWorker:
     ) -> int:
         """One epoch from a batch on, with its validation; returns this rank's part of the ledger."""
         every = self.config.train.checkpoint_every_steps
-        meter = _Meter(self, task, epoch, stream.num_batches, trainer)
+        meter = _Meter(self, task, epoch, trainer)
+        faults = Faults(self.store)
         for batch in stream.epoch(epoch, first_batch):
-            result = trainer.step(batch.images, batch.labels, batch.keys)
+            images = faults.before_step(task.name, rank(), trainer.progress.step, batch.images)
+            result = trainer.step(images, batch.labels, batch.keys)
             ledger += sum(_ledger_entry(epoch, batch.step, position) for position in batch.positions)
-            meter.add(result.loss, result.accuracy, result.num_samples)
+            meter.add(result.num_samples)
             if trainer.progress.step % every == 0 and batch.step + 1 < stream.num_batches:
                 ledger = self._checkpoint(task, trainer, ledger)
         validation = self._validate(task, trainer)
-        trainer.end_epoch(epoch, meter.summary(validation), validation)
-        meter.report_epoch(validation)
+        if rank() == 0:
+            meter.send("epoch", validation_accuracy=validation)
+        trainer.end_epoch(epoch, validation)
         self.on_epoch(epoch, validation)
         if epoch + 1 < self.config.train.epochs:
             ledger = self._checkpoint(task, trainer, ledger)
@@ -358,46 +362,31 @@ class TaskWorker:
 
 
 class _Meter:
-    """Running loss, accuracy and images/s of an epoch; rank 0 tells the driver now and then."""
+    """Tells the driver now and then where an epoch stands; rank 0 only."""
 
-    def __init__(self, worker: TaskWorker, task: PlannedTask, epoch: int, num_batches: int, trainer: TaskTrainer):
+    def __init__(self, worker: TaskWorker, task: PlannedTask, epoch: int, trainer: TaskTrainer):
         self.store, self.trainer = worker.store, trainer
         self.event = {"task": task.name, "epoch": epoch, "num_epochs": worker.config.train.epochs}
-        self.num_batches, self.started, self.reported = num_batches, time.monotonic(), 0.0
-        self.loss = self.correct = 0.0
-        self.count = self.batches = 0
+        self.started, self.reported, self.count = time.monotonic(), 0.0, 0
 
-    def add(self, loss: float, accuracy: float, num_samples: int) -> None:
-        self.batches += 1
-        if num_samples and np.isfinite(loss):
-            self.loss += loss * num_samples
-            self.correct += accuracy * num_samples
-            self.count += num_samples
+    def add(self, num_samples: int) -> None:
+        self.count += num_samples
         if rank() == 0 and time.monotonic() - self.reported > REPORT_EVERY_S:
             self.reported = time.monotonic()
-            self._send("step")
+            self.send("step")
 
-    def summary(self, validation: float | None) -> dict[str, float]:
-        """Of the epoch, for the module's history: nothing that depends on the clock, so that bytes can be equal."""
-        mean = {"loss": self.loss / max(self.count, 1), "accuracy": self.correct / max(self.count, 1)}
-        return mean if validation is None else mean | {"validation_accuracy": validation}
-
-    def report_epoch(self, validation: float | None) -> None:
-        if rank() == 0:
-            self._send("epoch", validation_accuracy=validation, best_epoch=self.trainer.progress.best_epoch)
-
-    def _send(self, kind: str, **more: Any) -> None:
-        seconds = time.monotonic() - self.started
+    def send(self, kind: str, **more: Any) -> None:
+        seconds, trainer = time.monotonic() - self.started, self.trainer
         self.store.record_progress(
             {"kind": kind}
             | self.event
             | {
-                "step": self.trainer.progress.step,
-                "num_steps": self.trainer.num_steps,
-                "loss": self.loss / max(self.count, 1),
-                "accuracy": self.correct / max(self.count, 1),
+                "step": trainer.progress.step,
+                "num_steps": trainer.num_steps,
+                "loss": trainer.progress.loss,
+                "accuracy": trainer.progress.accuracy,
                 "images_per_s": self.count / seconds if seconds else 0.0,
-                "num_nonfinite": self.trainer.num_nonfinite,
+                "num_nonfinite": trainer.num_nonfinite,
             }
             | more
         )

@@ -71,7 +71,7 @@ def test_resuming_from_saved_state_is_bit_equal(optimizer: str) -> None:
     whole = golden_trainer(GOLDEN, recipe)
     for images, labels in batches:
         whole.step(images, labels)
-    whole.end_epoch(0, {"loss": 1.0}, 0.5)
+    whole.end_epoch(0, 0.5)
 
     half = golden_trainer(GOLDEN, recipe)
     for images, labels in batches[:2]:
@@ -80,7 +80,7 @@ def test_resuming_from_saved_state_is_bit_equal(optimizer: str) -> None:
     resumed.load_state(*half.state())
     for images, labels in batches[2:]:
         resumed.step(images, labels)
-    resumed.end_epoch(0, {"loss": 1.0}, 0.5)
+    resumed.end_epoch(0, 0.5)
 
     expected, actual = whole.state(), resumed.state()
     assert actual[0] == expected[0]
@@ -102,12 +102,12 @@ def test_the_best_epoch_is_kept_and_ties_keep_the_earliest() -> None:
     for epoch, accuracy in enumerate([0.5, 0.7, 0.7, 0.6]):
         with torch.no_grad():
             trainer.parameters["image.layer0.values"].fill_(epoch)
-        seen.append(trainer.end_epoch(epoch, {}, accuracy))
+        seen.append(trainer.end_epoch(epoch, accuracy))
     assert seen == [True, True, False, False]
     assert trainer.progress.best_epoch == 1
     assert (trainer.best["image.layer0.values"] == 1).all()
     without = golden_trainer(GOLDEN)
-    assert [without.end_epoch(e, {}, None) for e in range(3)] == [True, True, True]  # no validation: the last one
+    assert [without.end_epoch(e, None) for e in range(3)] == [True, True, True]  # no validation: the last one
 
 
 def test_what_is_not_finite_makes_no_step_and_three_in_a_row_stop_with_the_keys() -> None:

@@ -1,0 +1,57 @@
+"""Faults for the tests of recovery: deterministic by (task, rank, step), each fired once and counted.
+
+`DIKI_FAULTS` names a JSON file: a list of {"kind", "task", "rank", "step"}. A fault leaves a file `fired.<number>`
+beside it before it strikes, so a restarted worker does not meet it again, and a test can count. Without the variable
+nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+from torch import Tensor
+
+from diki_ray.runtime.store_actor import StoreClient
+
+VARIABLE = "DIKI_FAULTS"
+
+
+class Faults:
+    """The faults that this process may meet."""
+
+    def __init__(self, store: StoreClient):
+        path = os.environ.get(VARIABLE)
+        self.store = store
+        self.folder = Path(path).parent if path else Path()
+        self.faults = json.loads(Path(path).read_text()) if path else []
+
+    def before_step(self, task: str, rank: int, step: int, images: Tensor) -> Tensor:
+        """Strikes before step number `step` (over all epochs, from 0) of a rank; returns the images to go on with."""
+        for number, fault in enumerate(self.faults):
+            if (fault["task"], fault["rank"], fault["step"]) == (task, rank, step) and self._first_time(number):
+                images = self._strike(fault["kind"], images)
+        return images
+
+    def _first_time(self, number: int) -> bool:
+        try:
+            (self.folder / f"fired.{number}").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+    def _strike(self, kind: str, images: Tensor) -> Tensor:
+        if kind == "nan":
+            return images * float("nan")
+        if kind == "hang":
+            time.sleep(3600)
+        victims = {
+            "kill-worker": os.getpid,
+            "kill-store": lambda: self.store.status()["pid"],
+            "kill-driver": lambda: self.store.handle.holder.pid,
+        }
+        os.kill(victims[kind](), signal.SIGKILL)
+        return images
