@@ -76,7 +76,7 @@ class StoreClient:
         client._objects = objects
         try:
             client._create_actor(time.monotonic() + timeout_s)
-            client.status()
+            client._write("renew")  # answers when the actor is up, in which a cluster may take its time
         except BaseException:
             RunStore(located, run).release(epoch)  # the next try need not wait for a lease that nobody uses
             raise
@@ -89,10 +89,13 @@ class StoreClient:
             return
         self._stopped.set()
         try:
-            self._write("release")
-            ray.kill(self._actor(), no_restart=True)
+            # Not through the actor: a driver that ends because its cluster is in trouble still gives the run back.
+            self._storage().release(self.handle.epoch)
         except FencedError:
-            pass  # the run is another driver's now, and so is the actor of that name
+            return  # the run is another driver's now, and so is the actor of that name
+        if ray.is_initialized():
+            with contextlib.suppress(ValueError):  # nobody has the name: it is gone already
+                ray.kill(self._actor(), no_restart=True)
 
     def ray_storage_path(self) -> str:
         """Where Ray Train may keep its own files for this run; nothing of ours depends on them."""
