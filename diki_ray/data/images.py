@@ -87,7 +87,7 @@ def at_model_size(image: Image.Image, size_px: int, image_format: str) -> tuple[
     """CLIP's resize (bicubic, shorter side) and centre crop, once: an image file ("png" or "jpeg") and its extension.
 
     A model that does the same afterwards gets the same pixels from a PNG as from the original; JPEG (quality 95, full
-    colour resolution) is a third of its size and differs a little.
+    colour resolution) takes 0.4 of its space (photographs at 64 and 112 px) and differs a little.
     """
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.functional import center_crop, resize
