@@ -18,7 +18,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from diki_ray.errors import ConfigError
+from diki_ray.data.protocols import protocol
+from diki_ray.errors import ConfigError, DataError
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 """Run and task names are parts of paths, of actor names and of metric labels."""
@@ -110,7 +111,10 @@ class TrainSection(Section):
 
 
 class DataSection(Section):
-    """Where prepared shards are kept, and how bad samples are dealt with."""
+    """Where data sets come from and prepared shards are kept, and how bad samples are dealt with."""
+
+    sources: str | None = None
+    """With a protocol: the folder that holds its data sets' folders."""
 
     root: str = "prepared"
     """Folder of the data sets that are prepared on first use (embedded tasks, image folders)."""
@@ -189,6 +193,8 @@ class TelemetrySection(Section):
     port: int | None = Field(default=None, ge=1, le=65535)
     """Prometheus metrics are served here on `host`; off by default."""
     host: str = "127.0.0.1"
+    linger_s: float = Field(default=0.0, ge=0)
+    """Seconds that the metrics stay after the end, so that a last scrape sees the final values."""
 
 
 class TaskSection(Section):
@@ -202,6 +208,8 @@ class TaskSection(Section):
     """The caption of a class, with {} for its name; the data set's own by default."""
     shots: int | None = Field(default=None, ge=1)
     """Training images a class; all by default."""
+    split: Literal["coop", "zscl"] | None = None
+    """For data sets of the benchmarks: whose train, val and test; coop by default."""
 
     @field_validator("template")
     @classmethod
@@ -215,7 +223,8 @@ class Config(Section):
     """The whole tree."""
 
     run: RunSection
-    tasks: tuple[TaskSection, ...] = Field(min_length=1)
+    tasks: tuple[TaskSection, ...] = ()
+    """The stream, in order; without them those of the protocol, from data.sources."""
     backbone: BackboneSection = BackboneSection()
     method: MethodSection = MethodSection()
     train: TrainSection = TrainSection()
@@ -227,7 +236,27 @@ class Config(Section):
     cluster: ClusterSection = ClusterSection()
     telemetry: TelemetrySection = TelemetrySection()
     protocol: str = "own"
-    """The benchmark this configuration follows, as in `mtil-1/coop`; results carry it with the routing."""
+    """The benchmark that is run, with its split, as in `mtil-1/coop`; results carry it with the routing."""
+
+    @model_validator(mode="after")
+    def _tasks_or_protocol(self) -> Self:
+        if self.protocol == "own":
+            if not self.tasks:
+                raise ValueError("tasks: there are none; list at least one, or name a protocol with data.sources")
+            return self
+        name, _, split = self.protocol.partition("/")
+        try:
+            known = protocol(name)
+            known.full_id(split, self.evaluate.routing)
+        except DataError as error:
+            raise ValueError(f"protocol: {error}; write NAME/coop or NAME/zscl") from error
+        if self.tasks or self.data.sources is None:
+            raise ValueError(
+                f"protocol {name} has its own tasks: leave tasks out, and set data.sources to their folder"
+            )
+        if self.evaluate.label_space != known.label_space:
+            raise ValueError(f"protocol {name} is evaluated with evaluate.label_space={known.label_space}")
+        return self
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
@@ -241,7 +270,8 @@ class Config(Section):
         tree = self.model_dump(mode="json", exclude={"schedule", "cluster", "telemetry"})
         for key in ("storage", "name", "take_over"):
             tree["run"].pop(key)
-        tree["data"].pop("num_threads")
+        for key in ("sources", "root", "num_threads"):
+            tree["data"].pop(key)
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
-from diki_ray.config import Config
+from diki_ray.config import Config, TaskSection
 from diki_ray.data import prepare
 from diki_ray.data.index import DatasetIndex
+from diki_ray.data.protocols import protocol
+from diki_ray.data.sources import benchmark_folder
 from diki_ray.errors import ConfigError
 from diki_ray.model import backbone as backbones
 from diki_ray.model.backbone import Backbone
@@ -85,6 +87,24 @@ def recipe_of(config: Config) -> Recipe:
     return Recipe(t.optimizer, t.lr, t.final_lr_fraction, t.weight_decay, t.max_nonfinite_steps)
 
 
+def tasks_of(config: Config) -> tuple[TaskSection, ...]:
+    """The configured tasks, or those of the protocol."""
+    if config.tasks or config.data.sources is None:
+        return config.tasks
+    name, _, split = config.protocol.partition("/")
+    known = protocol(name)
+    return tuple(
+        TaskSection(
+            data=str(benchmark_folder(dataset, config.data.sources)),
+            name=dataset,
+            template=known.template,
+            shots=known.shots,
+            split="zscl" if split == "zscl" else "coop",
+        )
+        for dataset in known.order
+    )
+
+
 def make_plan(config: Config, backbone: Backbone) -> Plan:
     """Prepares or loads every data set's index and derives the module keys.
 
@@ -94,7 +114,7 @@ def make_plan(config: Config, backbone: Backbone) -> Plan:
     build_method(config, backbone)  # refuses depths that the backbone does not have, before anything is prepared
     digest = backbone.digest()
     tasks: list[PlannedTask] = []
-    for section in config.tasks:
+    for section in tasks_of(config):
         index = prepare.ensure(
             section.data,
             config.data.root,
@@ -102,6 +122,7 @@ def make_plan(config: Config, backbone: Backbone) -> Plan:
             template=section.template,
             shots=section.shots,
             seed=config.run.seed,
+            split_protocol=section.split,
         )
         name = section.name or index.name
         if name in (t.name for t in tasks):

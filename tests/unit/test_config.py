@@ -27,7 +27,15 @@ TABLE = [
     ("infinite", changed(train={"lr": float("inf")}), r"train\.lr: .*finite"),
     ("missing section", {"tasks": GOOD["tasks"]}, r"run: this field is needed"),
     ("missing field", changed(tasks=[{"name": "a"}]), r"tasks\.0\.data: this field is needed"),
-    ("no tasks", changed(tasks=[]), r"tasks: .*at least 1 item"),
+    ("no tasks", changed(tasks=[]), r"tasks: there are none"),
+    ("unknown protocol", changed(tasks=[], protocol="mtil-9/coop"), r"no protocol 'mtil-9'; known are mtil-1"),
+    ("protocol without split", changed(tasks=[], protocol="mtil-1"), r"write NAME/coop or NAME/zscl"),
+    ("protocol and tasks", changed(protocol="mtil-1/coop"), r"leave tasks out, and set data\.sources"),
+    (
+        "protocol in another label space",
+        changed(tasks=[], protocol="xtail-1/coop", data={"sources": "/d"}),
+        r"evaluate\.label_space=all",
+    ),
     (
         "two tasks of one name",
         changed(tasks=[{"data": "a", "name": "x"}, {"data": "b", "name": "x"}]),
