@@ -156,7 +156,8 @@ class TestDocumentsAndCache:
         assert store.cache_get("features-abc") is None
         store.cache_put("features-abc", BLOB)
         assert store.cache_get("features-abc") == BLOB
-        damage(Path(disk.uri, "runs/run/cache/features-abc"))
+        assert RunStore(disk, "another-run").cache_get("features-abc") == BLOB
+        damage(Path(disk.uri, "cache/features-abc"))
         assert store.cache_get("features-abc") is None
 
     def test_a_damaged_document_is_said(self, disk):
