@@ -73,7 +73,7 @@ def run_sweep(sweep: SweepConfig, config: Config) -> dict[str, Any]:
         ),
     )
     grid = tuner.fit()
-    trials = [_shown(result, sweep) for result in grid]
+    trials = [_shown(grid[i], sweep) for i in range(len(grid))]
     good = [t for t in trials if t["error"] is None and not t["stopped_early"]]
     if not good:
         said = next((t["error"] for t in trials if t["error"]), "no setting ran to its end")
