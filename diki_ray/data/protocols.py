@@ -132,6 +132,7 @@ class PublishedResult:
     """What a paper reports, in %. `per_dataset` follows the protocol's order; `routing` is None where none is said."""
 
     method: str
+    backbone: str
     split_protocol: str | None
     routing: str | None
     transfer: float | None
@@ -152,6 +153,7 @@ def published(protocol_name: str) -> tuple[PublishedResult, ...]:
         found.append(
             PublishedResult(
                 method=method,
+                backbone=content["backbone"],
                 split_protocol=split,
                 routing="batch" if method == "DIKI" else None,
                 per_dataset={name: tuple(m["per_dataset"]) for name, m in metrics.items() if "per_dataset" in m},

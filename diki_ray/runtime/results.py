@@ -10,15 +10,17 @@ import platform
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.table import Table
 
 from diki_ray.config import Config
 from diki_ray.model.module import TaskModule
-from diki_ray.runtime.evaluator import Evaluation
 from diki_ray.runtime.plan import Plan
+
+if TYPE_CHECKING:  # reading results, for a report or a prediction, does not need Ray
+    from diki_ray.runtime.evaluator import Evaluation
 
 FORMAT = 1
 DOCUMENT = "results.json"
