@@ -1,19 +1,35 @@
 """From a configuration and stored modules to a predictor: the one place where the two meet, for the evaluator,
-`jobs/predict.py` and serving."""
+`jobs/predict.py` and serving.
+
+A run's predictor needs its storage and nothing else: no cluster, and no lease, for it only reads.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 
 import torch
+import yaml
+from PIL import Image
 
-from diki_ray.config import Config
-from diki_ray.errors import ConfigError
+from diki_ray.config import Config, parse
+from diki_ray.data.images import UndecodableImageError, decode_image
+from diki_ray.data.index import read_bytes
+from diki_ray.errors import ConfigError, DataError
+from diki_ray.model.backbone import Backbone
 from diki_ray.model.gaussian import Gaussians
 from diki_ray.model.methods import Method
 from diki_ray.model.module import TaskModule
-from diki_ray.model.predictor import Predictor
-from diki_ray.model.routing import Calibration, Published, Validated
+from diki_ray.model.predictor import Candidates, Predictor
+from diki_ray.model.routing import NO_TASK, Calibration, Published, Validated
+from diki_ray.runtime.plan import build_method, device_of, load_backbone, precision_of
+from diki_ray.runtime.results import DOCUMENT
+from diki_ray.runtime.store import RunStore
+
+CONFIG_DOCUMENT = "config.yaml"
+IMAGES_PER_PASS = 32
 
 
 def build_predictor(config: Config, method: Method, modules: Sequence[TaskModule]) -> Predictor:
@@ -48,3 +64,138 @@ def build_calibration(
         return Validated.from_validation(gaussians, features, slope=c.slope, bias=4.0 if c.bias is None else c.bias)
     except ValueError as error:
         raise ConfigError(f"calibration.form=validated: {error}") from error
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one image was answered with, and how it came about."""
+
+    class_name: str
+    confidence: float
+    """Softmax probability among the candidate classes."""
+    task: str | None
+    """Whose module answered; None: the frozen model alone."""
+    weight: float
+    """The image's integration weight, 0 to 1."""
+    log_densities: Mapping[str, float]
+    """Of the image under every task's Gaussian; the highest is the route."""
+
+
+@dataclass(frozen=True, eq=False)
+class RunPredictor:
+    """A run's modules, ready to answer images, each for itself (`image` routing)."""
+
+    predictor: Predictor
+    candidates: tuple[Candidates, ...]
+    """All classes learnt, each data set's under its own templates."""
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(module.task for module in self.predictor.modules)
+
+    def among(self, class_names: Sequence[str], template: str) -> RunPredictor:
+        """The same modules answering among any classes whatever (open vocabulary).
+
+        Raises:
+            ConfigError: no class, an empty name, or a template without exactly one {}.
+        """
+        if not class_names or not all(name.strip() for name in class_names):
+            raise ConfigError("the classes to choose from need at least one name, and none may be empty.")
+        if template.count("{}") != 1:
+            raise ConfigError(f"the template {template!r} needs exactly one {{}} where the class name goes.")
+        return RunPredictor(self.predictor, (Candidates.of(self.predictor.backbone, class_names, [template]),))
+
+    def answer(self, images: Iterable[Image.Image]) -> Iterator[Answer]:
+        """An answer for each RGB image, in order; computed `IMAGES_PER_PASS` at a time, whatever shares a pass."""
+        ready = map(self.predictor.backbone.preprocess, images)  # one full-size image in memory at a time
+        while chunk := list(islice(ready, IMAGES_PER_PASS)):
+            yield from self._answered(torch.stack(chunk))
+
+    def _answered(self, images: torch.Tensor) -> Iterator[Answer]:
+        predictor = self.predictor
+        frozen = predictor.frozen_features(images)
+        densities = predictor.log_density(frozen)
+        routes = predictor.route(densities, "image")
+        features = predictor.image_features(images, frozen, routes)
+        logits = torch.cat([predictor.logits_of_features(features, routes, c) for c in self.candidates], dim=1)
+        confidence, best = logits.softmax(1).max(1)
+        names = [name for c in self.candidates for name in c.names]
+        for n in range(len(images)):
+            task, weight = int(routes.task[n]), float(routes.weight[n])
+            alone = task == NO_TASK or weight < predictor.skip_weight
+            yield Answer(
+                class_name=names[int(best[n])],
+                confidence=float(confidence[n]),
+                task=None if alone else self.tasks[task],
+                weight=weight,
+                log_densities=dict(zip(self.tasks, densities[n].tolist(), strict=True)),
+            )
+
+
+def read_image(path: str) -> Image.Image:
+    """An image file as upright RGB, from wherever data may lie.
+
+    Raises:
+        DataError: there is none, or it cannot be decoded. StorageError: it cannot be read.
+    """
+    try:
+        return decode_image(read_bytes(path))
+    except FileNotFoundError:
+        raise DataError(f"{path}: there is no such file.") from None
+    except UndecodableImageError as error:
+        raise DataError(f"{path} cannot be used: {error}.") from None
+
+
+def load_predictor(storage: str, run: str, config: Config | None = None) -> RunPredictor:
+    """The predictor over everything a run has learnt, from its storage alone.
+
+    config: the run's own by default, which is stored with its results. Class features are computed at each image's own
+    weight and not interpolated, so that an answer does not depend on what else was asked.
+
+    Raises:
+        ConfigError: no such run, nothing learnt yet, no configuration, or a backbone that is not the run's.
+    """
+    store = RunStore.open(storage, run)
+    entries = store.modules()
+    if not entries:
+        known = ", ".join(RunStore.runs(storage)) or "none"
+        raise ConfigError(f"{storage} has no run {run!r} that has learnt anything; its runs are: {known}.")
+    config = _on_this_machine(config or _stored_config(store))
+    backbone = load_backbone(config)
+    _check_backbone(store, backbone)
+    modules = [TaskModule.from_bytes(store.read_module(entry.digest)) for entry in entries]
+    for module in modules:
+        if len(module.moments.mean) != backbone.embed_dim:
+            raise ConfigError(
+                f"task {module.task!r} was learnt on a backbone of {len(module.moments.mean)} dimensions and "
+                f"{config.backbone.name!r} has {backbone.embed_dim}: give the configuration it was learnt with."
+            )
+    backbone.to(device_of(config), precision_of(config))
+    predictor = build_predictor(config, build_method(config, backbone), modules)
+    return RunPredictor(predictor, tuple(Candidates.of(backbone, m.class_names, m.templates) for m in modules))
+
+
+def _stored_config(store: RunStore) -> Config:
+    text = store.get_document(CONFIG_DOCUMENT)
+    if text is None:
+        raise ConfigError(
+            f"run {store.run!r} has no results/{CONFIG_DOCUMENT} yet, because it was not evaluated so far: give its "
+            "configuration with --config."
+        )
+    return parse(yaml.safe_load(text), source=f"{CONFIG_DOCUMENT} of run {store.run!r}")
+
+
+def _on_this_machine(config: Config) -> Config:
+    """Exact class features; and a run that was trained on GPUs answers on a machine that has none."""
+    cpu_only = config.train.device == "cuda" and not torch.cuda.is_available()
+    train = config.train.model_copy(update={"device": "cpu"}) if cpu_only else config.train
+    return config.model_copy(update={"train": train, "evaluate": config.evaluate.model_copy(update={"text_grid": 0})})
+
+
+def _check_backbone(store: RunStore, backbone: Backbone) -> None:
+    results = store.get_document(DOCUMENT)
+    if results is not None and results["backbone"]["digest"] != backbone.digest():
+        raise ConfigError(
+            f"the backbone {backbone.name!r} loaded here does not have the weights that run {store.run!r} was made "
+            f"with ({results['backbone']['name']}): its modules mean nothing on it."
+        )

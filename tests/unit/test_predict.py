@@ -1,0 +1,249 @@
+"""Prediction from a run's storage: without a cluster, without its lease, each image for itself."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_backbone import write_tiny_backbone
+
+from diki_ray.config import Config, parse
+from diki_ray.errors import ConfigError, DataError
+from diki_ray.model.gaussian import Moments
+from diki_ray.model.module import TaskModule
+from diki_ray.model.predictor import Candidates
+from diki_ray.runtime.inference import Answer, load_predictor, read_image
+from diki_ray.runtime.plan import build_method, load_backbone
+from diki_ray.runtime.store import RunStore
+from diki_ray.runtime.store_lease import this_process
+
+Job = Callable[..., tuple[int, str, str]]
+
+ROOT = Path(__file__).parent.parent.parent
+CLASSES = {"warm": ("red", "[b]orange[/b]"), "cold": ("blue", "green", "violet")}
+TEMPLATES = {"warm": ("a warm photo of {}.",), "cold": ("a cold photo of {}.", "something {} and cold.")}
+
+
+def picture(task: str, seed: int, size: int = 40) -> Image.Image:
+    random = np.random.default_rng(seed)
+    pixels = random.normal((200, 90, 40) if task == "warm" else (40, 90, 200), 30, (size, size, 3))
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+@dataclass(frozen=True)
+class Stored:
+    storage: str
+    config: Config
+    store: RunStore
+    epoch: int
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Stored:
+    """A run of two tasks, written as a job writes it, and still held by the driver that wrote it."""
+    folder = tmp_path_factory.mktemp("run")
+    config = parse(
+        {
+            "run": {"name": "two", "storage": str(folder / "storage")},
+            "tasks": [{"data": f"embedded:{name}"} for name in CLASSES],
+            "backbone": {"name": str(write_tiny_backbone(folder))},
+            "method": {"image_depth": 2, "image_length": 2, "text_depth": 2, "text_length": 2},
+            "statistics": {"shrinkage": "oas"},
+            "train": {"device": "cuda"},  # where it was trained
+        }
+    )
+    backbone = load_backbone(config)
+    method = build_method(config, backbone)
+    store = RunStore.open(config.run.storage, "two")
+    epoch = store.acquire(this_process("test"))
+    for number, task in enumerate(CLASSES):
+        images = torch.stack([backbone.preprocess(picture(task, seed)) for seed in range(60)])
+        generator = torch.Generator().manual_seed(number)
+        module = TaskModule(
+            key=str(number) * 64,
+            task=task,
+            class_names=CLASSES[task],
+            templates=TEMPLATES[task],
+            method="diki",
+            parameters={
+                name: torch.randn(p.shape, generator=generator).numpy()
+                for name, p in method.initial(generator, None).items()
+            },
+            moments=Moments.of(backbone.encode_image(images)),
+            validation_features=np.zeros((0, backbone.embed_dim), np.float16),
+        )
+        store.commit_module(epoch, module.key, task, module.to_bytes())
+    store.put_document(epoch, "config.yaml", config.to_yaml())
+    results = {"backbone": {"digest": backbone.digest(), "name": config.backbone.name}}
+    store.put_document(epoch, "results.json", results)
+    return Stored(config.run.storage, config, store, epoch)
+
+
+def answers(stored: Stored, images: list[Image.Image]) -> list[Answer]:
+    return list(load_predictor(stored.storage, "two").answer(images))
+
+
+def test_an_image_is_routed_to_the_task_it_looks_like(stored: Stored) -> None:
+    images = [picture("warm", 100), picture("cold", 101), picture("warm", 102)]
+    found = answers(stored, images)
+    assert [a.task for a in found] == ["warm", "cold", "warm"]
+    for a in found:
+        assert a.task == max(a.log_densities, key=lambda task: a.log_densities[task])
+        assert a.class_name in {name for names in CLASSES.values() for name in names}
+        assert 0 < a.weight < 1
+        assert 0 < a.confidence <= 1
+
+
+def test_an_answer_is_what_the_predictor_computes(stored: Stored) -> None:
+    """Against the same steps by hand, one image and one block of candidates at a time."""
+    loaded = load_predictor(stored.storage, "two")
+    image = picture("cold", 7)
+    (found,) = loaded.answer([image])
+    p = loaded.predictor
+    pixels = p.backbone.preprocess(image)[None]
+    frozen = p.frozen_features(pixels)
+    routes = p.route(p.log_density(frozen), "image")
+    blocks = [Candidates.of(p.backbone, CLASSES[t], TEMPLATES[t]) for t in CLASSES]
+    logits = torch.cat([p.logits(pixels, frozen, routes, block) for block in blocks], dim=1)
+    names = [name for block in blocks for name in block.names]
+    assert found.class_name == names[int(logits.argmax())]
+    assert found.confidence == pytest.approx(float(logits.softmax(1).max()), abs=1e-6)
+    assert found.weight == pytest.approx(float(routes.weight), abs=1e-9)
+    assert list(found.log_densities.values()) == pytest.approx(p.log_density(frozen)[0].tolist())
+
+
+def test_an_answer_does_not_depend_on_what_else_is_asked(stored: Stored) -> None:
+    images = [picture(task, seed) for seed in range(20) for task in CLASSES]  # more than one pass holds
+    together = answers(stored, images)
+    for n in (0, 1, 33):
+        (alone,) = answers(stored, [images[n]])
+        assert alone.class_name == together[n].class_name
+        assert alone.confidence == pytest.approx(together[n].confidence, abs=1e-5)
+        assert alone.weight == pytest.approx(together[n].weight, abs=1e-6)
+
+
+def test_open_vocabulary_answers_among_any_names(stored: Stored) -> None:
+    predictor = load_predictor(stored.storage, "two").among(["a dog", "a cat"], "{}!")
+    (found,) = predictor.answer([picture("warm", 1)])
+    assert found.class_name in ("a dog", "a cat")
+    assert found.confidence >= 0.5
+    assert found.task == "warm"
+    for names, template in (([], "{}"), (["a", " "], "{}"), (["a"], "no place"), (["a"], "{} {}")):
+        with pytest.raises(ConfigError):
+            predictor.among(names, template)
+
+
+def test_a_removed_task_is_not_answered_with(stored: Stored) -> None:
+    before = stored.store.version
+    stored.store.remove_task(stored.epoch, "cold")
+    try:
+        predictor = load_predictor(stored.storage, "two")
+        (found,) = predictor.answer([picture("cold", 1)])
+        assert predictor.tasks == ("warm",)
+        assert found.class_name in CLASSES["warm"]
+        assert list(found.log_densities) == ["warm"]
+    finally:
+        stored.store.roll_back(stored.epoch, before)
+
+
+def test_below_skip_weight_the_frozen_model_is_named(stored: Stored) -> None:
+    config = stored.config.model_copy(
+        update={"evaluate": stored.config.evaluate.model_copy(update={"skip_weight": 1.0})}
+    )
+    (found,) = load_predictor(stored.storage, "two", config).answer([picture("warm", 1)])
+    assert found.task is None
+    assert found.weight > 0
+
+
+def test_a_backbone_with_other_weights_is_refused(stored: Stored, tmp_path: Path) -> None:
+    path = write_tiny_backbone(tmp_path)
+    path.write_text(path.read_text().replace("manual_seed(0)", "manual_seed(1)"))
+    config = stored.config.model_copy(
+        update={"backbone": stored.config.backbone.model_copy(update={"name": str(path)})}
+    )
+    with pytest.raises(ConfigError, match="does not have the weights that run 'two' was made with"):
+        load_predictor(stored.storage, "two", config)
+
+
+def test_runs_that_cannot_answer_are_named(stored: Stored, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no run 'tow' that has learnt anything; its runs are: two"):
+        load_predictor(stored.storage, "tow")
+    young = RunStore.open(str(tmp_path), "young")
+    epoch = young.acquire(this_process("test"))
+    entry = stored.store.modules()[0]
+    young.commit_module(epoch, entry.key, entry.task, stored.store.read_module(entry.digest))
+    with pytest.raises(ConfigError, match=r"no results/config\.yaml yet.*--config"):
+        load_predictor(str(tmp_path), "young")
+    assert load_predictor(str(tmp_path), "young", stored.config).tasks == ("warm",)
+
+
+def test_unreadable_images_are_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "not.png").write_bytes(b"words")
+    with pytest.raises(DataError, match=r"not\.png cannot be used: not an image"):
+        read_image(str(tmp_path / "not.png"))
+    with pytest.raises(DataError, match="there is no such file"):
+        read_image(str(tmp_path / "none.png"))
+
+
+@pytest.fixture
+def job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Job:
+    """jobs/predict.py in this process: (exit code, standard output, standard error) of its arguments."""
+    main = runpy.run_path(str(ROOT / "jobs/predict.py"))["main"]
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["predict.py", *arguments])
+        try:
+            code = main()
+        except SystemExit as exit:
+            code = exit.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_the_job_prints_a_table_or_json(stored: Stored, tmp_path: Path, job: Job) -> None:
+    image = tmp_path / "warm [x].png"
+    picture("warm", 5).save(image)
+    where = ("--storage", stored.storage, "--run", "two")
+    code, shown, _ = job(str(image), *where, "--classes", "[b]bold[/b]")
+    assert code == 0
+    assert "[b]bold[/b]" in shown  # as it is, not as markup
+    assert "100.0 %" in shown
+    code, told, _ = job(str(image), str(image), *where, "--json")
+    assert code == 0
+    first, second = json.loads(told)
+    assert first == second
+    assert set(first) == {"image", "class_name", "confidence", "task", "weight", "log_densities"}
+
+
+def test_the_job_fails_with_one_sentence_and_code_2(stored: Stored, tmp_path: Path, job: Job) -> None:
+    picture("warm", 5).save(tmp_path / "good.png")
+    (tmp_path / "not.png").write_bytes(b"words")
+    good, where = str(tmp_path / "good.png"), ("--storage", stored.storage, "--run", "two")
+    code, output, errors = job(good, str(tmp_path / "not.png"), *where)
+    assert (code, output) == (2, "")
+    assert errors.splitlines() == [f"error: {tmp_path}/not.png cannot be used: not an image."]
+    for arguments, said in (
+        ((good,), "give --run (with --storage), or --config"),
+        ((good, *where, "--template", "a {}"), "--template is for --classes"),
+        ((good, *where, "--classes", "a,,b"), "none may be empty"),
+        ((good, *where, "--classes", "a", "--template", "a"), "needs exactly one {}"),
+        ((good, "--config", str(tmp_path / "none.yaml")), "give the path of a YAML file"),
+    ):
+        code, output, errors = job(*arguments)
+        assert (code, output) == (2, "")
+        assert said in errors
+
+
+def test_reading_a_run_does_not_even_import_ray() -> None:
+    code = "import sys, diki_ray.runtime.inference, diki_ray.runtime.report; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
