@@ -21,7 +21,7 @@ def main() -> int:
     arguments = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 160)
     try:
-        run_continual(config.load(arguments.config, arguments.overrides), console)
+        run_continual(config.load(arguments.config, arguments.overrides), console, arguments.config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -18,41 +18,58 @@ from diki_ray.config import Config
 from diki_ray.model.module import TaskModule
 from diki_ray.runtime.cluster import cluster
 from diki_ray.runtime.evaluator import evaluate
+from diki_ray.runtime.inference import CONFIG_DOCUMENT
+from diki_ray.runtime.next_steps import next_steps
 from diki_ray.runtime.plan import Plan, load_backbone, make_plan
 from diki_ray.runtime.progress import Display, following
+from diki_ray.runtime.report import REPORT, render
 from diki_ray.runtime.results import DOCUMENT, build_results, protocol_id, table
 from diki_ray.runtime.store_actor import StoreClient
+from diki_ray.runtime.telemetry import Telemetry, serving
 from diki_ray.runtime.trainer import train
 
 
-def run_continual(config: Config, console: Console) -> dict[str, Any]:
+def run_continual(config: Config, console: Console, config_file: str | None = None) -> dict[str, Any]:
     """Learns the stream and returns its results, which are also in the run's storage; running it again trains nothing
     that is committed.
+
+    config_file: where the configuration came from, for what is said at the end.
 
     Raises:
         UserError: what the user can put right; what was committed before stays.
     """
-    clock = _Clock()
+    with serving(config, protocol_id(config)) as telemetry:
+        results = _run(config, Display(console), telemetry)
+        console.print(table(results))
+        console.print(next_steps(config, _command(), config_file), highlight=False, markup=False, soft_wrap=True)
+    return results
+
+
+def _run(config: Config, display: Display, telemetry: Telemetry) -> dict[str, Any]:
+    clock = _Clock(telemetry)
+    clock.start("plan")
     plan = make_plan(config, load_backbone(config))
-    clock.lap("plan")
+    clock.start("cluster")
     with cluster(config), _store(config) as store:
-        clock.lap("cluster")
-        display = Display(console)
+        telemetry.watch(store, [task.key for task in plan.tasks])
         display.say(
             f"run {config.run.name!r} on {store.handle.storage}: {len(plan.tasks)} tasks, {protocol_id(config)}"
         )
-        trained = _learn(plan, store, display)
-        clock.lap("train")
+        clock.start("train")
+        trained = _learn(plan, store, display, telemetry)
         results = None if trained else _unchanged_results(plan, store)
         if results is None:
-            results = _evaluated(plan, store, display, clock, trained)
+            clock.start("evaluate")
+            results = _evaluated(plan, store, display, telemetry, clock, trained)
         else:
             display.say("nothing to train or evaluate: results of the same configuration and modules are there.")
-        console.print(table(results))
+            if store.get_document(REPORT) is None:  # the driver ended between the results and their report
+                store.put_document(REPORT, render([results]))
+        telemetry.on_results(results)
         return results
 
 
-def _learn(plan: Plan, store: StoreClient, display: Display) -> list[str]:
+def _learn(plan: Plan, store: StoreClient, display: Display, telemetry: Telemetry) -> list[str]:
     """Makes every task's module part of the run; the names of those that had to be trained."""
     damaged = {entry.key for entry in store.damaged_modules()}
     committed = {entry.key: entry for entry in store.modules() if entry.key not in damaged}
@@ -70,18 +87,21 @@ def _learn(plan: Plan, store: StoreClient, display: Display) -> list[str]:
         workers = plan.config.train.num_workers
         display.say(f"training {len(pending)} tasks with {workers} worker{'s' if workers > 1 else ''} …")
         display.expect([task.name for task in pending])
-        with display.bars, following(store, [display]):
+        with display.bars, following(store, [display, telemetry]):
             train(plan.config, pending, store)
     return [task.name for task in pending]
 
 
-def _evaluated(plan: Plan, store: StoreClient, display: Display, clock: _Clock, trained: list[str]) -> dict[str, Any]:
+def _evaluated(
+    plan: Plan, store: StoreClient, display: Display, telemetry: Telemetry, clock: _Clock, trained: list[str]
+) -> dict[str, Any]:
+    def on_progress(done: int, total: int) -> None:
+        for listener in (display, telemetry):
+            listener.on_event({"kind": "evaluated", "done": done, "total": total})
+
     display.say("evaluating …")
     with display.bars:
-        evaluation, notes = evaluate(
-            plan, store, lambda done, total: display.on_event({"kind": "evaluated", "done": done, "total": total})
-        )
-    clock.lap("evaluate")
+        evaluation, notes = evaluate(plan, store, on_progress)
     entries = {entry.key: entry for entry in store.modules()}
     digests = [entries[task.key].digest for task in plan.tasks]
     results = build_results(
@@ -90,13 +110,18 @@ def _evaluated(plan: Plan, store: StoreClient, display: Display, clock: _Clock, 
         digests,
         evaluation,
         notes=notes,
-        seconds=clock.laps,
+        seconds=clock.laps(),
         trained=trained,
-        command=shlex.join(["python", *sys.argv]),
+        command=_command(),
     )
-    store.put_document("config.yaml", plan.config.to_yaml())
+    store.put_document(CONFIG_DOCUMENT, plan.config.to_yaml())
     store.put_document(DOCUMENT, results)
+    store.put_document(REPORT, render([results]))
     return results
+
+
+def _command() -> str:
+    return shlex.join(["python", *sys.argv])
 
 
 def _unchanged_results(plan: Plan, store: StoreClient) -> dict[str, Any] | None:
@@ -123,13 +148,17 @@ def _store(config: Config) -> Iterator[StoreClient]:
 
 
 class _Clock:
-    """Seconds of each stage."""
+    """Seconds of each phase; telemetry says which one goes on."""
 
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._started = time.monotonic()
+    def __init__(self, telemetry: Telemetry) -> None:
+        self._telemetry = telemetry
+        self._started: list[tuple[str, float]] = []
 
-    def lap(self, name: str) -> None:
-        now = time.monotonic()
-        self.laps[name] = now - self._started
-        self._started = now
+    def start(self, phase: str) -> None:
+        self._started.append((phase, time.monotonic()))
+        self._telemetry.phase.state(phase)
+
+    def laps(self) -> dict[str, float]:
+        """Seconds of the phases so far, the one that goes on included."""
+        ends = [started for _, started in self._started[1:]] + [time.monotonic()]
+        return {phase: end - started for (phase, started), end in zip(self._started, ends, strict=True)}
