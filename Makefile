@@ -1,5 +1,6 @@
 # make quickstart   the embedded stream, from an empty folder to the accuracy matrix
 # make test         environment, lint, types, tests
+# make browser      report.html in a real Chromium, where there is one; screenshots in build/report
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,6 +13,10 @@ quickstart: env
 
 test: env-test lint types
 	$(BIN)/python -m pytest
+
+.PHONY: browser
+browser: env-test
+	REPORT_SCREENSHOTS=build/report $(BIN)/python -m pytest -rs tests/browser
 
 lint: env-test
 	$(BIN)/ruff check .
