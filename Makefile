@@ -1,18 +1,22 @@
 # make quickstart   the embedded stream, from an empty folder to the accuracy matrix
 # make test         environment, lint, types, tests
+# make cluster      the files under cluster/ alone; needs kubectl and Prometheus' tools, and says loudly what it left out
 # make browser      report.html in a real Chromium, where there is one; screenshots in build/report
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: quickstart test env env-test lint types clean
+.PHONY: quickstart test cluster env env-test lint types clean
 
 quickstart: env
 	$(BIN)/python jobs/continual.py --config configs/quickstart.yaml
 
 test: env-test lint types
 	$(BIN)/python -m pytest
+
+cluster: env-test
+	$(BIN)/python -m pytest -rs tests/unit/test_cluster_files.py tests/unit/test_cluster_metrics.py
 
 .PHONY: browser
 browser: env-test

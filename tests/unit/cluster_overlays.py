@@ -1,0 +1,69 @@
+"""The overlays of cluster/kuberay as kubectl renders them, and the commands and configurations of their jobs."""
+
+import functools
+import re
+import shlex
+import shutil
+import subprocess
+import warnings
+from pathlib import Path
+
+import pytest
+import yaml
+
+from diki_ray import config
+from diki_ray.sweep_config import load_sweep
+
+ROOT = Path(__file__).parents[2]
+KUBERAY = ROOT / "cluster" / "kuberay"
+OVERLAYS = sorted(path.name for path in (KUBERAY / "overlays").iterdir())
+JOB_OVERLAYS = [n for n in OVERLAYS if "/job\n" in (KUBERAY / "overlays" / n / "kustomization.yaml").read_text()]
+
+
+def tool(name, consequence):
+    """The path of a program; without it the test is skipped, and says loudly what that means."""
+    if (path := shutil.which(name)) is None:
+        reason = f"{name} is not installed: {consequence}"
+        warnings.warn(reason, stacklevel=2)
+        pytest.skip(reason)
+    return path
+
+
+def render(folder):
+    kubectl = tool("kubectl", "NOTHING under cluster/kuberay was rendered or checked")
+    done = subprocess.run([kubectl, "kustomize", str(folder)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [document for document in yaml.safe_load_all(done.stdout) if document]
+
+
+@functools.cache
+def rendered(overlay):
+    return render(KUBERAY / "overlays" / overlay)
+
+
+def of_kind(overlay, *kinds):
+    return [thing for thing in rendered(overlay) if thing["kind"] in kinds]
+
+
+def ray_cluster(overlay):
+    """The spec of the RayCluster that is there itself, or as a RayJob's."""
+    (thing,) = of_kind(overlay, "RayCluster", "RayJob")
+    return thing["spec"].get("rayClusterSpec", thing["spec"])
+
+
+def command_of(overlay):
+    """(script, --config, overrides) of a job. Two shells read the command: no word of it may mean a thing to them."""
+    (job,) = of_kind(overlay, "RayJob")
+    assert re.fullmatch(r"[\w./:= -]+", job["spec"]["entrypoint"])
+    python, script, flag, path, *overrides = shlex.split(job["spec"]["entrypoint"])
+    assert (python, flag) == ("python", "--config")
+    return ROOT / script, ROOT / path, overrides
+
+
+def configuration_of(overlay):
+    """(configuration, jobs that run side by side) as the job's script reads them from its command."""
+    script, path, overrides = command_of(overlay)
+    if script.name == "sweep.py":
+        sweep, varied = load_sweep(path, overrides)
+        return varied, sweep.concurrent_trials
+    return config.load(path, overrides), 1

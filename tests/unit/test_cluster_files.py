@@ -1,0 +1,358 @@
+"""What is under cluster/: every overlay, rendered and held to the schemas of Kubernetes and KubeRay, to the rules of a
+restricted namespace, and to what pyproject.toml, jobs/ and configs/ say.
+
+No cluster is needed, only kubectl (a client that renders). KubeRay's schemas are in tests/kuberay.
+"""
+
+import functools
+import json
+import lzma
+import os
+import re
+import tomllib
+from pathlib import Path
+
+import jsonschema
+import kubernetes_validate
+import pytest
+from cluster_overlays import (
+    JOB_OVERLAYS,
+    KUBERAY,
+    OVERLAYS,
+    ROOT,
+    command_of,
+    configuration_of,
+    of_kind,
+    ray_cluster,
+    render,
+    rendered,
+)
+from packaging.requirements import Requirement
+
+import diki_ray
+
+DOCKER = ROOT / "cluster" / "docker"
+KUBERNETES = ("1.31", "1.37")  # the oldest and the newest that the overlays are for
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+DEPENDENCIES = {r.name: r for r in map(Requirement, PYPROJECT["dependencies"])}
+RAY_VERSION = next(iter(DEPENDENCIES["ray"].specifier)).version
+MOUNT = "/mnt/diki"
+
+
+def pod_templates(overlay):
+    """(what it is, pod template) of everything that becomes a pod."""
+    cluster = ray_cluster(overlay)
+    yield "head", cluster["headGroupSpec"]["template"]
+    for group in cluster["workerGroupSpecs"]:
+        yield group["groupName"], group["template"]
+    for job in of_kind(overlay, "RayJob"):
+        yield "submitter", job["spec"]["submitterPodTemplate"]
+    for thing in of_kind(overlay, "Deployment", "StatefulSet", "Job", "DaemonSet"):
+        yield thing["metadata"]["name"], thing["spec"]["template"]
+
+
+# Schemas
+
+
+@functools.cache
+def kuberay_schemas():
+    return json.loads(lzma.decompress((ROOT / "tests" / "kuberay" / "crds.json.xz").read_bytes()))
+
+
+def closed(schema):
+    """A CRD's schema as the API server applies it: no unknown fields, and x-kubernetes-int-or-string is either."""
+    schema = dict(schema)
+    if schema.get("x-kubernetes-int-or-string"):
+        schema.pop("type", None)
+    if "properties" in schema:
+        schema["properties"] = {name: closed(child) for name, child in schema["properties"].items()}
+        if not schema.get("x-kubernetes-preserve-unknown-fields"):
+            schema.setdefault("additionalProperties", False)
+    for key in ("items", "additionalProperties"):
+        if isinstance(schema.get(key), dict):
+            schema[key] = closed(schema[key])
+    return schema
+
+
+@functools.cache
+def validator(kind):
+    return jsonschema.Draft202012Validator(closed(kuberay_schemas()[kind]))
+
+
+def problems(thing):
+    """Everything that the API server would refuse, as `path: what`."""
+    if thing["apiVersion"] == "ray.io/v1":
+        return [f"{error.json_path}: {error.message}" for error in validator(thing["kind"]).iter_errors(thing)]
+    found = []
+    for version in KUBERNETES:
+        try:
+            kubernetes_validate.validate(thing, version, strict=True)
+        except kubernetes_validate.ValidationError as error:
+            found.append(f"{error.json_path} ({version}): {error.message}")
+        except kubernetes_validate.SchemaNotFoundError:
+            found.append(f"{thing['apiVersion']} {thing['kind']} ({version}): no schema to hold it to")
+    return found
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_object_is_one_that_kubernetes_and_kuberay_accept(overlay):
+    things = rendered(overlay)
+    assert {thing["kind"] for thing in things} >= {"Namespace", "NetworkPolicy", "PodDisruptionBudget"}
+    assert len(of_kind(overlay, "RayCluster", "RayJob")) == 1
+    assert [problem for thing in things for problem in problems(thing)] == []
+    assert {thing["metadata"].get("namespace", "diki") for thing in things} == {"diki"}
+
+
+def broken(**changes):
+    """The smallest RayJob with a cluster, with values put at dotted paths."""
+    container = {"name": "ray-head", "image": "diki-ray"}
+    job = {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayJob",
+        "metadata": {"name": "diki"},
+        "spec": {
+            "entrypoint": "true",
+            "rayClusterSpec": {"headGroupSpec": {"template": {"spec": {"containers": [container]}}}},
+        },
+    }
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        functools.reduce(lambda node, key: node[int(key) if key.isdigit() else key], parents, job)[last] = value
+    return job
+
+
+CLUSTER = "spec__rayClusterSpec"
+CONTAINER = f"{CLUSTER}__headGroupSpec__template__spec__containers__0"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        ("spec__entryPoint", "true", "'entryPoint' was unexpected"),
+        ("spec__backoffLimit", "3", "'3' is not of type 'integer'"),
+        (f"{CLUSTER}__authOptions", {"mode": "password"}, "'password' is not one of"),
+        (f"{CLUSTER}__workerGroupSpecs", [{"groupName": "gpu"}], "'template' is a required property"),
+        (f"{CONTAINER}__resource", {}, "'resource' was unexpected"),
+        (f"{CONTAINER}__resources", {"limits": {"cpu": [2]}}, "[2] is not"),
+    ],
+)
+def test_a_broken_rayjob_is_refused(path, value, expected):
+    assert problems(broken()) == []
+    assert any(expected in problem for problem in problems(broken(**{path: value})))
+
+
+def test_an_object_of_a_kind_without_a_schema_is_not_taken_for_good():
+    assert problems({"apiVersion": "example.com/v1", "kind": "Thing", "metadata": {"name": "x"}})
+
+
+# Security
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_pod_keeps_to_the_restricted_pod_security_standard(overlay):
+    (namespace,) = of_kind(overlay, "Namespace")
+    assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+    for name, template in pod_templates(overlay):
+        spec = template["spec"]
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & set(spec), name
+        allowed = {"name", "persistentVolumeClaim", "emptyDir", "configMap", "secret"}
+        assert all(set(volume) <= allowed for volume in spec.get("volumes", [])), name
+        pod = spec["securityContext"]
+        assert pod["runAsNonRoot"] is True, name
+        assert pod["runAsUser"] > 0, name
+        assert pod["seccompProfile"] == {"type": "RuntimeDefault"}, name
+        for container in spec["containers"] + spec.get("initContainers", []):
+            context = container["securityContext"]
+            assert context["allowPrivilegeEscalation"] is False, name
+            assert context["capabilities"] == {"drop": ["ALL"]}, name
+            assert "privileged" not in context, name
+            assert set(container["resources"]) == {"requests", "limits"}, name
+    autoscaler = ray_cluster(overlay).get("autoscalerOptions")
+    assert autoscaler is None or autoscaler["securityContext"]["allowPrivilegeEscalation"] is False
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_nothing_is_reachable_from_outside_and_no_secret_is_in_the_files(overlay):
+    cluster = ray_cluster(overlay)
+    assert cluster["authOptions"] == {"mode": "token"}
+    assert cluster["headGroupSpec"]["serviceType"] == "ClusterIP"
+    assert not cluster["headGroupSpec"].get("enableIngress")
+    assert of_kind(overlay, "Ingress", "Secret", "Gateway", "HTTPRoute") == []
+    assert all(service["spec"]["type"] == "ClusterIP" for service in of_kind(overlay, "Service"))
+    (policy,) = of_kind(overlay, "NetworkPolicy")
+    assert policy["spec"]["podSelector"] == {}
+    assert "Ingress" in policy["spec"]["policyTypes"]
+    own_namespace, *others = policy["spec"]["ingress"]
+    assert own_namespace == {"from": [{"podSelector": {}}]}
+    for rule in others:
+        assert rule["ports"]
+        (peer,) = rule["from"]  # a rule without `from`, or a peer without labels, lets everybody in
+        assert any(selector.get("matchLabels") for selector in peer.values())
+    for name, template in pod_templates(overlay):
+        for container in template["spec"]["containers"]:
+            for variable in container.get("env", []):
+                secret = re.search("PASSWORD|TOKEN|SECRET|KEY", variable["name"])
+                assert not (secret and "value" in variable), f"{name}: {variable['name']} is written out"
+
+
+# Surviving
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_head_is_not_evicted_and_workers_drain_within_their_grace_period(overlay):
+    (budget,) = of_kind(overlay, "PodDisruptionBudget")
+    assert budget["spec"]["selector"]["matchLabels"] == {"ray.io/node-type": "head"}
+    for name, template in pod_templates(overlay):
+        spec = template["spec"]
+        environment = {v["name"]: v.get("value") for v in spec["containers"][0].get("env", [])}
+        if "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S" in environment:
+            drain_s = float(environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
+            assert drain_s + 20 <= spec["terminationGracePeriodSeconds"], name
+            assert (drain_s == 0) == (name == "head")
+            assert template["metadata"]["annotations"]["cluster-autoscaler.kubernetes.io/safe-to-evict"] == "false"
+            assert {"startupProbe", "readinessProbe", "livenessProbe"} <= set(spec["containers"][0]), name
+        else:
+            assert name in ("submitter", "diki-redis")
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_workers_scale_from_none_unless_a_queue_counts_them(overlay):
+    cluster = ray_cluster(overlay)
+    for group in cluster["workerGroupSpecs"]:
+        if cluster["enableInTreeAutoscaling"]:
+            assert (group["minReplicas"], group.get("replicas", 0)) == (0, 0)
+            assert group["maxReplicas"] >= 1
+        else:
+            assert overlay == "kueue"
+            assert group["minReplicas"] == group["replicas"] == group["maxReplicas"] >= 1
+
+
+def test_head_restart_is_for_clusters_that_live_long_and_queues_are_for_jobs():
+    assert ray_cluster("redis")["gcsFaultToleranceOptions"]["redisPassword"]["valueFrom"]["secretKeyRef"]
+    assert [name for name in OVERLAYS if "gcsFaultToleranceOptions" in ray_cluster(name)] == ["redis"]
+    assert of_kind("redis", "RayCluster")
+    assert of_kind("kueue", "RayJob")[0]["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "diki"}
+
+
+# What jobs run
+
+
+@pytest.mark.parametrize("overlay", JOB_OVERLAYS)
+def test_a_job_runs_a_command_of_this_repository_with_a_valid_configuration(overlay):
+    script, path, _ = command_of(overlay)
+    assert script.is_file()
+    assert path.is_file()
+    wanted, _ = configuration_of(overlay)
+    templates = [template["spec"] for name, template in pod_templates(overlay) if name != "submitter"]
+    mounts = [[m["mountPath"] for m in spec["containers"][0].get("volumeMounts", [])] for spec in templates]
+    for place in (wanted.run.storage, wanted.data.root):
+        assert place.startswith((f"{MOUNT}/", "s3://", "gs://")), "a pod's own disk goes with the pod"
+        assert mounts == [[MOUNT] if place.startswith(MOUNT) else []] * 2
+
+
+@pytest.mark.parametrize("overlay", JOB_OVERLAYS)
+def test_a_retry_is_the_same_run_under_an_id_that_cannot_be_submitted_twice(overlay):
+    (job,) = of_kind(overlay, "RayJob")
+    assert job["spec"]["backoffLimit"] >= 1
+    assert job["spec"]["shutdownAfterJobFinishes"]
+    assert job["spec"]["jobId"] == job["metadata"]["name"] != "diki"
+    first, again = configuration_of(overlay)[0], configuration_of(overlay)[0]
+    assert first.run.name == again.run.name  # from the file: a name drawn anew would be another run
+
+
+def amount(quantity):
+    """A CPU or GPU quantity as a number."""
+    text = str(quantity)
+    return float(text[:-1]) / 1000 if text.endswith("m") else float(text)
+
+
+@pytest.mark.parametrize("overlay", JOB_OVERLAYS)
+def test_the_workers_that_a_job_asks_for_find_room(overlay):
+    wanted, side_by_side = configuration_of(overlay)
+    (group,) = ray_cluster(overlay)["workerGroupSpecs"]
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    gpus = amount(limits.get("nvidia.com/gpu", 0))
+    assert wanted.train.device == ("cuda" if gpus else "auto"), "the head, which decides, has no GPU to ask"
+    for part in (wanted.train, wanted.evaluate):
+        a_pod = amount(limits["cpu"]) // part.cpus_per_worker
+        a_pod = min(a_pod, gpus) if gpus else a_pod
+        assert a_pod * group["maxReplicas"] >= part.num_workers * side_by_side
+
+
+# Versions
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_images_and_ray_versions_are_those_of_the_package(overlay):
+    assert ray_cluster(overlay)["rayVersion"] == RAY_VERSION
+    images = {name: template["spec"]["containers"][0]["image"] for name, template in pod_templates(overlay)}
+    images.pop("diki-redis", None)
+    (image,) = set(images.values())  # Ray refuses a cluster of different versions
+    variant = "cpu" if overlay.startswith("kind") else cuda_variant()
+    assert image == f"diki-ray:{diki_ray.__version__}-{variant}"
+
+
+def cuda_variant():
+    (variant,) = set(re.findall(r"PLATFORM=(cu\d+)", dockerfile()))
+    return variant
+
+
+def dockerfile():
+    return (DOCKER / "Dockerfile").read_text()
+
+
+def test_the_image_is_pinned_to_the_ray_of_the_package_and_does_not_run_as_root():
+    lines = [line for line in dockerfile().splitlines() if line and not line.startswith("#")]
+    assert f"ARG RAY_VERSION={RAY_VERSION}" in lines
+    assert "FROM rayproject/ray:${RAY_VERSION}-py311-${PLATFORM}" in lines
+    assert "py311".replace("py3", "3.") in PYPROJECT["requires-python"]
+    assert [line for line in lines if line.startswith("USER")] == ["USER 1000"]
+    assert set(re.findall(r"diki-ray:([\w.]+)-", dockerfile())) == {diki_ray.__version__}
+
+
+def test_the_build_context_has_all_that_the_image_copies():
+    ignored = (DOCKER / "Dockerfile.dockerignore").read_text().splitlines()
+    for line in re.findall(r"^COPY (?:--\S+ )*(.+) \S+$", dockerfile(), re.MULTILINE):
+        for source in line.split():
+            assert (ROOT / source).exists(), source
+            assert any(f"!{parent}" in ignored for parent in (source, *map(str, Path(source).parents))), source
+
+
+def test_every_dependency_is_pinned_in_the_image_to_a_version_that_the_package_allows():
+    lines = (DOCKER / "constraints.txt").read_text().splitlines()
+    pins = {r.name: next(iter(r.specifier)).version for r in (Requirement(s) for s in lines if not s.startswith("#"))}
+    assert set(pins) == set(DEPENDENCIES)
+    assert {n: v for n, v in pins.items() if not DEPENDENCIES[n].specifier.contains(v)} == {}
+
+
+# The guide
+
+
+def guide():
+    return (ROOT / "docs" / "kubernetes.md").read_text()
+
+
+def test_every_component_is_used_and_every_overlay_is_in_the_guide():
+    used = "".join(path.read_text() for path in (KUBERAY / "overlays").glob("*/kustomization.yaml"))
+    assert {c.name for c in (KUBERAY / "components").iterdir() if f"components/{c.name}\n" not in used} == set()
+    assert {name for name in OVERLAYS if f"`overlays/{name}`" not in guide()} == set()
+    assert set(re.findall(r"diki-ray:([\d.]+)-|IMAGE:([\d.]+)-", guide())) == {
+        (diki_ray.__version__, ""),
+        ("", diki_ray.__version__),
+    }
+
+
+def test_the_overlay_that_the_guide_has_people_write_is_a_good_one(tmp_path):
+    (text,) = re.findall(r"```yaml\n(apiVersion: kustomize.*?)```", guide(), re.DOTALL)
+    (tmp_path / "kustomization.yaml").write_text(
+        text.replace("../cluster", os.path.relpath(ROOT / "cluster", tmp_path))
+    )
+    things = render(tmp_path)
+    assert [problem for thing in things for problem in problems(thing)] == []
+    (job,) = [thing for thing in things if thing["kind"] == "RayJob"]
+    (account,) = [thing for thing in things if thing["kind"] == "ServiceAccount"]
+    assert account["metadata"]["annotations"] == {
+        "iam.gke.io/gcp-service-account": "diki@your-project.iam.gserviceaccount.com"
+    }
+    images = set(re.findall(r"'image': '([^']+)'", str(job)))
+    assert images == {f"europe-west4-docker.pkg.dev/your-project/diki/diki-ray:{diki_ray.__version__}-{cuda_variant()}"}
