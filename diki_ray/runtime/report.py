@@ -27,6 +27,8 @@ from diki_ray.runtime.store import RunStore
 
 REPORT = "report.html"
 SUMMARY = ("transfer", "average", "last", "forgetting", "backward_transfer")
+MAX_SQUARE_TASKS = 64
+"""Up to here the page has tables of a cell for every pair of tasks; a thousand tasks would make 300 MB of them."""
 STAGES = ("plan", "cluster", "train", "evaluate")
 
 Results = Mapping[str, Any]
@@ -114,10 +116,12 @@ def _view(results: Results, label: str, pictures: Callable[[Mapping[str, Any]], 
 
 
 def _matrix(results: Results) -> list[dict[str, Any]]:
-    """A row for each task learnt: cells with the accuracy, its difference to zero-shot, and where it stands to what
-    was learnt by then: `own` (just learnt), `before` (learnt earlier) or `after` (not learnt yet)."""
-    rows = []
-    for i, (task, values) in enumerate(zip(results["tasks"], results["accuracy"], strict=True)):
+    """A row for each task learnt (of a long stream only the last): cells with the accuracy, its difference to
+    zero-shot, and where it stands to what was learnt by then: `own` (just learnt), `before` (learnt earlier) or `after`
+    (not learnt yet)."""
+    rows, num = [], len(results["tasks"])
+    for i in range(num) if num <= MAX_SQUARE_TASKS else [num - 1]:
+        task, values = results["tasks"][i], results["accuracy"][i]
         cells = [
             {
                 "value": value,
@@ -144,20 +148,21 @@ def _curves(task: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _routing(tasks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """For each test set the share of its images that each task's module, and the frozen model, answered at the end."""
+def _routing(tasks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """For each test set the share of its images that each task's module, and the frozen model, answered at the end; in
+    a long stream the other tasks' together."""
+    square = len(tasks) <= MAX_SQUARE_TASKS
     rows = []
     for j, task in enumerate(tasks):
-        counts = [*task["routed"]["tasks"], task["routed"]["frozen"]]
-        total = sum(counts) or 1
-        rows.append(
-            {
-                "label": task["name"],
-                "num_test": task["num_test"],
-                "cells": [{"count": c, "share": c / total, "own": k == j} for k, c in enumerate(counts)],
-            }
-        )
-    return rows
+        to, frozen = task["routed"]["tasks"], task["routed"]["frozen"]
+        counts = [*to, frozen] if square else [to[j], sum(to) - to[j], frozen]
+        total, own = sum(counts) or 1, j if square else 0
+        cells = [{"count": c, "share": c / total, "own": k == own} for k, c in enumerate(counts)]
+        rows.append({"label": task["name"], "num_test": task["num_test"], "cells": cells})
+    return {
+        "columns": [*([t["name"] for t in tasks] if square else ["its own task", "others"]), "frozen"],
+        "rows": rows,
+    }
 
 
 def _weights(task: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,21 +199,30 @@ def _warnings(runs: Sequence[Results]) -> list[str]:
 
 
 def _differing_settings(runs: Sequence[Results]) -> list[tuple[str, list[str]]]:
-    """Configuration fields whose values differ between the runs: (field, value in each run)."""
-    flat = [_flat(results["config"]) for results in runs]
+    """Configuration fields whose values differ between the runs: (field, value in each run). Not their names."""
+    flat = [_flat(results["config"] | {"tasks": _stream(results)}) for results in runs]
+    for tree in flat:
+        tree.pop("run.name", None)
     fields = dict.fromkeys(field for tree in flat for field in tree)
     rows = [(field, [tree.get(field, "–") for tree in flat]) for field in fields]
     return [(field, values) for field, values in rows if len(set(values)) > 1]
 
 
+def _stream(results: Results) -> str:
+    """The configured tasks in one line, with what was set of them."""
+    tasks = []
+    for task in results["config"]["tasks"]:
+        settings = [f"{k}={v}" for k, v in task.items() if v is not None and k not in ("data", "name")]
+        tasks.append(f"{task['name'] or task['data']}{' (' + ', '.join(settings) + ')' if settings else ''}")
+    return ", ".join(tasks) or "the protocol's"
+
+
 def _flat(tree: Any, prefix: str = "") -> dict[str, str]:
-    if isinstance(tree, dict):
-        items: Any = tree.items()
-    elif isinstance(tree, list):
-        items = enumerate(tree)
-    else:
+    if not isinstance(tree, dict):
         return {prefix: "default" if tree is None else str(tree)}
-    return {f: v for key, value in items for f, v in _flat(value, f"{prefix}.{key}" if prefix else str(key)).items()}
+    return {
+        f: v for key, value in tree.items() for f, v in _flat(value, f"{prefix}.{key}" if prefix else str(key)).items()
+    }
 
 
 def _in_order(values: Mapping[str, Any], order: Iterable[str]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def sample_results(names: Sequence[str], run: str = "made-up", seed: int = 0, ep
     num = len(names)
     zero, gain = random.uniform(0.1, 0.6, num), random.uniform(0.1, 0.4, num)
     accuracy = np.array(
-        [[zero[j] + (gain[j] - 0.01 * (i - j) if i >= j else 0) for j in range(num)] for i in range(num)]
+        [[zero[j] + (gain[j] - 0.05 * (i - j) / num if i >= j else 0) for j in range(num)] for i in range(num)]
     )
     config = Config.model_validate(
         {"run": {"name": run, "storage": "somewhere"}, "tasks": [{"data": f"embedded:{n}", "name": n} for n in names]}

@@ -21,7 +21,7 @@ from diki_ray.data.protocols import protocol
 from diki_ray.errors import UserError
 from diki_ray.runtime import report_charts as charts
 from diki_ray.runtime.next_steps import next_steps
-from diki_ray.runtime.report import load_results, render
+from diki_ray.runtime.report import MAX_SQUARE_TASKS, load_results, render
 from diki_ray.runtime.report_examples import Pictures, read_pictures
 from diki_ray.runtime.report_published import compare
 
@@ -112,6 +112,17 @@ def test_a_stream_of_one_task_has_a_report() -> None:
     text = Page(render([sample_results(["only"], epochs=1)], no_pictures)).text
     assert "1 task on" in text
     assert "zero-shot on the same tasks –" in text
+
+
+def test_a_long_stream_has_no_table_of_all_pairs() -> None:
+    names = [f"t{n}" for n in range(MAX_SQUARE_TASKS + 36)]
+    results = sample_results(names, epochs=1)
+    html = render([results], no_pictures)
+    assert len(html) < 3e6
+    text = Page(html).text
+    assert "Only the last of 100 rows is shown" in text
+    assert "its own task" in text
+    assert f"{100 * results['accuracy'][-1][5]:.1f}" in text
 
 
 def test_missing_values_are_gaps_and_not_errors() -> None:
@@ -258,6 +269,7 @@ def test_several_runs_stand_side_by_side_with_what_differs() -> None:
     text = Page(render([one, two], no_pictures)).text
     assert "Settings that differ" in text
     assert "train.lr" in text
+    assert "digits, neon, mist" in text
     assert "train.epochs" not in text.partition("Accuracy on each test set")[0]
     assert "not comparable" not in text
 
