@@ -5,6 +5,7 @@ Pure but for reading the data sets' indexes; decided before any cluster is touch
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -116,8 +117,8 @@ def make_plan(config: Config, backbone: Backbone) -> Plan:
     tasks: list[PlannedTask] = []
     for section in tasks_of(config):
         index = prepare.ensure(
-            section.data,
-            config.data.root,
+            _absolute(section.data),  # workers run in folders of their own
+            _absolute(config.data.root),
             name=section.name,
             template=section.template,
             shots=section.shots,
@@ -130,6 +131,11 @@ def make_plan(config: Config, backbone: Backbone) -> Plan:
         templates = (section.template,) if section.template else index.templates
         tasks.append(_planned(config, digest, name, index, templates, tasks))
     return Plan(config, digest, backbone.embed_dim, tuple(tasks))
+
+
+def _absolute(place: str) -> str:
+    """A local path in full, `~` included; a URL or `embedded:NAME` as it is."""
+    return place if "://" in place or place.startswith("embedded:") else os.path.abspath(os.path.expanduser(place))
 
 
 def _planned(

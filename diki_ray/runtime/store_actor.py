@@ -28,7 +28,7 @@ from diki_ray.runtime.store_upkeep import Problem, PurgeReport
 NAMESPACE = "diki_ray"
 DEFAULT_TIMEOUT_S = 120.0  # a restarted actor is back in seconds; storage may be away for longer
 _RETRY_S = 0.2
-_NUM_CPUS = 0.01  # it waits for storage, it does not compute
+_NUM_CPUS = 0  # it waits for storage, it does not compute; a worker group may ask for every CPU there is
 _NUM_THREADS = 4  # readers and heartbeats are not to wait behind a slow write
 
 

@@ -86,7 +86,7 @@ def test_a_worker_and_the_store_killed_in_the_middle_of_tasks_change_nothing(tmp
     done = run.start(
         faults=[
             {"kind": "kill-worker", "task": "digits", "rank": 1, "step": 4},
-            {"kind": "kill-store", "task": "neon", "rank": 0, "step": 2},
+            {"kind": "kill-store", "task": "gems", "rank": 0, "step": 2},
         ]
     )
     assert done.returncode == 0, done.stderr
@@ -96,7 +96,7 @@ def test_a_worker_and_the_store_killed_in_the_middle_of_tasks_change_nothing(tmp
 
 def test_the_driver_killed_and_its_newest_checkpoint_damaged_change_nothing(tmp_path: Path, undisturbed: Run) -> None:
     run = Run(tmp_path, undisturbed.prepared)
-    done = run.start(faults=[{"kind": "kill-driver", "task": "neon", "rank": 0, "step": 5}])
+    done = run.start(faults=[{"kind": "kill-driver", "task": "gems", "rank": 0, "step": 5}])
     assert done.returncode == -9
     assert list(run.digests()) == ["digits"]  # what was acknowledged is there
     newest = run.checkpoints()[-1]
@@ -105,7 +105,7 @@ def test_the_driver_killed_and_its_newest_checkpoint_damaged_change_nothing(tmp_
     newest.write_bytes(bytes(blob))
     done = run.start()
     assert done.returncode == 0, done.stderr
-    assert run.results()["trained"] == ["neon"]
+    assert run.results()["trained"] == ["gems"]
     assert "digits: learnt already" in done.stdout
     assert_equal(run, undisturbed)
 
@@ -117,13 +117,13 @@ def test_what_is_not_finite_on_one_rank_is_no_step_on_any_and_a_hanging_rank_is_
     done = run.start(
         faults=[
             {"kind": "nan", "task": "digits", "rank": 1, "step": 1},
-            {"kind": "hang", "task": "neon", "rank": 1, "step": 3},
+            {"kind": "hang", "task": "gems", "rank": 1, "step": 3},
         ]
     )
     assert done.returncode == 0, done.stderr
     assert run.num_fired() == 2
     digests, expected = run.digests(), undisturbed.digests()
-    assert digests["neon"] == expected["neon"]  # the hang was noticed in 15 s, and cost nothing but time
+    assert digests["gems"] == expected["gems"]  # the hang was noticed in 15 s, and cost nothing but time
     assert digests["digits"] != expected["digits"]  # one step fewer
     import numpy as np
 
