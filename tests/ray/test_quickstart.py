@@ -1,0 +1,60 @@
+"""What the quickstart shows, on the test splits, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    folder = tmp_path_factory.mktemp("quickstart")
+    command = [
+        *(sys.executable, "jobs/continual.py", "--config", "configs/quickstart.yaml"),
+        *(f"run.storage={folder}/runs", f"data.root={folder}/prepared"),
+    ]
+    started = time.monotonic()
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    print(f"the quickstart took {time.monotonic() - started:.0f} s; it is to take at most 180 s on 2 free cores")
+    results = json.loads((folder / "runs/runs/quickstart/results/results.json").read_text())
+    return results | {"stdout": done.stdout}
+
+
+@pytest.mark.timeout(1000)
+def test_quickstart_keeps_zero_shot_forgets_nothing_and_learns(quickstart: dict) -> None:
+    zero_shot, metrics = np.array(quickstart["zero_shot"]), quickstart["metrics"]
+    assert len(zero_shot) >= 5
+    assert max(v for v in metrics["forgetting"]["per_task"] if v is not None) <= 0.01
+    transfer = np.array(metrics["transfer"]["per_task"][1:], float)
+    assert abs(transfer.mean() - zero_shot[1:].mean()) <= 0.01
+    assert np.mean(np.array(metrics["last"]["per_task"]) - zero_shot) >= 0.20
+
+
+@pytest.mark.timeout(1000)
+def test_transfer_means_something_and_routing_is_by_domain(quickstart: dict) -> None:
+    late = quickstart["zero_shot"][-2:]
+    chance = [t["chance"] for t in quickstart["tasks"]]
+    assert min(late) > 0.5 > max(chance)
+    for j, task in enumerate(quickstart["tasks"]):
+        assert task["routed"]["tasks"][j] / task["num_test"] > 0.99
+        assert task["weights"]["learnt"]["mean"] > 0.9
+    assert quickstart["notes"]["text_feature_error"] < 0.05
+
+
+@pytest.mark.timeout(1000)
+def test_progress_is_readable_in_a_log_and_says_what_to_do_next(quickstart: dict) -> None:
+    said = quickstart["stdout"]
+    for words in ("[1/6] chessboard  epoch 1/12  loss ", "images/s", "left for this task", "(random chance)",
+                  "nothing: zero-shot", "run again", "add a task", "predict", "open the report"):  # fmt: skip
+        assert words in said
