@@ -1,0 +1,216 @@
+"""A run handed on as one file: loads without Ray, answers what the run answers, refuses what it was not made for."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from tiny_backbone import write_tiny_backbone
+
+import diki_ray
+from diki_ray.config import parse
+from diki_ray.errors import ConfigError, CorruptError, DataError
+from diki_ray.model.gaussian import Moments
+from diki_ray.model.module import TaskModule
+from diki_ray.runtime.bundle import export_bundle
+from diki_ray.runtime.plan import build_method, load_backbone
+from diki_ray.runtime.store import RunStore
+from diki_ray.runtime.store_lease import this_process
+
+ROOT = Path(__file__).parent.parent.parent
+CLASSES = {"warm": ("red", "or|ange <b>", "yellow"), "cold": ("blue", "green")}
+COLOURS = {"warm": (200, 90, 40), "cold": (40, 90, 200)}
+
+Job = Callable[..., tuple[int, str, str]]
+
+
+def picture(task: str, seed: int) -> Image.Image:
+    pixels = np.random.default_rng(seed).normal(COLOURS[task], 30, (40, 40, 3))
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run `two` of two tasks, with the documents that a job leaves, beside image files."""
+    folder = tmp_path_factory.mktemp("run")
+    config = parse(
+        {
+            "run": {"name": "two", "storage": str(folder / "storage")},
+            "tasks": [{"data": f"embedded:{name}"} for name in CLASSES],
+            "backbone": {"name": str(write_tiny_backbone(folder))},
+            "method": {"image_depth": 2, "image_length": 2, "text_depth": 1, "text_length": 2},
+            "statistics": {"shrinkage": "oas"},
+        }
+    )
+    backbone = load_backbone(config)
+    method = build_method(config, backbone)
+    store = RunStore.open(config.run.storage, "two")
+    epoch = store.acquire(this_process("test"))
+    for number, task in enumerate(CLASSES):
+        features = backbone.encode_image(torch.stack([backbone.preprocess(picture(task, seed)) for seed in range(60)]))
+        generator = torch.Generator().manual_seed(number)
+        parameters = method.initial(generator, None)
+        module = TaskModule(
+            key=str(number) * 64,
+            task=task,
+            class_names=CLASSES[task],
+            templates=(f"a {task} photo of {{}}.",),
+            method="diki",
+            parameters={name: torch.randn(p.shape, generator=generator).numpy() for name, p in parameters.items()},
+            moments=Moments.of(features),
+            validation_features=features[:8].numpy().astype(np.float16),
+        )
+        store.commit_module(epoch, module.key, task, module.to_bytes())
+    store.put_document(epoch, "config.yaml", config.to_yaml())
+    digests = [entry.digest for entry in store.modules()]
+    store.put_document(epoch, "results.json", results_of(backbone.digest(), digests))
+    store.release(epoch)
+    for n in range(3):
+        picture("warm" if n % 2 else "cold", 100 + n).save(folder / f"{n}.png")
+    return folder
+
+
+def results_of(backbone: str, digests: list[str]) -> dict[str, Any]:
+    metrics = {name: {"mean": 0.5} for name in ("transfer", "average", "forgetting")}
+    return {
+        "backbone": {"digest": backbone, "name": "tiny"},
+        "protocol": "own/image",
+        "config": {"evaluate": {"label_space": "task"}},
+        "tasks": [
+            {"name": name, "chance": 0.25, "module": {"digest": d}} for name, d in zip(CLASSES, digests, strict=True)
+        ],
+        "zero_shot": [0.3, 0.4],
+        "metrics": metrics | {"last": {"mean": 0.8, "per_task": [0.75, 0.85]}},
+    }
+
+
+@pytest.fixture
+def bundle(storage: Path, tmp_path: Path) -> Path:
+    export_bundle(str(storage / "storage"), "two", str(tmp_path / "bundle"))
+    return tmp_path / "bundle"
+
+
+def job(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Job:
+    main = runpy.run_path(str(ROOT / f"jobs/{name}.py"))["main"]
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        return main(), *capsys.readouterr()
+
+    return call
+
+
+def test_a_bundle_answers_exactly_what_the_predict_job_answers(
+    storage: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [str(storage / f"{n}.png") for n in range(3)]
+    where = ("--storage", str(storage / "storage"), "--run", "two", "--json")
+    code, told, _ = job("predict", monkeypatch, capsys)(*files, *where)
+    assert code == 0
+    model = diki_ray.load(bundle)
+    answers = model.predict(files)
+    assert [{"image": f} | asdict(a) for f, a in zip(files, answers, strict=True)] == json.loads(told)
+    assert model.predict([Image.open(f) for f in files]) == answers
+    assert model.tasks == tuple(CLASSES)
+    assert model.class_names == CLASSES["warm"] + CLASSES["cold"]
+    assert {a.task for a in answers} == {"warm", "cold"}
+
+
+def test_open_vocabulary_and_other_kinds_of_images(storage: Path, bundle: Path, tmp_path: Path) -> None:
+    model = diki_ray.load(bundle / "bundle.safetensors")
+    (answer,) = model.predict([storage / "0.png"], classes=["a dog", "a cat"], template="{}!")
+    assert answer.class_name in ("a dog", "a cat")
+    clear = picture("warm", 5)
+    clear.putalpha(100)
+    for n, image in enumerate((clear, picture("cold", 5).convert("L"), picture("cold", 6).quantize(16))):
+        image.save(tmp_path / f"{n}.png")
+        assert model.predict([image]) == model.predict([tmp_path / f"{n}.png"])  # as the same file's
+    assert model.predict([]) == []
+
+
+def test_loading_and_predicting_import_no_ray(storage: Path, bundle: Path) -> None:
+    code = (
+        "import sys, diki_ray; assert not {'ray', 'torch'} & set(sys.modules)\n"
+        f"answers = diki_ray.load({str(bundle)!r}).predict([{str(storage / '0.png')!r}])\n"
+        "assert answers[0].task == 'cold'; sys.exit('ray' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
+def test_a_bundle_needs_nothing_of_where_it_came_from(bundle: Path) -> None:
+    kept = yaml.safe_load((bundle / "config.yaml").read_text())
+    assert kept["run"] == {"name": "two", "storage": "runs", "seed": 0, "take_over": False}
+    assert sorted(f.name for f in bundle.iterdir()) == ["README.md", "bundle.safetensors", "config.yaml"]
+    before = (bundle / "bundle.safetensors").read_bytes()
+    assert b"/storage" not in before
+
+
+def test_the_card_says_what_is_inside_and_nothing_in_a_name_is_markup(bundle: Path) -> None:
+    card = (bundle / "README.md").read_text()
+    assert "| warm | red, or\\|ange \\<b\\>, yellow | 60 | a warm photo of \\{\\}. |" in card
+    assert "| warm | 25.0 | 30.0 | 75.0 |" in card
+    assert "| last | 80.0 |" in card
+    assert 'diki_ray.load("' in card
+
+
+def test_figures_of_other_modules_are_not_on_the_card(storage: Path, tmp_path: Path) -> None:
+    store = RunStore.open(str(storage / "storage"), "two")
+    epoch, before = store.acquire(this_process("test")), store.version
+    store.remove_task(epoch, "cold")
+    try:
+        export_bundle(str(storage / "storage"), "two", str(tmp_path / "one"))
+    finally:
+        store.roll_back(epoch, before)
+        store.release(epoch)
+    assert "None: the run's results are of other modules than these." in (tmp_path / "one/README.md").read_text()
+    assert diki_ray.load(tmp_path / "one").tasks == ("warm",)
+
+
+def test_another_backbone_is_refused_and_the_right_one_may_lie_elsewhere(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "same").mkdir()
+    same = write_tiny_backbone(tmp_path / "same")
+    assert diki_ray.load(bundle, backbone=str(same)).tasks == tuple(CLASSES)
+    same.write_text(same.read_text().replace("manual_seed(0)", "manual_seed(1)"))
+    with pytest.raises(ConfigError, match="does not have the weights of the bundle's"):
+        diki_ray.load(bundle, backbone=str(same))
+
+
+def test_damage_is_said(bundle: Path, tmp_path: Path) -> None:
+    path = bundle / "bundle.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CorruptError, match="task 1 does not have its checksum"):
+        diki_ray.load(bundle)
+    path.write_bytes(b"words")
+    with pytest.raises(CorruptError, match="not a safetensors file"):
+        diki_ray.load(bundle)
+    with pytest.raises(DataError, match="there is no bundle"):
+        diki_ray.load(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="auto, cpu or cuda"):
+        diki_ray.load(bundle, device="tpu")
+
+
+def test_the_job_exports_or_says_what_is_wrong(
+    storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export = job("export", monkeypatch, capsys)
+    code, told, _ = export(str(storage / "storage"), "two", str(tmp_path / "out"))
+    assert (code, (tmp_path / "out/README.md").is_file()) == (0, True)
+    assert "its README.md says how to load it" in told
+    code, _, said = export(str(storage / "storage"), "tow", str(tmp_path / "out"))
+    assert (code, said.strip()) == (
+        2,
+        f"error: {storage}/storage has no run 'tow' that has learnt anything; its runs are: two.",
+    )
