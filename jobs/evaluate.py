@@ -1,0 +1,73 @@
+"""Evaluate what a run has learnt, under any routing, label space and order, without training:
+
+    python jobs/evaluate.py runs quickstart
+    python jobs/evaluate.py runs quickstart --routing batch --label-space all
+    python jobs/evaluate.py runs quickstart --order gems,digits        only these are learnt; the others are unlearnt
+    python jobs/evaluate.py runs quickstart --compare other-run        differences with confidence intervals
+
+In this process, without a cluster; what was computed before is taken from the storage's cache. Beside the accuracies:
+each class, who answers whose images, calibration of confidences (ECE), and the AUROC of the integration weight for
+learnt against unlearnt domains.
+"""
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+
+from diki_ray import config
+from diki_ray.errors import UserError
+from diki_ray.runtime.evaluation_compare import compare
+from diki_ray.runtime.evaluation_report import report
+from diki_ray.runtime.evaluation_table import comparison, tables
+from diki_ray.runtime.stored_evaluation import Asked, evaluate_stored
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("storage", metavar="STORAGE", help="a local folder, s3://, gs:// or az://")
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("--config", metavar="FILE", help="default: the one stored with the run's results")
+    parser.add_argument("--routing", choices=("image", "batch"), help="default: the run's")
+    parser.add_argument("--label-space", choices=("task", "seen", "all"), help="default: the run's")
+    parser.add_argument("--order", metavar="A,B,…", help="the tasks that are learnt, in this order; default: the run's")
+    parser.add_argument("--split", choices=("test", "val", "train"), default="test", help="default: %(default)s")
+    parser.add_argument("--compare", nargs="+", default=[], metavar="RUN", help="of the same storage, in the same way")
+    parser.add_argument("--classes", action="store_true", help="show the accuracy on each class")
+    parser.add_argument("--no-cache", action="store_true", help="compute all of it, and keep nothing")
+    parser.add_argument("--json", action="store_true", help='print {"runs": […], "comparisons": […]}')
+    arguments = parser.parse_args()
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    try:
+        runs, comparisons = evaluate(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if arguments.json:
+        print(json.dumps({"runs": runs, "comparisons": comparisons}, indent=2, ensure_ascii=False))
+        return 0
+    for document in runs:
+        console.print(*tables(document, arguments.classes), sep="\n")
+    for document in comparisons:
+        console.print(*comparison(document), sep="\n")
+    return 0
+
+
+def evaluate(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The report of each run, and the comparison of the others with the first."""
+    order = None if arguments.order is None else tuple(name.strip() for name in arguments.order.split(","))
+    asked = Asked(arguments.routing, arguments.label_space, order, arguments.split, cache=not arguments.no_cache)
+    given = config.load(arguments.config) if arguments.config else None
+    first = evaluate_stored(arguments.storage, arguments.run, asked, given, say)
+    others = [evaluate_stored(arguments.storage, run, asked, None, say) for run in arguments.compare]
+    return [report(e) for e in (first, *others)], [compare(first, other) for other in others]
+
+
+def say(task: str) -> None:
+    print(f"{task} …", file=sys.stderr, flush=True)  # standard output may be JSON
+
+
+if __name__ == "__main__":
+    sys.exit(main())
