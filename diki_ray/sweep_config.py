@@ -82,7 +82,11 @@ class SweepConfig(Section):
     scheduler: Literal["none", "asha"] = "none"
     """asha: settings that train stop early when, epoch by epoch, their validation accuracy falls behind."""
     concurrent_trials: int = Field(default=1, ge=1)
-    cpus_per_trial: float = Field(default=1.0, gt=0)
+    cpus_per_trial: float = Field(default=0.01, gt=0)
+    """CPUs that Ray sets aside for a trial; next to none by default, so that trials cannot starve the worker groups
+    which they start (train.num_workers above 1): concurrent_trials is then the only limit."""
+    gpus_per_trial: float = Field(default=0.0, ge=0)
+    """For trials that train or evaluate on a GPU themselves."""
     max_failures: int = Field(default=2, ge=0)
     """Times a trial that fails is tried again before it is shown with its error."""
 

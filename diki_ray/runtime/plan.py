@@ -133,6 +133,24 @@ def make_plan(config: Config, backbone: Backbone) -> Plan:
     return Plan(config, digest, backbone.embed_dim, tuple(tasks))
 
 
+def with_absolute_paths(config: Config) -> Config:
+    """The configuration for processes that run in folders of their own."""
+    tree = config.model_dump()
+    tree["run"]["storage"] = _absolute(config.run.storage)
+    tree["data"]["root"] = _absolute(config.data.root)
+    if config.data.sources is not None:
+        tree["data"]["sources"] = _absolute(config.data.sources)
+    if config.backbone.name.endswith(".py"):
+        tree["backbone"]["name"] = _absolute(config.backbone.name)
+    for field in ("pretrained", "directory"):
+        value = tree["backbone"][field]
+        if value is not None and os.path.exists(value):
+            tree["backbone"][field] = _absolute(value)
+    for task in tree["tasks"]:
+        task["data"] = _absolute(task["data"])
+    return Config.model_validate(tree)
+
+
 def _absolute(place: str) -> str:
     """A local path in full, `~` included; a URL or `embedded:NAME` as it is."""
     return place if "://" in place or place.startswith("embedded:") else os.path.abspath(os.path.expanduser(place))

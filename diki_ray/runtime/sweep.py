@@ -29,7 +29,7 @@ from diki_ray.model.metrics import Metrics
 from diki_ray.model.orders import Orders
 from diki_ray.runtime.evaluator import Cache, Evaluating, Part, accuracy_of, num_batches_of
 from diki_ray.runtime.objects import Objects
-from diki_ray.runtime.plan import Plan, PlannedTask, build_method, load_backbone, make_plan
+from diki_ray.runtime.plan import Plan, PlannedTask, build_method, load_backbone, make_plan, with_absolute_paths
 from diki_ray.runtime.store import RunStore
 from diki_ray.runtime.store_actor import StoreClient
 from diki_ray.runtime.trainer import TaskWorker, train
@@ -46,13 +46,15 @@ def run_sweep(sweep: SweepConfig, config: Config) -> dict[str, Any]:
         UserError: every setting failed, or the configuration cannot be run.
     """
     started = time.monotonic()
+    config = with_absolute_paths(config)
     plan = make_plan(config, load_backbone(config))  # what is wrong with it is said before any trial starts
     orders = orders_of(sweep.orders, [t.name for t in plan.tasks])
     results = Results(config.run.storage, sweep.name)
     before = len(results.library_keys())
     tuner = tune.Tuner(
         tune.with_resources(
-            tune.with_parameters(_trial, sweep=sweep, config=config, orders=orders), {"CPU": sweep.cpus_per_trial}
+            tune.with_parameters(_trial, sweep=sweep, config=config, orders=orders),
+            {"CPU": sweep.cpus_per_trial, "GPU": sweep.gpus_per_trial},
         ),
         param_space={_safe(n): _domain(sweep, v) for n, v in sweep.parameters.items()}
         or {"nothing": tune.grid_search([0])},
@@ -60,7 +62,7 @@ def run_sweep(sweep: SweepConfig, config: Config) -> dict[str, Any]:
             metric="objective",
             mode="max",
             num_samples=1 if sweep.search == "grid" else sweep.num_samples,
-            max_concurrent_trials=sweep.concurrent_trials,
+            max_concurrent_trials=sweep.concurrent_trials if sweep.search == "optuna" else None,
             search_alg=_searcher(sweep),
             scheduler=_scheduler(sweep, config),
             reuse_actors=False,
@@ -277,7 +279,7 @@ def _domain(sweep: SweepConfig, values: list[Any] | Range) -> Any:
 
 def _searcher(sweep: SweepConfig) -> Any:
     if sweep.search != "optuna":
-        return tune.search.BasicVariantGenerator(random_state=0)
+        return tune.search.BasicVariantGenerator(max_concurrent=sweep.concurrent_trials, random_state=0)
     from ray.tune.search.optuna import OptunaSearch
 
     return OptunaSearch(seed=0)
