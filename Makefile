@@ -1,6 +1,8 @@
 # make quickstart   the embedded stream, from an empty folder to the accuracy matrix
 # make test         environment, lint, types, tests
 # make cluster      the files under cluster/ alone; needs kubectl and Prometheus' tools, and says loudly what it left out
+# make chaos        every test of recovery, the long ones too, about 15 minutes
+# make soak         KILLS (50) random kills over a long stream: bit-equal results and nothing left behind
 # make browser      report.html in a real Chromium, where there is one; screenshots in build/report
 PYTHON ?= python3
 VENV := .venv
@@ -21,6 +23,14 @@ cluster: env-test
 .PHONY: browser
 browser: env-test
 	REPORT_SCREENSHOTS=build/report $(BIN)/python -m pytest -rs tests/browser
+
+.PHONY: chaos soak
+chaos: env-test
+	$(BIN)/python -m pytest -m "long or not long" --durations=0 tests/chaos
+
+KILLS ?= 50
+soak: env-test
+	$(BIN)/python tests/soak/soak.py --kills $(KILLS)
 
 lint: env-test
 	$(BIN)/ruff check .

@@ -3,6 +3,9 @@
 `DIKI_FAULTS` names a JSON file: a list of {"kind", "task", "rank", "step"}. A fault leaves a file `fired.<number>`
 beside it before it strikes, so a restarted worker does not meet it again, and a test can count. Without the variable
 nothing here does anything.
+
+kill-worker, kill-store, kill-driver, kill-node (this worker's raylet): SIGKILL. hang: for an hour. wait: until there is
+a file `go.<number>`. nan: this rank's images.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from torch import Tensor
 from diki_ray.runtime.store_actor import StoreClient
 
 VARIABLE = "DIKI_FAULTS"
+_FOR_EVER_S = 3600.0
 
 
 class Faults:
@@ -33,7 +37,7 @@ class Faults:
         """Strikes before step number `step` (over all epochs, from 0) of a rank; returns the images to go on with."""
         for number, fault in enumerate(self.faults):
             if (fault["task"], fault["rank"], fault["step"]) == (task, rank, step) and self._first_time(number):
-                images = self._strike(fault["kind"], images)
+                images = self._strike(fault["kind"], number, images)
         return images
 
     def _first_time(self, number: int) -> bool:
@@ -43,15 +47,24 @@ class Faults:
             return False
         return True
 
-    def _strike(self, kind: str, images: Tensor) -> Tensor:
+    def _strike(self, kind: str, number: int, images: Tensor) -> Tensor:
         if kind == "nan":
             return images * float("nan")
         if kind == "hang":
-            time.sleep(3600)
+            time.sleep(_FOR_EVER_S)
+        if kind == "wait":
+            until = time.monotonic() + _FOR_EVER_S
+            while not (self.folder / f"go.{number}").exists() and time.monotonic() < until:
+                time.sleep(0.05)
+            return images
         victims = {
             "kill-worker": os.getpid,
             "kill-store": lambda: self.store.status()["pid"],
             "kill-driver": lambda: self.store.handle.holder.pid,
+            "kill-node": os.getppid,
         }
         os.kill(victims[kind](), signal.SIGKILL)
+        if kind in ("kill-driver", "kill-node"):
+            # Workers outlive both by a moment, in which they could go on: what they leave is to be the same every time.
+            time.sleep(_FOR_EVER_S)
         return images

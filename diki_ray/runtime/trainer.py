@@ -36,6 +36,10 @@ from diki_ray.runtime.plan import PlannedTask, build_method, device_of, load_bac
 from diki_ray.runtime.store_actor import StoreClient
 
 REPORT_EVERY_S = 0.5
+DRAIN_CHECK_EVERY_STEPS = 4
+"""Asking whether a node is to be taken away waits for every rank; the notice comes half a minute ahead or more."""
+NOT_IN_A_MODULE = {"cpus_per_worker", "checkpoint_every_steps", "max_failures", "collective_timeout_s"}
+"""Settings that change nothing of what is learnt. After a failure one may want others, and still the same module."""
 FAILURE = "failure.json"
 """The document in which a worker tells the driver what the user can put right."""
 
@@ -133,7 +137,7 @@ def train_tasks(loop: dict[str, Any]) -> None:
         return  # this group was restarted only because a worker had to leave its peers in the middle of a collective
     torch.set_num_threads(max(1, int(config.train.cpus_per_worker)))
     try:
-        worker = TaskWorker(config, build_method(config, _backbone_for_training(config)), store)
+        worker = TaskWorker(config, build_method(config, _backbone_for_training(config)), store, draining=_draining)
         for task in tasks:
             worker.learn(task)
     except UserError as error:
@@ -150,6 +154,17 @@ def _failure(store: StoreClient, attempt: str) -> dict[str, str] | None:
 def _raise_what_a_worker_said(store: StoreClient, attempt: str) -> None:
     if (said := _failure(store, attempt)) is not None:
         raise getattr(errors, said["kind"], UserError)(said["message"])
+
+
+def _draining() -> bool:
+    """Whether Ray has been told that a node of this group is to be taken away (a spot instance, a drained node).
+
+    Ray then restarts the group elsewhere at the deadline, at no cost to train.max_failures.
+    """
+    import ray.train
+
+    _barrier()  # Ray's own barrier waits without a limit: a rank that hangs is to be met in ours
+    return ray.train.get_preemption_info() is not None
 
 
 def _last_line(error: BaseException) -> str:
@@ -176,6 +191,8 @@ class TaskWorker:
     store: StoreClient
     on_epoch: Callable[[int, float | None], None] = lambda epoch, validation_accuracy: None
     """Called on every rank after each epoch."""
+    draining: Callable[[], bool] = lambda: False
+    """Whether a node of this group is about to be taken away; called by every rank, with one answer for all."""
 
     def learn(self, task: PlannedTask) -> None:
         """Trains, takes the statistics of, and commits one task; nothing when its module is already there."""
@@ -236,7 +253,6 @@ class TaskWorker:
         self, task: PlannedTask, trainer: TaskTrainer, stream: TrainStream, epoch: int, first_batch: int, ledger: int
     ) -> int:
         """One epoch from a batch on, with its validation; returns this rank's part of the ledger."""
-        every = self.config.train.checkpoint_every_steps
         meter = _Meter(self, task, epoch, trainer)
         faults = Faults(self.store)
         for batch in stream.epoch(epoch, first_batch):
@@ -244,7 +260,7 @@ class TaskWorker:
             result = trainer.step(images, batch.labels, batch.keys)
             ledger += sum(_ledger_entry(epoch, batch.step, position) for position in batch.positions)
             meter.add(result.num_samples)
-            if trainer.progress.step % every == 0 and batch.step + 1 < stream.num_batches:
+            if batch.step + 1 < stream.num_batches and self._checkpoint_is_due(trainer.progress.step):
                 ledger = self._checkpoint(task, trainer, ledger)
         validation = self._validate(task, trainer)
         if rank() == 0:
@@ -254,6 +270,11 @@ class TaskWorker:
         if epoch + 1 < self.config.train.epochs:
             ledger = self._checkpoint(task, trainer, ledger)
         return ledger
+
+    def _checkpoint_is_due(self, step: int) -> bool:
+        if step % self.config.train.checkpoint_every_steps == 0:
+            return True
+        return step % DRAIN_CHECK_EVERY_STEPS == 0 and self.draining()
 
     def _checkpoint(self, task: PlannedTask, trainer: TaskTrainer, ledger: int) -> int:
         """Saves the state, the same on every rank; rank 0 writes it and takes over everybody's part of the ledger."""
@@ -346,7 +367,8 @@ class TaskWorker:
                 "data": {"name": task.index.name, "digest": task.index.digest(), "protocol": task.index.split_protocol},
                 "seed": task.seed,
                 "method": self.config.method.model_dump(),
-                "train": self.config.train.model_dump(),
+                "train": self.config.train.model_dump(exclude=NOT_IN_A_MODULE)
+                | {"num_threads": torch.get_num_threads()},
                 "best_epoch": progress.best_epoch,
                 "history": progress.history,
                 "num_steps": progress.step,

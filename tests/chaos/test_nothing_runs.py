@@ -1,0 +1,45 @@
+"""Storage and data sets hold bytes, never programs: nothing in the package can unpickle, evaluate or start a shell."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted(path for folder in ("diki_ray", "jobs") for path in (ROOT / folder).rglob("*.py"))
+RUNS_WHAT_IT_READS = {
+    *("pickle.load", "pickle.loads", "cloudpickle.load", "cloudpickle.loads", "dill.load", "dill.loads"),
+    *("joblib.load", "marshal.loads", "shelve.open", "yaml.load", "yaml.unsafe_load", "yaml.full_load"),
+    *("eval", "exec", "os.system", "os.popen", "pickle.Unpickler", "pandas.read_pickle"),
+}
+
+
+def calls(source: str) -> list[tuple[str, ast.Call]]:
+    """(dotted name, call) of every call by name."""
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    return [(ast.unparse(node.func), node) for node in nodes]
+
+
+def dangerous(source: str) -> list[str]:
+    found = []
+    for name, node in calls(source):
+        keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
+        if (
+            name in RUNS_WHAT_IT_READS
+            or (name == "torch.load" and keywords.get("weights_only") != "True")
+            or (name in ("np.load", "numpy.load") and keywords.get("allow_pickle", "False") != "False")
+            or keywords.get("shell", "False") != "False"
+        ):
+            found.append(f"line {node.lineno}: {ast.unparse(node)[:80]}")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_code_of_ours_runs_what_it_reads(path: Path) -> None:
+    assert dangerous(path.read_text()) == []
+
+
+def test_the_test_sees_what_it_is_for() -> None:
+    source = "torch.load(f)\npickle.load(f)\nsubprocess.run(c, shell=True)\nnp.load(f, allow_pickle=True)"
+    assert len(dangerous(source)) == 4
+    assert dangerous("torch.load(f, weights_only=True)\nnp.load(f)\nyaml.safe_load(f)") == []
