@@ -114,6 +114,11 @@ class Run:
     def checkpoints(self) -> list[Path]:
         return sorted((self.folder / "storage/runs/debug/checkpoints").rglob("*.safetensors"))
 
+    def newest_step(self) -> int | None:
+        """Of the newest checkpoint of the task in training."""
+        steps = [int(path.name[:8]) for path in self.checkpoints()]
+        return max(steps, default=None)
+
 
 def assert_equal(run: Run, undisturbed: Run) -> None:
     assert run.digests() == undisturbed.digests()
