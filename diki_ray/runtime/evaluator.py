@@ -34,7 +34,15 @@ from diki_ray.model.metrics import Metrics
 from diki_ray.model.module import TaskModule, read_tensors, write_tensors
 from diki_ray.model.predictor import Candidates
 from diki_ray.runtime.inference import build_predictor
-from diki_ray.runtime.plan import Plan, PlannedTask, build_method, device_of, load_backbone, precision_of
+from diki_ray.runtime.plan import (
+    Plan,
+    PlannedTask,
+    build_method,
+    device_of,
+    load_backbone,
+    precision_of,
+    with_absolute_paths,
+)
 from diki_ray.runtime.store_actor import StoreClient
 
 BATCHES_PER_UNIT = 2
@@ -208,7 +216,8 @@ def evaluate(
     num_batches = [num_batches_of(config, t) for t in tasks]
     use_gpu = device_of(config) == "cuda"
     worker = EvalWorker.options(num_cpus=config.evaluate.cpus_per_worker, num_gpus=1 if use_gpu else 0)
-    workers = [worker.remote(config, tasks, digests, store.read_module) for _ in range(config.evaluate.num_workers)]
+    located = with_absolute_paths(config)
+    workers = [worker.remote(located, tasks, digests, store.read_module) for _ in range(config.evaluate.num_workers)]
     try:
         parts: list[list[Part]] = [[] for _ in tasks]
         done, total = 0, sum(num_batches)

@@ -32,7 +32,15 @@ from diki_ray.model.module import NUM_VALIDATION_FEATURES, TaskModule, read_tens
 from diki_ray.model.residual import Parameters
 from diki_ray.model.training import TaskTrainer
 from diki_ray.runtime.faults import Faults
-from diki_ray.runtime.plan import PlannedTask, build_method, device_of, load_backbone, precision_of, recipe_of
+from diki_ray.runtime.plan import (
+    PlannedTask,
+    build_method,
+    device_of,
+    load_backbone,
+    precision_of,
+    recipe_of,
+    with_absolute_paths,
+)
 from diki_ray.runtime.store_actor import StoreClient
 
 REPORT_EVERY_S = 0.5
@@ -53,6 +61,7 @@ def train(config: Config, pending: Sequence[PlannedTask], store: StoreClient) ->
     Raises:
         UserError: what a worker said can be put right (bad data, non-finite loss), or that workers kept dying.
     """
+    config = with_absolute_paths(config)  # Ray Train's workers run in folders of their own
     groups = shared_out(pending, _num_groups(config))
     if len(groups) == 1:
         _train_group(config, pending, store)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shlex
 import socket
 import subprocess
@@ -61,7 +62,7 @@ def write_config(folder: Path) -> Path:
             {"data": str(folder / "bright"), "template": "a bright photo of {}."},
             {"data": str(folder / "dark"), "template": "a dark photo of {}."},
         ],
-        "backbone": {"name": str(write_tiny_backbone(folder))},
+        "backbone": {"name": os.path.relpath(write_tiny_backbone(folder), ROOT)},  # as people write it
         "data": {"root": str(folder / "prepared")},
         "method": {"image_depth": 2, "image_length": 2, "text_depth": 2, "text_length": 2},
         "train": {"epochs": 2, "batch_size": 8},
