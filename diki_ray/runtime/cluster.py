@@ -36,6 +36,8 @@ def cluster(config: Config, dashboard: bool = False) -> Iterator[None]:
     if address is None:
         # A cluster for this job alone, reachable from this machine only: no other client is to share its token.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    if address is not None:
+        _check_storage(config)
     try:
         ray.init(
             address=address or "local",
@@ -56,6 +58,16 @@ def cluster(config: Config, dashboard: bool = False) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_storage(config: Config) -> None:
+    """A job's folder on a cluster is a temporary copy, and other nodes have other disks."""
+    for field, place in (("run.storage", config.run.storage), ("data.root", config.data.root)):
+        if "://" not in place and not os.path.isabs(os.path.expanduser(place)):
+            raise ConfigError(
+                f"{field}={place!r} is relative: on a cluster it would lie in the job's temporary folder and be lost. "
+                "Give an absolute path that the nodes share, or s3://, gs:// or az://."
+            )
 
 
 def _check_capacity(config: Config, joined: bool) -> None:

@@ -1,0 +1,122 @@
+"""What goes wrong around a run: one sentence, exit code 2, nothing half-written (the configuration's own errors are in
+tests/unit/test_config.py)."""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def run_job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *overrides: str) -> tuple[int, str]:
+    """jobs/continual.py in this process, on the cluster that is there; (exit code, what it said last on stderr)."""
+    spec = importlib.util.spec_from_file_location("continual_job", ROOT / "jobs" / "continual.py")
+    assert spec is not None
+    assert spec.loader is not None
+    job = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(job)
+    monkeypatch.setattr(sys, "argv", ["continual.py", "--config", str(ROOT / "configs" / "debug.yaml"), *overrides])
+    code = job.main()
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return code, said.strip().splitlines()[-1] if said.strip() else ""
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("prepared")
+
+
+CASES = [
+    ("storage that cannot be written", ["run.storage=/proc/nowhere"], "/proc/nowhere"),
+    ("more workers than CPUs", ["train.num_workers=20"], "needs 20 CPUs"),
+    ("more evaluation workers than CPUs", ["evaluate.num_workers=9"], "needs 9 CPUs"),
+    ("a GPU where there is none", ["train.device=cuda"], "Ray sees 0 GPUs"),
+    ("a calibration without what it needs", ["calibration.form=validated", "calibration.slope=0"], "calibration.slope"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "says"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_each_error_is_one_sentence(
+    overrides: list[str],
+    says: str,
+    tmp_path: Path,
+    prepared: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    local_cluster: None,
+) -> None:
+    code, said = run_job(monkeypatch, capsys, f"run.storage={tmp_path}/s", f"data.root={prepared}", *overrides)
+    assert code == 2
+    assert said.startswith("error: ")
+    assert says in said
+    assert not list(tmp_path.rglob("results.json"))
+
+
+def test_a_port_that_is_taken(
+    tmp_path: Path,
+    prepared: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    local_cluster: None,
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        code, said = run_job(
+            monkeypatch, capsys, f"run.storage={tmp_path}/s", f"data.root={prepared}", f"telemetry.port={port}"
+        )
+    assert code == 2
+    assert str(port) in said
+
+
+def test_a_shard_that_is_missing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    local_cluster: None,
+) -> None:
+    from diki_ray.data import prepare
+
+    index = prepare.ensure("embedded:digits", str(tmp_path / "prepared"), shots=4)
+    shard = Path(index.uri, index.split("train").shards[0].file)
+    shard.unlink()
+    code, said = run_job(
+        monkeypatch,
+        capsys,
+        f"run.storage={tmp_path}/s",
+        f"data.root={tmp_path}/prepared",
+        f"tasks=[{{data: {index.uri}}}]",
+    )
+    assert code == 2
+    assert shard.name in said
+    assert "missing" in said
+
+
+def test_a_damaged_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], local_cluster: None
+) -> None:
+    from diki_ray.data import prepare
+
+    index = prepare.ensure("embedded:digits", str(tmp_path / "prepared"), shots=4)
+    path = Path(index.uri, "index.json")
+    path.write_text(path.read_text().replace('"zero"', '"nought"'))
+    code, said = run_job(monkeypatch, capsys, f"run.storage={tmp_path}/s", f"tasks=[{{data: {index.uri}}}]")
+    assert code == 2
+    assert "index.json" in said
+
+
+def test_relative_storage_on_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diki_ray.config import load
+    from diki_ray.errors import ConfigError
+    from diki_ray.runtime import cluster
+
+    config = load(ROOT / "configs" / "debug.yaml")
+    with pytest.raises(ConfigError, match="would lie in the job's temporary folder and be lost"):
+        cluster._check_storage(config)
