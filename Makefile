@@ -3,6 +3,7 @@
 # make cluster      the files under cluster/ alone; needs kubectl and Prometheus' tools, and says loudly what it left out
 # make chaos        every test of recovery, the long ones too, about 15 minutes
 # make soak         KILLS (50) random kills over a long stream: bit-equal results and nothing left behind
+# make gpu         parity and benchmark on a CUDA card; says loudly when there is none
 # make browser      report.html in a real Chromium, where there is one; screenshots in build/report
 PYTHON ?= python3
 VENV := .venv
@@ -23,6 +24,11 @@ cluster: env-test
 .PHONY: browser
 browser: env-test
 	REPORT_SCREENSHOTS=build/report $(BIN)/python -m pytest -rs tests/browser
+
+.PHONY: gpu
+gpu: env-test
+	$(BIN)/python -m pytest -rs tests/gpu
+	$(BIN)/python jobs/benchmark.py --model ViT-B-16 --device cuda
 
 .PHONY: chaos soak
 chaos: env-test

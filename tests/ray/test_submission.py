@@ -47,7 +47,8 @@ class Head:
         )
 
     def status(self, submission_id: str) -> str:
-        return self.ray("job", "status", submission_id).stdout
+        done = self.ray("job", "status", submission_id)
+        return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def test_submitted_stopped_and_submitted_again(head: Head, tmp_path: Path) -> No
         assert time.monotonic() < deadline, head.ray("job", "logs", "first").stdout
         time.sleep(1)
     assert head.ray("job", "stop", "first").returncode == 0
-    assert "STOPPED" in head.status("first")
+    assert "was stopped" in head.status("first")
 
     done = head.submit("second", tmp_path, *slow)
     assert done.returncode == 0, done.stdout + done.stderr
