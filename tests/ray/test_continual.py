@@ -13,6 +13,7 @@ import yaml
 from rich.console import Console
 
 from diki_ray.config import Config, load
+from diki_ray.data import world
 from diki_ray.runtime.continual import run_continual
 from diki_ray.runtime.store import RunStore
 
@@ -29,9 +30,14 @@ def debug(storage: Path, *overrides: str) -> Config:
     return load(DEBUG, [f"run.storage={storage}", f"data.root={storage}/prepared", *overrides])
 
 
-def with_a_third_task(config: Config) -> Config:
+def with_my_own_folder(config: Config, folder: Path) -> Config:
+    """Three lines of configuration: a folder with one folder of images for each class."""
+    for number, (image, label) in enumerate(world.samples("mist", "train", 96)):
+        place = folder / world.TASKS["mist"].class_names[label]
+        place.mkdir(parents=True, exist_ok=True)
+        image.save(place / f"{number}.jpg")
     tree = config.model_dump()
-    tree["tasks"] = [*tree["tasks"], {"data": "embedded:mist", "shots": 4}]
+    tree["tasks"] = [*tree["tasks"], {"data": str(folder), "name": "mist", "template": "a {} in the mist."}]
     return Config.model_validate(tree)
 
 
@@ -58,9 +64,11 @@ def test_learn_run_again_add_a_task_and_share_modules(storage: Path, local_clust
     assert again == first  # the stored results: nothing trained, nothing evaluated
     assert digests(storage, "debug") == committed
 
-    grown = run(with_a_third_task(debug(storage)))
+    grown = run(with_my_own_folder(debug(storage), storage / "my_balloons"))
     assert grown["trained"] == ["mist"]
     assert np.shape(grown["accuracy"]) == (3, 3)
+    assert grown["tasks"][2]["class_names"] == sorted(world.TASKS["mist"].class_names)
+    assert "mist" in (storage / "runs/debug/results/report.html").read_text()
     np.testing.assert_array_equal(np.array(grown["accuracy"])[:2, :2], first["accuracy"])
     assert digests(storage, "debug") == committed | {"mist": digests(storage, "debug")["mist"]}
 
