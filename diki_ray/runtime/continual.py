@@ -18,12 +18,11 @@ from diki_ray.config import Config
 from diki_ray.model.module import TaskModule
 from diki_ray.runtime.cluster import cluster
 from diki_ray.runtime.evaluator import evaluate
-from diki_ray.runtime.inference import CONFIG_DOCUMENT
 from diki_ray.runtime.next_steps import next_steps
 from diki_ray.runtime.plan import Plan, load_backbone, make_plan
 from diki_ray.runtime.progress import Display, following
 from diki_ray.runtime.report import REPORT, render
-from diki_ray.runtime.results import DOCUMENT, build_results, protocol_id, table
+from diki_ray.runtime.results import CONFIG_DOCUMENT, DOCUMENT, build_results, protocol_id, table
 from diki_ray.runtime.store_actor import StoreClient
 from diki_ray.runtime.telemetry import Telemetry, serving
 from diki_ray.runtime.trainer import train

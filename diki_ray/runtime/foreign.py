@@ -29,8 +29,8 @@ from diki_ray.errors import ConfigError, DataError, UserError
 from diki_ray.model.backbone import Backbone
 from diki_ray.model.gaussian import Moments
 from diki_ray.model.module import TaskModule, module_key
-from diki_ray.runtime.inference import CONFIG_DOCUMENT
 from diki_ray.runtime.plan import build_method, load_backbone
+from diki_ray.runtime.results import CONFIG_DOCUMENT
 from diki_ray.runtime.store import Entry, RunStore
 from diki_ray.runtime.store_lease import this_process
 

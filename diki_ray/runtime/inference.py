@@ -11,24 +11,20 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
-import yaml
 from PIL import Image
 
-from diki_ray.config import Config, parse
+from diki_ray.config import Config
 from diki_ray.data.images import UndecodableImageError, decode_image
 from diki_ray.data.index import read_bytes
 from diki_ray.errors import ConfigError, DataError
-from diki_ray.model.backbone import Backbone
 from diki_ray.model.gaussian import Gaussians
 from diki_ray.model.methods import Method
 from diki_ray.model.module import TaskModule
 from diki_ray.model.predictor import Candidates, Predictor
 from diki_ray.model.routing import NO_TASK, Calibration, Published, Validated
 from diki_ray.runtime.plan import build_method, device_of, load_backbone, precision_of
-from diki_ray.runtime.results import DOCUMENT
-from diki_ray.runtime.store import RunStore
+from diki_ray.runtime.stored_run import check_backbone, config_of, open_learnt
 
-CONFIG_DOCUMENT = "config.yaml"
 IMAGES_PER_PASS = 32
 
 
@@ -155,15 +151,11 @@ def load_predictor(storage: str, run: str, config: Config | None = None) -> RunP
     Raises:
         ConfigError: no such run, nothing learnt yet, no configuration, or a backbone that is not the run's.
     """
-    store = RunStore.open(storage, run)
-    entries = store.modules()
-    if not entries:
-        known = ", ".join(RunStore.runs(storage)) or "none"
-        raise ConfigError(f"{storage} has no run {run!r} that has learnt anything; its runs are: {known}.")
-    config = _on_this_machine(config or _stored_config(store))
+    store = open_learnt(storage, run)
+    config = _on_this_machine(config_of(store, config))
     backbone = load_backbone(config)
-    _check_backbone(store, backbone)
-    modules = [TaskModule.from_bytes(store.read_module(entry.digest)) for entry in entries]
+    check_backbone(store, backbone.name, backbone.digest())
+    modules = [TaskModule.from_bytes(store.read_module(entry.digest)) for entry in store.modules()]
     for module in modules:
         if len(module.moments.mean) != backbone.embed_dim:
             raise ConfigError(
@@ -175,27 +167,8 @@ def load_predictor(storage: str, run: str, config: Config | None = None) -> RunP
     return RunPredictor(predictor, tuple(Candidates.of(backbone, m.class_names, m.templates) for m in modules))
 
 
-def _stored_config(store: RunStore) -> Config:
-    text = store.get_document(CONFIG_DOCUMENT)
-    if text is None:
-        raise ConfigError(
-            f"run {store.run!r} has no results/{CONFIG_DOCUMENT} yet, because it was not evaluated so far: give its "
-            "configuration with --config."
-        )
-    return parse(yaml.safe_load(text), source=f"{CONFIG_DOCUMENT} of run {store.run!r}")
-
-
 def _on_this_machine(config: Config) -> Config:
     """Exact class features; and a run that was trained on GPUs answers on a machine that has none."""
     cpu_only = config.train.device == "cuda" and not torch.cuda.is_available()
     train = config.train.model_copy(update={"device": "cpu"}) if cpu_only else config.train
     return config.model_copy(update={"train": train, "evaluate": config.evaluate.model_copy(update={"text_grid": 0})})
-
-
-def _check_backbone(store: RunStore, backbone: Backbone) -> None:
-    results = store.get_document(DOCUMENT)
-    if results is not None and results["backbone"]["digest"] != backbone.digest():
-        raise ConfigError(
-            f"the backbone {backbone.name!r} loaded here does not have the weights that run {store.run!r} was made "
-            f"with ({results['backbone']['name']}): its modules mean nothing on it."
-        )

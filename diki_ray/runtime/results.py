@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # reading results, for a report or a prediction, does not nee
 
 FORMAT = 1
 DOCUMENT = "results.json"
+CONFIG_DOCUMENT = "config.yaml"
 NUM_BINS = 20
 NUM_EXAMPLES = 8
 VERSIONS = ("diki-ray", "torch", "open_clip_torch", "ray", "webdataset", "numpy")

@@ -6,8 +6,7 @@ import yaml
 
 from diki_ray.config import Config, parse
 from diki_ray.errors import ConfigError
-from diki_ray.runtime.inference import CONFIG_DOCUMENT
-from diki_ray.runtime.results import DOCUMENT
+from diki_ray.runtime.results import CONFIG_DOCUMENT, DOCUMENT
 from diki_ray.runtime.store import RunStore
 
 
