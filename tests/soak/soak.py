@@ -34,7 +34,8 @@ from diki_ray.runtime.store import RunStore  # noqa: E402
 
 DATA = ("digits", "gems", "chessboard", "planets", "mist", "flags")
 SHOTS = (1, 2, 3)
-VICTIMS = {"worker": r"ray::.*RayTrainWorker", "store": r"ray::StoreActor"}
+WEIGHTS = {"worker": 4, "store": 2, "driver": 1}  # a driver's start takes as long as several tasks
+VICTIMS = {"worker": r"ray::.*RayTrainWorker", "store": r"ray::.*StoreActor"}
 
 
 def main() -> int:
@@ -132,7 +133,8 @@ class Soak:
 
     def kill_one(self, job: subprocess.Popen[bytes]) -> None:
         victims = {kind: self.children(pattern) for kind, pattern in VICTIMS.items()} | {"driver": [job.pid]}
-        kind = self.moments.choice(sorted(kind for kind, pids in victims.items() if pids))
+        kinds = sorted(kind for kind, pids in victims.items() if pids)
+        kind = self.moments.choices(kinds, [WEIGHTS[kind] for kind in kinds])[0]
         os.kill(self.moments.choice(sorted(victims[kind])), signal.SIGKILL)
         self.killed[kind] += 1
         print(f"kill {sum(self.killed.values())}: {kind}", flush=True)
