@@ -36,6 +36,9 @@ DATA = ("digits", "gems", "chessboard", "planets", "mist", "flags")
 SHOTS = (1, 2, 3)
 WEIGHTS = {"worker": 4, "store": 2, "driver": 1}  # a driver's start takes as long as several tasks
 VICTIMS = {"worker": r"ray::.*RayTrainWorker", "store": r"ray::.*StoreActor"}
+RAYS_OWN_ACTOR = "AutoscalingCoordinator"
+"""One a cluster: Ray Train starts it detached and keeps it."""
+NOT_RAYS_OWN = rf"ray::(?!IDLE|DashboardAgent|RuntimeEnvAgent|_?{RAYS_OWN_ACTOR})"
 
 
 def main() -> int:
@@ -139,7 +142,7 @@ class Soak:
         self.killed[kind] += 1
         print(f"kill {sum(self.killed.values())}: {kind}", flush=True)
 
-    def children(self, pattern: str = "ray::(?!IDLE)") -> list[int]:
+    def children(self, pattern: str) -> list[int]:
         """The raylet's worker processes with such a name."""
         found = []
         for entry in Path("/proc").iterdir():
@@ -157,11 +160,11 @@ class Soak:
         import ray
 
         ray.init(address=self.cluster.address, log_to_driver=False, logging_level="ERROR")
-        agents = r"ray::(?!IDLE|DashboardAgent|RuntimeEnvAgent)"
-        wait_until(lambda: not self.children(agents), 90, f"worker processes {self.children(agents)} to end")
+        wait_until(lambda: not self.children(NOT_RAYS_OWN), 60, f"workers {self.children(NOT_RAYS_OWN)} to end")
         groups = ray.util.placement_group_table().values()
         assert all(group["state"] == "REMOVED" for group in groups), groups
-        assert ray.util.list_named_actors(all_namespaces=True) == []
+        named = ray.util.list_named_actors(all_namespaces=True)
+        assert all(actor["name"] == RAYS_OWN_ACTOR for actor in named), named
         free, there = ray.available_resources(), ray.cluster_resources()
         assert free.get("CPU") == there.get("CPU"), (free, there)
         ray.shutdown()
