@@ -170,6 +170,9 @@ class Soak:
         ray.shutdown()
 
     def stop(self) -> None:
+        import ray
+
+        ray.shutdown()  # a failed check leaves it connected, and then the cluster can't be ended
         self.cluster.shutdown()
 
 
