@@ -97,8 +97,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed, console = parse_arguments(arguments), Console(width=None if sys.stdout.isatty() else 160)
     address = os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if address is None:
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a cluster for this job alone, on the loopback interface
     try:
         wanted = list(plans(parsed, console))
         if wanted:

@@ -33,9 +33,8 @@ def cluster(config: Config, dashboard: bool = False) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1")
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-    if address is None:
-        # A cluster for this job alone, reachable from this machine only: no other client is to share its token.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    # RAY_AUTH_MODE is left alone: Ray's ports listen on every interface, and where nothing is said a cluster started
+    # here asks for the token that Ray keeps in the user's home directory.
     if address is not None:
         _check_storage(config)
     try:
