@@ -120,3 +120,25 @@ def test_relative_storage_on_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load(ROOT / "configs" / "debug.yaml")
     with pytest.raises(ConfigError, match="would lie in the job's temporary folder and be lost"):
         cluster._check_storage(config)
+
+
+def test_a_cluster_of_another_ray_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two versions cannot be in one environment, so what Ray says then is put into its mouth."""
+    import ray
+
+    from diki_ray.config import load
+    from diki_ray.errors import ConfigError
+    from diki_ray.runtime import cluster
+
+    def refuse(**options: object) -> None:
+        raise RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.59.0\nThis process ...")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    overrides = ["cluster.address=10.0.0.1:6379", "run.storage=/tmp/x", "data.root=/tmp/y"]
+    config = load(ROOT / "configs" / "debug.yaml", overrides)
+    with (
+        pytest.raises(ConfigError, match=r"Version mismatch.*both sides run the same Ray version"),
+        cluster.cluster(config),
+    ):
+        pass

@@ -1,0 +1,79 @@
+"""Plans are values: what a module's key depends on, what is pending, who trains what side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from diki_ray.config import Config, load
+from diki_ray.model.methods import METHODS, Diki
+from diki_ray.runtime.plan import Plan, load_backbone, make_plan
+from diki_ray.runtime.trainer import shared_out
+
+DEBUG = Path(__file__).parent.parent.parent / "configs" / "debug.yaml"
+BACKBONE = load_backbone(load(DEBUG))
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("prepared")
+
+
+def planned(prepared: Path, *overrides: str, order: tuple[int, ...] = (0, 1)) -> Plan:
+    tree = load(DEBUG, [f"data.root={prepared}", *overrides]).model_dump()
+    tree["tasks"] = [tree["tasks"][t] for t in order]
+    return make_plan(Config.model_validate(tree), BACKBONE)
+
+
+def keys(plan: Plan) -> dict[str, str]:
+    return {task.name: task.key for task in plan.tasks}
+
+
+def test_a_key_depends_on_the_task_and_the_recipe_and_not_on_the_stream(prepared: Path) -> None:
+    plan = planned(prepared)
+    assert keys(planned(prepared, order=(1, 0))) == keys(plan)
+    assert keys(planned(prepared, "calibration.bias=2", "evaluate.routing=batch", "run.name=q")) == keys(plan)
+    for change in ("train.epochs=2", "run.seed=1", "train.num_workers=2", "method.text_length=3", "train.lr=1"):
+        assert not set(keys(planned(prepared, change)).values()) & set(keys(plan).values()), change
+
+
+def test_seeds_come_from_the_data_and_not_from_the_position(prepared: Path) -> None:
+    seeds = {t.name: t.seed for t in planned(prepared).tasks}
+    assert {t.name: t.seed for t in planned(prepared, order=(1, 0)).tasks} == seeds
+    assert len(set(seeds.values())) == 2
+
+
+def test_pending_is_what_is_not_committed(prepared: Path) -> None:
+    plan = planned(prepared)
+    first, second = plan.tasks
+    assert plan.pending({first.key}) == [second]
+    assert plan.pending({first.key, second.key}) == []
+
+
+def test_a_method_whose_tasks_build_on_each_other_has_the_predecessor_in_its_keys(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Sequential(Diki):
+        sequential = True
+
+    monkeypatch.setitem(METHODS, "diki", Sequential)
+    plan, swapped = planned(prepared), planned(prepared, order=(1, 0))
+    assert plan.tasks[0].predecessor is None
+    assert plan.tasks[1].predecessor == plan.tasks[0].key
+    assert not set(keys(plan).values()) & set(keys(swapped).values())
+    assert shared_out(plan.tasks, 2) == [list(plan.tasks)]  # they cannot be trained side by side
+
+
+def test_independent_tasks_are_shared_out_by_their_size(prepared: Path) -> None:
+    tasks = planned(prepared).tasks
+    assert shared_out(tasks, 1) == [list(tasks)]
+    groups = shared_out(tasks, 5)
+    assert sorted(t.name for g in groups for t in g) == ["digits", "gems"]
+    assert len(groups) == 2
+
+
+def test_workers_in_other_folders_find_the_data(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(prepared)
+    plan = make_plan(load(DEBUG, ["data.root=here"]), BACKBONE)
+    assert all(Path(task.index.uri).is_absolute() for task in plan.tasks)
