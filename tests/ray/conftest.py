@@ -1,4 +1,4 @@
-"""One local Ray cluster for all tests of this folder that run in this process."""
+"""A local Ray cluster for the tests of a file: the next file may want one of its own in this process."""
 
 from collections.abc import Iterator
 
@@ -6,11 +6,8 @@ import pytest
 import ray
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def local_cluster() -> Iterator[None]:
-    if ray.is_initialized():  # another folder's fixture of this process
-        yield
-        return
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, namespace="diki_ray")
     yield
     ray.shutdown()
