@@ -127,3 +127,16 @@ def test_what_cannot_be_planned_is_said_before_any_cluster_is_touched(
 
     with pytest.raises(UserError, match=says):
         planned()
+
+
+def test_a_folder_without_class_names_is_refused(tmp_path: Path) -> None:
+    from PIL import Image
+
+    from diki_ray.runtime.plan import load_backbone, make_plan
+
+    (tmp_path / "flat").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "flat" / "a.png")
+    config = parse(changed(tasks=[{"data": str(tmp_path / "flat")}], data={"root": str(tmp_path / "prepared")},
+                           method={"image_depth": 1, "text_depth": 1}))  # fmt: skip
+    with pytest.raises(UserError, match="no images in class folders: expected <class>/<image>"):
+        make_plan(config, load_backbone(config))
