@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -72,13 +73,38 @@ def test_learn_run_again_add_a_task_and_share_modules(storage: Path, local_clust
     np.testing.assert_array_equal(np.array(grown["accuracy"])[:2, :2], first["accuracy"])
     assert digests(storage, "debug") == committed | {"mist": digests(storage, "debug")["mist"]}
 
-    # Another run, another order, two evaluation workers: it takes the same modules and trains none.
-    other = debug(storage, "run.name=other", "evaluate.num_workers=2", "evaluate.batch_size=100")
+    # Another run, another order: it takes the same modules and trains none.
+    other = debug(storage, "run.name=other", "evaluate.batch_size=100")
     other = Config.model_validate(other.model_dump() | {"tasks": other.model_dump()["tasks"][::-1]})
     reverse = run(other)
     assert reverse["trained"] == []
     assert digests(storage, "other") == committed
     np.testing.assert_allclose(reverse["zero_shot"], first["zero_shot"][::-1], atol=1e-12)
+
+
+@pytest.mark.parametrize("routing", ["image", "batch"])
+def test_any_number_of_evaluation_workers_gives_the_same_numbers(
+    storage: Path, local_cluster: None, routing: str
+) -> None:
+    """Every number of the evaluation, to the last bit, with nothing taken from a cache."""
+    run(debug(storage))
+    measured = []
+    for num_workers in (1, 2):
+        shutil.rmtree(storage / "cache", ignore_errors=True)
+        name = f"{routing}-{num_workers}"
+        config = debug(
+            storage,
+            f"run.name={name}",
+            f"evaluate.num_workers={num_workers}",
+            f"evaluate.routing={routing}",
+            "evaluate.batch_size=64",  # a dozen batches of each test set to share out, and a last one that is smaller
+        )
+        results = run(config)
+        assert results["trained"] == []
+        measured.append(results)
+    one, two = measured
+    for name in ("accuracy", "zero_shot", "metrics", "tasks"):
+        assert one[name] == two[name], name
 
 
 def test_two_workers_train_the_modules_of_one(storage: Path, local_cluster: None) -> None:

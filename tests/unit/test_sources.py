@@ -52,6 +52,26 @@ def all_read(raw: RawDataset) -> None:
 # --- folders and manifests -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("folder", "class_name"),
+    [
+        ("red_fox", "red fox"),
+        ("RedFox", "Red Fox"),
+        ("redFox", "red Fox"),
+        ("AnnualCrop", "Annual Crop"),
+        ("TVset", "TVset"),
+        ("MIT_TechSquare", "MIT TechSquare"),
+        ("T-Shirt", "T-Shirt"),
+        ("B707", "B707"),
+    ],
+)
+def test_a_class_folders_name_becomes_words(tmp_path, folder, class_name):
+    for i in range(3):
+        put(tmp_path / folder / f"{i}.jpg", jpeg(i))
+        put(tmp_path / "zebra" / f"{i}.jpg", jpeg(i))
+    assert open_source(str(tmp_path)).class_names == (class_name, "zebra")
+
+
 def test_class_folders_without_split_folders(tmp_path):
     for i in range(3):
         put(tmp_path / "my set" / "big_cat" / f"{i}.JPG", jpeg(i))

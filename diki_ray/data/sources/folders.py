@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diki_ray.data.images import EXTENSIONS
-from diki_ray.data.sources.raw import FileReader, RawDataset, RawItem, inside, spaced
+from diki_ray.data.sources.raw import FileReader, RawDataset, RawItem, inside, spaced, words_of_folder
 from diki_ray.errors import DataError
 
 SPLIT_FOLDERS: Mapping[str, str] = {
@@ -124,7 +124,7 @@ def folder_dataset(folder: Path, name: str, **about: Any) -> RawDataset:
     return RawDataset(
         name=name,
         layout="class folders in split folders" if split_folders(folder) else "class folders",
-        class_names=tuple(spaced(c) for c in classes),
+        class_names=tuple(words_of_folder(c) for c in classes),
         splits=items,
         reader=FileReader(str(folder)),
         skipped=+skipped,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,6 +85,14 @@ def sniff_extension(data: bytes) -> str:
 def spaced(name: str) -> str:
     """A class name as it stands in a sentence: underscores become spaces."""
     return name.replace("_", " ").strip()
+
+
+def words_of_folder(name: str) -> str:
+    """A class folder's name as words: `red_fox` is red fox, and so is RedFox, for CLIP's tokenizer has no case.
+
+    Only a name without any other separator is split at its capitals, and only after a small letter: TVset stays whole.
+    """
+    return spaced(name if re.search(r"[\s_-]", name) else re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name))
 
 
 def png_bytes(pixels: NDArray[np.uint8]) -> bytes:
