@@ -6,6 +6,7 @@ Pure: settings, orders and the choice among results are values, tested without R
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,6 +34,14 @@ class Range(Section):
             raise ValueError("low must be below high, and above 0 with log=true")
         return self
 
+    def draw(self, rng: random.Random) -> float | int:
+        """A value between low and high, both possible with integer=true."""
+        if self.log:
+            low, high = math.log(self.low), math.log(self.high + (1 if self.integer else 0))
+            value = math.exp(rng.uniform(low, high))
+            return min(max(int(value), int(self.low)), int(self.high)) if self.integer else value
+        return rng.randint(int(self.low), int(self.high)) if self.integer else rng.uniform(self.low, self.high)
+
 
 class OrdersSection(Section):
     """Over which orders of the tasks every setting is judged; the configuration's own is always the first."""
@@ -53,10 +62,12 @@ class ObjectiveSection(Section):
     average: float = Field(default=1.0, ge=0)
     last: float = Field(default=1.0, ge=0)
 
-    def of(self, metrics: Mapping[str, float]) -> float:
-        weights = self.model_dump()
-        known = {n: w for n, w in weights.items() if w and metrics[n] == metrics[n]}  # a stream of one has no Transfer
-        return sum(w * metrics[n] for n, w in known.items()) / sum(known.values())
+    def of(self, metrics: Mapping[str, float | None]) -> float:
+        """None is a metric that is not defined: a stream of one task has no Transfer."""
+        known = [(w, value) for n, w in self.model_dump().items() if w and (value := metrics[n]) is not None]
+        if not known:
+            raise ConfigError("objective: a stream of one task has no Transfer; give another metric a weight.")
+        return sum(w * value for w, value in known) / sum(w for w, _ in known)
 
     @model_validator(mode="after")
     def _something(self) -> Self:
@@ -78,13 +89,16 @@ class SweepConfig(Section):
     search: Literal["grid", "random", "optuna"] = "grid"
     num_samples: int = Field(default=16, ge=1)
     """Settings tried by random and optuna."""
+    search_seed: int = Field(default=0, ge=0)
+    """Of the draws of random and optuna."""
     objective: ObjectiveSection = ObjectiveSection()
     scheduler: Literal["none", "asha"] = "none"
-    """asha: settings that train stop early when, epoch by epoch, their validation accuracy falls behind."""
+    """asha: a setting stops early when, after as many epochs, its modules' validation accuracy is not in the best
+    third of those seen so far."""
     concurrent_trials: int = Field(default=1, ge=1)
-    cpus_per_trial: float = Field(default=0.01, gt=0)
-    """CPUs that Ray sets aside for a trial; next to none by default, so that trials cannot starve the worker groups
-    which they start (train.num_workers above 1): concurrent_trials is then the only limit."""
+    cpus_per_trial: float = Field(default=0.0, ge=0)
+    """CPUs that Ray sets aside for a trial; none by default, so that trials cannot starve the worker groups which they
+    start (train.num_workers above 1): concurrent_trials is then the only limit."""
     gpus_per_trial: float = Field(default=0.0, ge=0)
     """For trials that train or evaluate on a GPU themselves."""
     max_failures: int = Field(default=2, ge=0)
@@ -98,7 +112,30 @@ class SweepConfig(Section):
         empty = [name for name, values in self.parameters.items() if isinstance(values, list) and not values]
         if empty:
             raise ValueError(f"{empty[0]} has no values")
+        if self.scheduler == "asha" and "train.epochs" in self.parameters:
+            raise ValueError("train.epochs cannot vary with scheduler=asha, which compares settings epoch by epoch")
         return self
+
+    def settings(self) -> list[dict[str, Any]]:
+        """Those of grid and random, decided beforehand and the same every time, no two the same; none for optuna."""
+        names, found = list(self.parameters), []
+        if self.search == "grid":
+            lists = [values for values in self.parameters.values() if isinstance(values, list)]
+            found = [dict(zip(names, values, strict=True)) for values in itertools.product(*lists)]
+        elif self.search == "random":
+            rng = random.Random(self.search_seed)
+            for _ in range(self.num_samples):
+                found.append(
+                    {n: v.draw(rng) if isinstance(v, Range) else rng.choice(v) for n, v in self.parameters.items()}
+                )
+        return [setting for n, setting in enumerate(found) if setting not in found[:n]]
+
+    def covers(self, setting: Mapping[str, Any]) -> bool:
+        """Whether the sweep, as it is now, could try a setting."""
+        return setting.keys() == self.parameters.keys() and all(
+            values.low <= setting[n] <= values.high if isinstance(values, Range) else setting[n] in values
+            for n, values in self.parameters.items()
+        )
 
 
 def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[SweepConfig, Config]:
@@ -118,10 +155,24 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[SweepCo
     except ValidationError as error:
         raise ConfigError(f"{path}: {sentences(error, SweepConfig)}") from None
     config = load(path.parent / sweep.base, overrides)
-    for name, values in sweep.parameters.items():
-        first = values[0] if isinstance(values, list) else values.low if not values.integer else int(values.low)
-        varied(config, {name: first})  # refuses an unknown field before anything runs
+    _check_values(sweep, config)
     return sweep, config
+
+
+def _check_values(sweep: SweepConfig, config: Config) -> None:
+    """Refuses an unknown field, and a value that is not valid in any of the settings, before anything runs."""
+    refused: dict[tuple[str, str], ConfigError] = {}
+    valid: set[tuple[str, str]] = set()
+    for setting in sweep.model_copy(update={"search": "random"} if sweep.search == "optuna" else {}).settings():
+        values = {(n, "" if isinstance(sweep.parameters[n], Range) else repr(v)) for n, v in setting.items()}
+        try:
+            varied(config, setting)
+            valid |= values
+        except ConfigError as error:
+            refused |= dict.fromkeys(values, error)
+    for value, error in refused.items():
+        if value not in valid:
+            raise error
 
 
 def varied(config: Config, setting: Mapping[str, Any]) -> Config:

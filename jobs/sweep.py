@@ -12,6 +12,7 @@ from rich.console import Console
 from diki_ray.errors import UserError
 from diki_ray.runtime.cluster import cluster
 from diki_ray.runtime.sweep import run_sweep
+from diki_ray.runtime.sweep_files import CHOSEN, REPORT
 from diki_ray.runtime.sweep_table import sweep_tables
 from diki_ray.sweep_config import load_sweep
 
@@ -25,10 +26,12 @@ def main() -> int:
     try:
         sweep, config = load_sweep(arguments.config, arguments.overrides)
         # A trial that ASHA stops is reclaimed through the dashboard's state API: without it later trials would hang.
-        with cluster(config, dashboard=True):
+        with cluster(config, dashboard=sweep.scheduler == "asha"):
             document = run_sweep(sweep, config)
         for table in sweep_tables(document):
             console.print(table)
+        folder = document["folder"]
+        print(f"report: {folder}/{REPORT}; run the chosen setting: jobs/continual.py --config {folder}/{CHOSEN}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -35,6 +35,11 @@ class Orders:
         """[T], in the order given: nothing learnt."""
         return np.array([self.of_task(j, ()) for j in order])
 
+    def weights(self, task: int, learnt: Sequence[int]) -> np.ndarray:
+        """[N]: the integration weights of one test set's images once `learnt` (at least one) are learnt."""
+        table, order = self.tables[task], np.asarray(learnt)
+        return table.weight[np.arange(len(table.labels)), order[table.log_density[:, order].argmax(1)]]
+
     def of_task(self, task: int, learnt: Sequence[int]) -> float:
         """Accuracy on one test set once `learnt` are learnt."""
         key = (task, frozenset(learnt))

@@ -172,12 +172,18 @@ def weight_auroc(test_sets: Sequence[TestSet], num_learnt: int) -> dict[str, Any
     after: list[float | None] = []
     for step in range(1, num_learnt + 1):
         known = [t.learnt_at is not None and t.learnt_at < step for t in test_sets]
-        if all(known):
-            after.append(None)
-            continue
-        truth = np.concatenate([np.full(len(t.labels), k) for t, k in zip(test_sets, known, strict=True)])
-        after.append(_number(roc_auc_score(truth, np.concatenate([t.weight[step] for t in test_sets]))))
+        area = auroc([t.weight[step] for t in test_sets], known)
+        after.append(None if area is None else _number(area))
     return {"after": after, "mean": _mean(after)}
+
+
+def auroc(weights: Sequence[np.ndarray], known: Sequence[bool]) -> float | None:
+    """The area under the ROC curve of the weights [N_j] of each test set, given whether its domain is learnt; None
+    where all or none are."""
+    if all(known) or not any(known):
+        return None
+    truth = np.concatenate([np.full(len(w), k) for w, k in zip(weights, known, strict=True)])
+    return float(roc_auc_score(truth, np.concatenate(weights)))
 
 
 def _joined(test_sets: Sequence[TestSet], row: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,46 +1,36 @@
 """A sweep with Ray Tune: every setting is judged over all orders and seeds on the validation split; the chosen one's
-test numbers are computed once.
+test numbers are computed once (diki_ray.runtime.sweep_trial says how).
 
-A module is trained once however many settings, orders, processes or repetitions need it: a trial takes a lease on the
-set of modules that it misses (a run of that name in the storage); who needs the same ones waits for it and finds them
-in the library. Under `image` routing the accuracy matrix of every order follows from one table for each test set
-(diki_ray.model.orders). `batch` routing is not exact that way and is evaluated order by order.
-
-Each setting's result is a document in the storage, written when it is known: an interrupted sweep that is started again
-finds them, and so does a repeated one.
+Each setting's result is a document in the storage, written by the driver when it is known: an interrupted sweep that is
+started again hands Tune only what has none, and so does a repeated one. Tune's own state is never read back.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
+import ray
 from ray import tune
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search.optuna import OptunaSearch
 
 from diki_ray.config import Config
-from diki_ray.errors import LeaseHeldError, UserError
-from diki_ray.model.metrics import Metrics
-from diki_ray.model.orders import Orders
-from diki_ray.runtime.evaluator import Cache, Evaluating, Part, accuracy_of, num_batches_of
+from diki_ray.errors import ConfigError, UserError
 from diki_ray.runtime.objects import Objects
-from diki_ray.runtime.plan import Plan, PlannedTask, build_method, load_backbone, make_plan, with_absolute_paths
-from diki_ray.runtime.store import RunStore
-from diki_ray.runtime.store_actor import StoreClient
-from diki_ray.runtime.trainer import TaskWorker, train
+from diki_ray.runtime.plan import Plan, load_backbone, make_plan, with_absolute_paths
+from diki_ray.runtime.sweep_files import write_files
+from diki_ray.runtime.sweep_results import SweepResults, setting_text
+from diki_ray.runtime.sweep_trial import digest, judge
 from diki_ray.sweep_config import Range, SweepConfig, orders_of, pareto_front, varied
 
-METRICS = ("transfer", "average", "last", "forgetting")
-WAIT_S = 2.0
+Orders = Mapping[str, Sequence[int]]
 
 
-def run_sweep(sweep: SweepConfig, config: Config) -> dict[str, Any]:
-    """Runs what has no result yet and returns the sweep's document, which is also in the storage.
+def run_sweep(sweep: SweepConfig, config: Config, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Runs what has no result yet and returns the sweep's document, which is also in the storage with its report.
 
     Raises:
         UserError: every setting failed, or the configuration cannot be run.
@@ -49,39 +39,17 @@ def run_sweep(sweep: SweepConfig, config: Config) -> dict[str, Any]:
     config = with_absolute_paths(config)
     plan = make_plan(config, load_backbone(config))  # what is wrong with it is said before any trial starts
     orders = orders_of(sweep.orders, [t.name for t in plan.tasks])
-    results = Results(config.run.storage, sweep.name)
-    before = len(results.library_keys())
-    tuner = tune.Tuner(
-        tune.with_resources(
-            tune.with_parameters(_trial, sweep=sweep, config=config, orders=orders),
-            {"CPU": sweep.cpus_per_trial, "GPU": sweep.gpus_per_trial},
-        ),
-        param_space={_safe(n): _domain(sweep, v) for n, v in sweep.parameters.items()}
-        or {"nothing": tune.grid_search([0])},
-        tune_config=tune.TuneConfig(
-            metric="objective",
-            mode="max",
-            num_samples=1 if sweep.search == "grid" else sweep.num_samples,
-            max_concurrent_trials=sweep.concurrent_trials if sweep.search == "optuna" else None,
-            search_alg=_searcher(sweep),
-            scheduler=_scheduler(sweep, config),
-            reuse_actors=False,
-        ),
-        run_config=tune.RunConfig(
-            name=f"{sweep.name}-{int(time.time())}",
-            storage_path=f"{Objects.open(config.run.storage).uri}/tune",
-            failure_config=tune.FailureConfig(max_failures=sweep.max_failures),
-            verbose=0,
-        ),
-    )
-    grid = tuner.fit()
-    trials = [_shown(grid[i], sweep) for i in range(len(grid))]
-    good = [t for t in trials if t["error"] is None and not t["stopped_early"]]
+    results = SweepResults(config.run.storage, sweep.name, _question(sweep, plan, orders))
+    before = results.num_modules()
+    _run_trials(sweep, config, orders, results, say)
+    trials = results.trials(sweep)
+    good = [t for t in trials if t["validation"]]
     if not good:
         said = next((t["error"] for t in trials if t["error"]), "no setting ran to its end")
         raise UserError(f"sweep {sweep.name!r}: no setting has a result; the first error: {said}")
     best = max(good, key=lambda t: t["validation"]["objective"]["mean"])
-    chosen = _judged(sweep, config, best["setting"], orders, "test", results)
+    say(f"chosen on validation: {setting_text(best['setting'])}; its test numbers …")
+    test = _tested(sweep, config, best["setting"], orders, results)
     front = pareto_front([(t["validation"]["transfer"]["mean"] or 0.0, t["validation"]["last"]["mean"]) for t in good])
     document = {
         "format": 1,
@@ -91,207 +59,187 @@ def run_sweep(sweep: SweepConfig, config: Config) -> dict[str, Any]:
         "orders": {name: list(order) for name, order in orders.items()},
         "trials": trials,
         "pareto": [good[i]["setting"] for i in front],
-        "chosen": {"setting": best["setting"], "validation": best["validation"], "test": chosen},
-        "modules_trained": len(results.library_keys()) - before,
+        "chosen": {"setting": best["setting"], "validation": best["validation"], "test": test},
+        "modules_trained": results.num_modules() - before,
         "seconds": round(time.monotonic() - started, 2),
+        "folder": results.uri,
+        "finished_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-    results.put("sweep.json", document)
+    write_files(document, varied(config, best["setting"]), results)
     return document
 
 
-def _trial(setting: dict[str, Any], *, sweep: SweepConfig, config: Config, orders: Mapping[str, Sequence[int]]) -> None:
-    """One setting; runs in a Tune trial. Training reports each epoch, so that ASHA can stop it."""
-    fields = {n.replace("/", "."): v for n, v in setting.items() if n != "nothing"}
-    results = Results(config.run.storage, sweep.name)
-    judged = _judged(sweep, config, fields, orders, "val", results, reporting=sweep.scheduler == "asha")
-    tune.report({"objective": judged["objective"]["mean"], "judged": json.dumps(judged), "epoch": config.train.epochs})
+def _question(sweep: SweepConfig, plan: Plan, orders: Orders) -> str:
+    """What a setting's result depends on beside the setting and the configuration that it makes."""
+    data = [task.index.digest() for task in plan.tasks]
+    weights = sweep.objective.model_dump()
+    return digest(
+        [plan.config.digest(), plan.backbone_digest, data, sorted(map(list, orders.values())), sweep.seeds, weights]
+    )
 
 
-def _judged(
-    sweep: SweepConfig,
-    config: Config,
-    setting: Mapping[str, Any],
-    orders: Mapping[str, Sequence[int]],
-    split: str,
-    results: Results,
-    reporting: bool = False,
-) -> dict[str, Any]:
-    """Mean, standard deviation and each value of every metric over orders and seeds, on one split."""
-    varied_config = varied(config, setting)
-    name = f"{split}-{_digest([varied_config.digest(), sorted(map(list, orders.values())), sweep.seeds, split])}.json"
-    if (known := results.get(name)) is not None:
-        return known | {"objective": _spread([sweep.objective.of(v) for v in known["values"]])}
-    started, values, names = time.monotonic(), [], []
-    for seed in sweep.seeds:
-        seeded = varied(varied_config, {"run.seed": seed})
-        plan = make_plan(seeded, load_backbone(seeded))
-        digests = modules_of(plan, results, reporting)
-        matrices = matrices_of_orders(plan, digests, orders, split, results)
-        for order, (accuracy, zero_shot) in matrices.items():
-            metrics = Metrics.of(accuracy)
-            values.append({m: metrics.mean(m) for m in METRICS} | {"zero_shot": float(zero_shot.mean())})
-            names.append({"order": order, "seed": seed})
-    judged: dict[str, Any] = {m: _spread([v[m] for v in values]) for m in (*METRICS, "zero_shot")}
-    judged |= {"values": values, "of": names, "seconds": round(time.monotonic() - started, 2)}
-    results.put(name, judged)
-    return judged | {"objective": _spread([sweep.objective.of(v) for v in values])}
-
-
-def modules_of(plan: Plan, results: Results, reporting: bool = False) -> list[str]:
-    """The digests of the plan's modules in the library, trained here if nobody has or is about to."""
-    while True:
-        library = RunStore.open(plan.config.run.storage, "library").library
-        found = [library.find_intact(task.key) for task in plan.tasks]
-        missing = [task for task, record in zip(plan.tasks, found, strict=True) if record is None]
-        if not missing:
-            return [record.digest for record in found if record is not None]
-        claim = f"modules-{_digest(sorted(t.key for t in plan.tasks))[:16]}"
-        try:
-            store = StoreClient.start(plan.config.run.storage, claim, wait_s=0)
-        except LeaseHeldError:
-            time.sleep(WAIT_S)  # another trial trains them: take them when they are there
-            continue
-        try:
-            _train_missing(plan, missing, store, reporting)
-        finally:
-            store.stop()
-
-
-def _train_missing(plan: Plan, missing: Sequence[PlannedTask], store: StoreClient, reporting: bool) -> None:
-    config = plan.config
-    still = [task for task in missing if store.find_in_library(task.key) is None]
-    if config.train.num_workers > 1:
-        train(config, still, store)
+def _run_trials(
+    sweep: SweepConfig, config: Config, orders: Orders, results: SweepResults, say: Callable[[str], None]
+) -> None:
+    """Has Tune try every setting that has no result yet."""
+    known = [t for t in results.trials(sweep) if not t["error"]]
+    space: dict[str, Any]
+    if sweep.search == "optuna":
+        done = sum(t["num_tried"] for t in known)
+        missing = sweep.num_samples - done
+        space = {_flat(name): _domain(values) for name, values in sweep.parameters.items()}
+    else:
+        settings = [s for s in sweep.settings() if s not in [t["setting"] for t in known]]
+        done, missing = len(known), len(settings)
+        space = {"setting": tune.grid_search(settings)}
+    if known:
+        say(f"known already: {done} of {done + missing} settings")
+    if missing <= 0:
         return
-    # One worker needs no worker group: the trial itself is the worker.
-    worker = TaskWorker(config, build_method(config, load_backbone(config)), store)
-    for number, task in enumerate(still):
-        if reporting:
-            worker.on_epoch = _reporter(number, len(still), config.train.epochs)
-        worker.learn(task)
+    optuna = sweep.search == "optuna"
+    experiment = f"{sweep.name}-{int(time.time())}"
+    tune.Tuner(
+        tune.with_resources(
+            tune.with_parameters(_trial, sweep=sweep, config=config, orders=orders),
+            # A trial has to ask for something: one MB of memory is everywhere.
+            {"CPU": sweep.cpus_per_trial, "GPU": sweep.gpus_per_trial, "memory": 2**20},
+        ),
+        param_space=space,
+        tune_config=tune.TuneConfig(
+            num_samples=missing if optuna else 1,
+            max_concurrent_trials=sweep.concurrent_trials if optuna else None,
+            search_alg=_Optuna.knowing(sweep, known)
+            if optuna
+            else tune.search.BasicVariantGenerator(max_concurrent=sweep.concurrent_trials),
+            scheduler=_scheduler(sweep, config),
+            reuse_actors=sweep.scheduler == "none",  # a trial that was stopped may still be in the middle of a step
+        ),
+        run_config=tune.RunConfig(
+            name=experiment,
+            storage_path=f"{Objects.open(config.run.storage).uri}/tune",
+            failure_config=tune.FailureConfig(max_failures=sweep.max_failures),
+            callbacks=[_Recorder(results, missing, say)],
+            verbose=0,
+        ),
+    ).fit()
+    objects = Objects.open(config.run.storage)
+    objects.delete(info.path for info in objects.list(f"tune/{experiment}"))
 
 
-def _reporter(number: int, num_tasks: int, num_epochs: int) -> Any:
-    """Tells Tune the validation accuracy after each epoch, as a share of the way through all tasks' epochs."""
+def _trial(values: dict[str, Any], *, sweep: SweepConfig, config: Config, orders: Orders) -> None:
+    """One setting; runs in a Tune trial. Training reports each epoch, so that ASHA can stop it."""
 
-    def report(epoch: int, accuracy: float | None) -> None:
-        done = (number * num_epochs + epoch + 1) / num_tasks
-        tune.report({"objective": accuracy or 0.0, "epoch": done})
+    def report(epoch: float, accuracy: float) -> None:
+        tune.report({"epoch": epoch, "accuracy": accuracy})
 
-    return report
-
-
-def matrices_of_orders(
-    plan: Plan, digests: Sequence[str], orders: Mapping[str, Sequence[int]], split: str, results: Results
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Order's name -> (accuracy matrix [T, T] in that order, zero-shot row [T] in that order)."""
-    if plan.config.evaluate.routing == "batch":
-        return {name: _directly(plan, digests, order, split, results) for name, order in orders.items()}
-    tables = [p.answers for p in _tables(plan, digests, list(orders.values()), split, results)]
-    by_set = Orders(tables, [t.class_names for t in plan.tasks], plan.config.evaluate.label_space)
-    return {name: (by_set.accuracy(order), by_set.zero_shot(order)) for name, order in orders.items()}
+    try:
+        judged = judge(sweep, config, _setting(values), orders, "val", report if sweep.scheduler == "asha" else None)
+    except ConfigError as error:  # trying again would only meet it again
+        tune.report({"refused": str(error)})
+        return
+    tune.report({"objective": judged["objective"]["mean"], "judged": json.dumps(judged)})
 
 
-def _tables(
-    plan: Plan, digests: Sequence[str], orders: Sequence[Sequence[int]], split: str, results: Results
-) -> list[Part]:
-    """For each task the answers of its split under every route that one of the orders takes."""
-    store = results.caches()
-    caches = [Cache(plan, store, j, digests, split) for j in range(len(plan.tasks))]
-    known = [cache.load() for cache in caches]
-    evaluating = Evaluating(plan.config, plan.tasks, digests, results.read_module, split, orders)
-    parts = []
-    for j, (task, cache) in enumerate(zip(plan.tasks, caches, strict=True)):
-        part = evaluating.evaluate(j, range(num_batches_of(plan.config, task, split)), known[j])
-        cache.save(part)
-        parts.append(part)
-    return parts
+class _Recorder(tune.Callback):
+    """Writes each setting's result as soon as it is known, and says so."""
+
+    def __init__(self, results: SweepResults, num_settings: int, say: Callable[[str], None]):
+        self._results, self._num_settings, self._say, self._num_ended = results, num_settings, say, 0
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        last = trial.last_result
+        if "judged" in last:
+            judged = json.loads(last["judged"])
+            self._record(trial, f"objective {100 * judged['objective']['mean']:.1f} %", validation=judged)
+        elif "refused" in last:
+            self._record(trial, last["refused"], error=last["refused"])
+        else:
+            epoch = round(last.get("epoch", 0.0), 2)
+            self._record(trial, f"stopped early, after {epoch:g} epochs", stopped_at_epoch=epoch)
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._say(f"{setting_text(_setting(trial.config))}: failed and is tried again: {_sentence(trial)}")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._record(trial, f"failed: {_sentence(trial)}", error=_sentence(trial))
+
+    def _record(self, trial: Any, outcome: str, **fields: Any) -> None:
+        setting = _setting(trial.config)
+        self._results.record(setting, **fields)
+        self._num_ended += 1
+        self._say(f"[{self._num_ended}/{self._num_settings}] {setting_text(setting)}: {outcome}")
 
 
-def _directly(
-    plan: Plan, digests: Sequence[str], order: Sequence[int], split: str, results: Results
-) -> tuple[np.ndarray, np.ndarray]:
-    tasks = [plan.tasks[t] for t in order]
-    evaluating = Evaluating(plan.config, tasks, [digests[t] for t in order], results.read_module, split)
-    parts = [evaluating.evaluate(j, range(num_batches_of(plan.config, t, split))) for j, t in enumerate(tasks)]
-    evaluation = accuracy_of(plan.config, tasks, parts)
-    return evaluation.accuracy, evaluation.zero_shot
+class _Optuna(OptunaSearch):
+    """Optuna's search, which is told only what settings reached, not how their training went on the way."""
+
+    @staticmethod
+    def knowing(sweep: SweepConfig, known: Sequence[Mapping[str, Any]]) -> _Optuna:
+        """The search after the results that are known."""
+        judged = [t for t in known if t["validation"]]
+        return _Optuna(
+            metric="objective",
+            mode="max",
+            # Another seed than before the interruption: else the same settings would be drawn once more.
+            seed=sweep.search_seed + len(known),
+            points_to_evaluate=[{_flat(n): v for n, v in t["setting"].items()} for t in judged] or None,
+            evaluated_rewards=[t["validation"]["objective"]["mean"] for t in judged] or None,
+        )
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        if self.metric in result:
+            super().on_trial_result(trial_id, result)
 
 
-class Results:
-    """A sweep's documents in the storage, and what its trials read there."""
-
-    def __init__(self, storage: str, sweep: str):
-        self.storage, self.sweep = storage, sweep
-        self.objects = Objects.open(storage)
-
-    def get(self, name: str) -> Any:
-        data = self.objects.get(f"sweeps/{self.sweep}/{name}")
-        return None if data is None else json.loads(data)
-
-    def put(self, name: str, document: Any) -> None:
-        text = json.dumps(document, indent=1, sort_keys=True, default=float)
-        self.objects.put(f"sweeps/{self.sweep}/{name}", text.encode())
-
-    def caches(self) -> RunStore:
-        return RunStore.open(self.storage, "library")
-
-    def read_module(self, digest: str) -> bytes:
-        return self.caches().library.read(digest)
-
-    def library_keys(self) -> list[str]:
-        return [Path(info.path).stem for info in self.objects.list("library/keys")]
+def _scheduler(sweep: SweepConfig, config: Config) -> Any:
+    if sweep.scheduler == "none":
+        return None
+    # max_t above the last epoch: at max_t ASHA ends a trial, and this one has still to be judged.
+    return ASHAScheduler(
+        time_attr="epoch", metric="accuracy", mode="max", max_t=config.train.epochs + 1, reduction_factor=3
+    )
 
 
-def _shown(result: Any, sweep: SweepConfig) -> dict[str, Any]:
-    setting = {n.replace("/", "."): v for n, v in (result.config or {}).items() if n != "nothing"}
-    judged = json.loads(result.metrics["judged"]) if result.metrics and "judged" in result.metrics else None
-    error = None
-    if result.error is not None:
-        cause = getattr(result.error, "cause", None) or result.error
-        lines = [line for line in str(cause).splitlines() if line.strip()]
-        error = lines[-1] if lines else type(cause).__name__
-    return {"setting": setting, "validation": judged, "error": error, "stopped_early": judged is None and error is None}
+def _tested(
+    sweep: SweepConfig, config: Config, setting: Mapping[str, Any], orders: Orders, results: SweepResults
+) -> dict[str, Any]:
+    """The chosen setting's numbers on the test split, where the trials ran: the driver may have no GPU."""
+    if (known := results.tested(setting)) is not None:
+        return known
+    task = ray.remote(num_cpus=sweep.cpus_per_trial, num_gpus=sweep.gpus_per_trial, max_retries=sweep.max_failures)(
+        judge
+    )
+    try:
+        test = ray.get(task.remote(sweep, config, setting, orders, "test"))
+    except ray.exceptions.RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, UserError) else error) from None
+    results.record_test(setting, test)
+    return test
 
 
-def _spread(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean and standard deviation over orders and seeds (n − 1; None for a single value)."""
-    defined = [v for v in values if not math.isnan(v)]
-    if not defined:
-        return {"mean": None, "std": None}
-    std = float(np.std(defined, ddof=1)) if len(defined) > 1 else None
-    return {"mean": float(np.mean(defined)), "std": std}
-
-
-def _safe(name: str) -> str:
-    """Optuna and Tune read dots as nesting."""
-    return name.replace(".", "/")
-
-
-def _domain(sweep: SweepConfig, values: list[Any] | Range) -> Any:
+def _domain(values: list[Any] | Range) -> Any:
     if isinstance(values, list):
-        return tune.grid_search(values) if sweep.search == "grid" else tune.choice(values)
+        return tune.choice(values)
     if values.integer:
         low, high = int(values.low), int(values.high) + 1
         return tune.lograndint(low, high) if values.log else tune.randint(low, high)
     return tune.loguniform(values.low, values.high) if values.log else tune.uniform(values.low, values.high)
 
 
-def _searcher(sweep: SweepConfig) -> Any:
-    if sweep.search != "optuna":
-        return tune.search.BasicVariantGenerator(max_concurrent=sweep.concurrent_trials, random_state=0)
-    from ray.tune.search.optuna import OptunaSearch
-
-    return OptunaSearch(seed=0)
+def _flat(name: str) -> str:
+    """Tune and Optuna read dots and slashes as nesting."""
+    return name.replace(".", "__")
 
 
-def _scheduler(sweep: SweepConfig, config: Config) -> Any:
-    if sweep.scheduler == "none":
-        return None
-    from ray.tune.schedulers import ASHAScheduler
-
-    return ASHAScheduler(time_attr="epoch", max_t=config.train.epochs, grace_period=1, reduction_factor=3)
+def _setting(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A trial's setting: given as a whole, or field by field by Optuna."""
+    return values["setting"] if "setting" in values else {n.replace("__", "."): v for n, v in values.items()}
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
+def _sentence(trial: Any) -> str:
+    """The last line of what a trial died of; Ray's errors carry whole tracebacks and descriptions of processes."""
+    error = trial.get_pickled_error() or trial.get_error()
+    if isinstance(error, ray.exceptions.RayActorError):
+        return "its process was killed or crashed"
+    lines = [line.strip() for line in str(getattr(error, "cause", None) or error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

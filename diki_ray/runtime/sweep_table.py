@@ -4,45 +4,77 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
-COLUMNS = ("objective", "transfer", "average", "last", "forgetting")
+from diki_ray.runtime.sweep_results import setting_text
+
+COLUMNS = ("objective", "transfer", "average", "last", "forgetting", "weight_auroc")
+TEST_COLUMNS = ("zero_shot", *COLUMNS[1:])
 
 
 def sweep_tables(document: dict[str, Any]) -> list[Table]:
-    """Settings best first with mean ± standard deviation over orders and seeds, failed ones with their error, and the
-    chosen setting's test numbers beside zero-shot."""
+    """Settings best first with mean ± standard deviation over orders and seeds, then those without a result and why,
+    and the chosen setting's test numbers beside zero-shot."""
     name, orders, seeds = document["sweep"]["name"], document["orders"], document["sweep"]["seeds"]
     settings = Table(
         title=f"{name}: validation, % over {len(orders)} orders and {len(seeds)} seeds", title_justify="left"
     )
     settings.add_column("setting")
     for column in COLUMNS:
-        settings.add_column(column, justify="right")
+        settings.add_column(column.replace("_", " "), justify="right")
     settings.add_column("Pareto")
-    ended = [t for t in document["trials"] if t["validation"]]
-    for t in sorted(ended, key=lambda t: -t["validation"]["objective"]["mean"]):
+    for t in best_first(document):
         mark = "*" if t["setting"] in document["pareto"] else ""
-        settings.add_row(_named(t["setting"]), *(_percent(t["validation"][c]) for c in COLUMNS), mark)
-    for t in document["trials"]:
-        if not t["validation"]:
-            settings.add_row(_named(t["setting"]), t["error"] or "stopped early", *[""] * len(COLUMNS))
-    chosen = document["chosen"]
-    test = Table(title=f"chosen on validation: {_named(chosen['setting'])}; on test, %", title_justify="left")
-    for column in ("zero_shot", "transfer", "average", "last", "forgetting"):
-        test.add_column(column.replace("_", "-"), justify="right")
-    test.add_row(*(_percent(chosen["test"][c]) for c in ("zero_shot", "transfer", "average", "last", "forgetting")))
-    test.caption = f"{document['modules_trained']} modules trained, {document['seconds']:.0f} s"
-    return [settings, test]
+        settings.add_row(escape(setting_text(t["setting"])), *(percent(t["validation"][c]) for c in COLUMNS), mark)
+    test = Table(title=f"chosen on validation: {setting_text(document['chosen']['setting'])}", title_justify="left")
+    test.add_column("test, %")
+    for column in TEST_COLUMNS:
+        test.add_column(column.replace("_", " "), justify="right")
+    test.add_row("chosen", *(percent(document["chosen"]["test"][c]) for c in TEST_COLUMNS))
+    test.caption = how_it_was_made(document)
+    return [settings, *_without_result(document), test]
 
 
-def _named(setting: dict[str, Any]) -> str:
+def best_first(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """The settings that have a result."""
+    ended = [t for t in document["trials"] if t["validation"]]
+    return sorted(ended, key=lambda t: -t["validation"]["objective"]["mean"])
+
+
+def outcome(trial: dict[str, Any]) -> str:
+    """Why a setting has no result."""
+    return trial["error"] or f"stopped early, after {trial['stopped_at_epoch']:g} epochs"
+
+
+def how_it_was_made(document: dict[str, Any]) -> str:
+    by = {t["validation"]["orders_by"] for t in document["trials"] if t["validation"]}
+    said = {
+        frozenset({"indexing"}): "every order by indexing into one table of answers",
+        frozenset({"evaluation"}): "batch routing: every order evaluated directly",
+    }.get(frozenset(by), "image routing: orders by indexing; batch routing: every order evaluated directly")
+    parts = {
+        part: sum(t["validation"]["seconds"][part] for t in document["trials"] if t["validation"])
+        for part in ("train", "tables", "orders")
+    }
+    spent = ", ".join(f"{part} {seconds:.0f} s" for part, seconds in parts.items())
     return (
-        ", ".join(f"{n}={v:.4g}" if isinstance(v, float) else f"{n}={v}" for n, v in setting.items()) or "as configured"
+        f"{said}; {document['modules_trained']} modules trained, {document['seconds']:.0f} s (of the settings: {spent})"
     )
 
 
-def _percent(spread: dict[str, float | None]) -> str:
+def percent(spread: dict[str, float | None]) -> str:
+    """Mean ± standard deviation."""
     if spread["mean"] is None:
         return "–"
     return f"{100 * spread['mean']:.1f}" + ("" if spread["std"] is None else f" ± {100 * spread['std']:.1f}")
+
+
+def _without_result(document: dict[str, Any]) -> list[Table]:
+    trials = [t for t in document["trials"] if not t["validation"]]
+    table = Table(title="without a result", title_justify="left")
+    table.add_column("setting")
+    table.add_column("why")
+    for t in trials:
+        table.add_row(escape(setting_text(t["setting"])), escape(outcome(t)))
+    return [table] if trials else []

@@ -66,8 +66,9 @@ def train(config: Config, pending: Sequence[PlannedTask], store: StoreClient) ->
     if len(groups) == 1:
         _train_group(config, pending, store)
         return
-    # A Ray task as each group's driver: Ray Train wants a main thread of its own for every fit().
-    drive = ray.remote(num_cpus=0, max_retries=0)(_train_group)
+    # A Ray task as each group's driver: Ray Train wants a main thread of its own for every fit(). Placed like any other
+    # task also when a sweep's trial asks, whose placement group would else hold it and what it starts.
+    drive = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy="DEFAULT")(_train_group)
     running = [drive.remote(config, group, store) for group in groups]
     errors_met: list[BaseException] = []
     for reply in running:  # the others go on to the end of their tasks: what they commit is not lost

@@ -2,74 +2,129 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import yaml
+from pyarrow import parquet
 from rich.console import Console
 
-from diki_ray.config import Config, load
+from diki_ray.config import Config, load, parse
 from diki_ray.model.metrics import Metrics
 from diki_ray.runtime.continual import run_continual
+from diki_ray.runtime.evaluation_report import report
 from diki_ray.runtime.plan import load_backbone, make_plan
-from diki_ray.runtime.sweep import Results, matrices_of_orders, modules_of, run_sweep
-from diki_ray.sweep_config import SweepConfig, orders_of
+from diki_ray.runtime.stored_evaluation import Asked, evaluate_stored
+from diki_ray.runtime.sweep import run_sweep
+from diki_ray.runtime.sweep_trial import matrices_of_orders, modules_of
+from diki_ray.sweep_config import SweepConfig, orders_of, varied
 
 DEBUG = Path(__file__).parent.parent.parent / "configs" / "debug.yaml"
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Four tasks, two of them alike."""
     storage = tmp_path_factory.mktemp("sweep")
-    base = load(DEBUG, [f"run.storage={storage}", f"data.root={storage}/prepared"])
-    tree = base.model_dump()
-    tree["tasks"] = [*tree["tasks"], {"data": "embedded:mist", "shots": 4}]
+    tree = load(DEBUG, [f"run.storage={storage}", f"data.root={storage}/prepared"]).model_dump()
+    tree["tasks"] = [{"data": f"embedded:{n}", "shots": 4} for n in ("digits", "gems", "mist", "flags")]
     return Config.model_validate(tree)
 
 
-def test_a_sweep_trains_each_module_once_and_judges_every_order(config: Config, local_cluster: None) -> None:
-    sweep = SweepConfig.model_validate(
-        {
-            "name": "s",
-            "base": "debug.yaml",
-            "parameters": {"calibration.bias": [-1.0, 1.0], "method.image_depth": [2, 99]},
-            "orders": {"all": True},
-            "max_failures": 0,
-            "concurrent_trials": 2,
-        }
-    )
-    document = run_sweep(sweep, config)
-    assert len(document["orders"]) == 6
-    assert document["modules_trained"] == 3  # for two calibrations, six orders, and by two trials at the same time
+def swept(config: Config, said: list[str], **fields: Any) -> dict[str, Any]:
+    sweep = SweepConfig.model_validate({"name": "s", "base": "debug.yaml", "max_failures": 0} | fields)
+    return run_sweep(sweep, config, lambda text: said.append(text))
+
+
+def test_twenty_orders_train_the_modules_of_one(config: Config, local_cluster: None) -> None:
+    folder = Path(config.run.storage, "sweeps", "s")
+    fields = {
+        "parameters": {"calibration.bias": [-1.0, 1.0], "method.image_depth": [2, 99]},
+        "orders": {"num_random": 19},
+        "concurrent_trials": 2,
+    }
+    document = swept(config, said := [], **fields)
+    assert len(document["orders"]) == 20
+    assert document["modules_trained"] == 4  # for two calibrations, twenty orders, and by two trials at the same time
     failed = [t for t in document["trials"] if t["error"]]
     assert [t["setting"]["method.image_depth"] for t in failed] == [99, 99]
     assert all("99 blocks" in t["error"] for t in failed)
-    good = [t for t in document["trials"] if not t["error"]]
-    assert len(good) == 2
-    best = max(t["validation"]["objective"]["mean"] for t in good)
-    assert document["chosen"]["validation"]["objective"]["mean"] == best
-    assert document["chosen"]["test"]["last"]["mean"] is not None
+    good = [t for t in document["trials"] if t["validation"]]
+    assert [len(t["validation"]["values"]) for t in good] == [20, 20]
+    assert all(t["validation"]["orders_by"] == "indexing" for t in good)
+    chosen = document["chosen"]
+    assert chosen["validation"]["objective"]["mean"] == max(t["validation"]["objective"]["mean"] for t in good)
+    transfers = [v["transfer"] for v in chosen["test"]["values"]]
+    assert chosen["test"]["transfer"]["mean"] == pytest.approx(np.mean(transfers))
+    assert chosen["test"]["transfer"]["std"] == pytest.approx(np.std(transfers, ddof=1))
+    assert sum(line.startswith("[") for line in said) == 4
 
-    again = run_sweep(sweep, config)
-    assert again["modules_trained"] == 0
-    assert again["chosen"] == document["chosen"]
+    with open(folder / "values.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert sorted({r["split"] for r in rows}) == ["test", "val"]
+    assert len(rows) == 3 * 20
+    settings = parquet.read_table(folder / "settings.parquet").to_pylist()
+    assert [r["chosen"] for r in settings] == [t["setting"] == chosen["setting"] for t in document["trials"]]
+    assert "99 blocks" in settings[1]["error"]
+    page = (folder / "report.html").read_text()
+    assert "Plotly.newPlot" in page
+    assert "https://cdn" not in page.split("<body>")[1]
+
+    winner = parse(yaml.safe_load((folder / "chosen.yaml").read_text()))
+    results = run_continual(winner, Console(quiet=True))
+    assert results["trained"] == []
+    given = next(v for v in chosen["test"]["values"] if v["order"] == "given")
+    assert results["metrics"]["last"]["mean"] == pytest.approx(given["last"], abs=1e-6)
+
+    swept(config, said := [], **fields | {"parameters": {"calibration.bias": [-1.0, 1.0], "method.image_depth": [2]}})
+    assert said[0] == "known already: 2 of 2 settings"
+    assert not any(line.startswith("[") for line in said)
 
 
 def test_every_orders_matrix_is_the_direct_evaluations(config: Config, local_cluster: None) -> None:
-    plan = make_plan(config, load_backbone(config))
-    results = Results(config.run.storage, "direct")
-    digests = modules_of(plan, results)
-    orders = orders_of(SweepConfig(name="x", base="x", orders={"all": True}).orders, [t.name for t in plan.tasks])
-    matrices = matrices_of_orders(plan, digests, orders, "test", results)
-    for name in ("given", "2-0-1", "1-2-0"):
-        order = orders[name]
-        tree = config.model_dump()
-        tree["tasks"] = [tree["tasks"][t] for t in order]
-        tree["run"]["name"] = f"order-{name}"
-        direct = run_continual(Config.model_validate(tree), Console(quiet=True))
-        assert direct["trained"] == []  # the library has every module
-        accuracy, zero_shot = matrices[name]
-        np.testing.assert_allclose(accuracy, direct["accuracy"], atol=1e-6)
-        np.testing.assert_allclose(zero_shot, direct["zero_shot"], atol=1e-6)
-        last = Metrics.of(accuracy).mean("last")
-        assert abs(last - direct["metrics"]["last"]["mean"]) < 1e-6
+    """Number by number: the accuracies, zero-shot and the weight's AUROC, at both routings."""
+    direct = run_continual(config, Console(quiet=True))  # by the evaluator's actors
+    names = [t["name"] for t in direct["tasks"]]
+    orders = orders_of(SweepConfig(name="x", base="x", orders={"num_random": 2, "seed": 3}).orders, names)
+    for routing in ("image", "batch"):
+        plan = make_plan(varied(config, {"evaluate.routing": routing}), load_backbone(config))
+        found = matrices_of_orders(plan, modules_of(plan), orders, "test")
+        if routing == "image":
+            np.testing.assert_allclose(found["given"].accuracy, direct["accuracy"], atol=1e-6)
+            np.testing.assert_allclose(found["given"].zero_shot, direct["zero_shot"], atol=1e-6)
+            last = Metrics.of(found["given"].accuracy).mean("last")
+            assert last == pytest.approx(direct["metrics"]["last"]["mean"], abs=1e-6)
+        for name, order in orders.items():
+            asked = Asked(routing=routing, order=tuple(names[t] for t in order), cache=False)
+            afresh = report(evaluate_stored(config.run.storage, config.run.name, asked))
+            np.testing.assert_allclose(found[name].accuracy, afresh["accuracy"], atol=1e-6)
+            np.testing.assert_allclose(found[name].zero_shot, afresh["zero_shot"], atol=1e-6)
+            assert found[name].weight_auroc == pytest.approx(afresh["weight_auroc"]["mean"], abs=1e-6)
+
+
+def test_optuna_goes_on_from_the_settings_that_it_knows(config: Config, local_cluster: None) -> None:
+    fields = {
+        "name": "o",
+        "search": "optuna",
+        "parameters": {"calibration.bias": {"low": -2, "high": 4}, "evaluate.routing": ["image", "batch"]},
+        "concurrent_trials": 2,
+    }
+    first = swept(config, said := [], num_samples=3, **fields)
+    assert first["modules_trained"] == 0
+    assert len(first["trials"]) == 3
+    assert all(-2 <= t["setting"]["calibration.bias"] <= 4 for t in first["trials"])
+    by = {"image": "indexing", "batch": "evaluation"}
+    for t in first["trials"]:
+        assert t["validation"]["orders_by"] == by[t["setting"]["evaluate.routing"]]
+
+    more = swept(config, said := [], num_samples=5, **fields)
+    assert more["trials"][:3] == first["trials"]
+    assert len(more["trials"]) == 5
+    assert sum(line.startswith("[") for line in said) == 2
+
+    again = swept(config, said := [], num_samples=5, **fields)
+    assert again["trials"] == more["trials"]
+    assert again["chosen"] == more["chosen"]

@@ -9,7 +9,15 @@ import yaml
 
 from diki_ray.config import parse
 from diki_ray.errors import ConfigError
-from diki_ray.sweep_config import ObjectiveSection, OrdersSection, load_sweep, orders_of, pareto_front, varied
+from diki_ray.sweep_config import (
+    ObjectiveSection,
+    OrdersSection,
+    SweepConfig,
+    load_sweep,
+    orders_of,
+    pareto_front,
+    varied,
+)
 
 BASE = {"run": {"name": "r"}, "tasks": [{"data": "embedded:digits"}]}
 NAMES = ["a", "b", "c", "d"]
@@ -33,6 +41,8 @@ def write(folder: Path, **sweep: object) -> Path:
         ({"parameters": {"train.lr": {"low": 2, "high": 1}}, "search": "random"}, "low must be below high"),
         ({"objective": {"transfer": 0, "average": 0, "last": 0}}, "nothing to maximise"),
         ({"base": "none.yaml"}, "none.yaml: No such file"),
+        ({"parameters": {"calibration.form": ["published", "validatd"]}}, "calibration.form.*'validatd'"),
+        ({"parameters": {"train.epochs": [1, 2]}, "scheduler": "asha"}, "train.epochs cannot vary with scheduler=asha"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path: Path, sweep: dict, says: str) -> None:
@@ -66,8 +76,46 @@ def test_objective_is_the_weighted_mean() -> None:
     metrics = {"transfer": 0.5, "average": 0.7, "last": 0.9}
     assert ObjectiveSection().of(metrics) == pytest.approx(0.7)
     assert ObjectiveSection(transfer=0, average=0, last=2).of(metrics) == pytest.approx(0.9)
-    assert ObjectiveSection().of(metrics | {"transfer": float("nan")}) == pytest.approx(0.8)
+    assert ObjectiveSection().of(metrics | {"transfer": None}) == pytest.approx(0.8)
+    with pytest.raises(ConfigError, match="no Transfer; give another metric"):
+        ObjectiveSection(average=0, last=0).of(metrics | {"transfer": None})
 
 
 def test_pareto_front() -> None:
     assert pareto_front([(0.1, 0.9), (0.5, 0.5), (0.4, 0.4), (0.9, 0.1), (0.5, 0.5)]) == [0, 1, 3, 4]
+
+
+def test_a_value_that_is_valid_in_some_setting_is_not_refused(tmp_path: Path) -> None:
+    """A weight decay is for adamw alone: that pair runs, the other is a failed setting."""
+    parameters = {"train.optimizer": ["sgd", "adamw"], "train.weight_decay": [0.0, 0.1]}
+    sweep, _ = load_sweep(write(tmp_path, parameters=parameters))
+    assert len(sweep.settings()) == 4
+
+
+def sweep(**fields: object) -> SweepConfig:
+    return SweepConfig.model_validate({"name": "s", "base": "x"} | fields)
+
+
+def test_a_grid_is_the_product_and_a_random_search_the_same_every_time() -> None:
+    grid = sweep(parameters={"a.b": [1, 2], "c.d": ["x", "y", "x"]}).settings()
+    assert grid[0] == {"a.b": 1, "c.d": "x"}
+    assert len(grid) == 4  # no two the same
+    assert sweep().settings() == [{}]  # the configuration as it is
+    ranges = {
+        "lr": {"low": 1e-4, "high": 1.0, "log": True},
+        "depth": {"low": 1, "high": 3, "integer": True},
+        "length": {"low": 1, "high": 16, "integer": True, "log": True},
+        "form": ["published", "validated"],
+    }
+    drawn = sweep(search="random", num_samples=200, parameters=ranges)
+    settings = drawn.settings()
+    assert settings == sweep(search="random", num_samples=200, parameters=ranges).settings()
+    assert settings != sweep(search="random", num_samples=200, parameters=ranges, search_seed=1).settings()
+    assert {s["depth"] for s in settings} == {1, 2, 3}
+    assert {s["form"] for s in settings} == {"published", "validated"}
+    assert all(1 <= s["length"] <= 16 and isinstance(s["length"], int) for s in settings)
+    assert 0.3 < sum(s["lr"] < 1e-2 for s in settings) / 200 < 0.7  # half of them, for it is drawn in the logarithm
+    assert all(drawn.covers(s) for s in settings)
+    assert not drawn.covers(settings[0] | {"depth": 4})
+    assert not drawn.covers({"lr": 0.1})
+    assert sweep(search="optuna", parameters=ranges).settings() == []

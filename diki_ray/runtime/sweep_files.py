@@ -1,0 +1,82 @@
+"""What a sweep leaves for others to read: tables as CSV and Parquet, the report, the chosen configuration."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import csv, parquet
+
+from diki_ray.config import Config
+from diki_ray.runtime.sweep_report import render
+from diki_ray.runtime.sweep_results import SweepResults
+from diki_ray.runtime.sweep_trial import METRICS
+
+DOCUMENT, REPORT, CHOSEN = "sweep.json", "report.html", "chosen.yaml"
+
+
+def write_files(document: dict[str, Any], chosen: Config, results: SweepResults) -> None:
+    """Writes all of them; the document last, so that who finds it finds the others."""
+    for name, rows in (("settings", setting_rows(document)), ("values", value_rows(document))):
+        table = as_table(rows)
+        for write, ending in ((csv.write_csv, "csv"), (parquet.write_table, "parquet")):
+            buffer = io.BytesIO()
+            write(table, buffer)
+            results.put(f"{name}.{ending}", buffer.getvalue())
+    results.put(CHOSEN, runnable(document, chosen).encode())
+    results.put(REPORT, render(document).encode())
+    results.put(DOCUMENT, json.dumps(document, indent=1, sort_keys=True).encode())
+
+
+def setting_rows(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each setting: its fields, mean and standard deviation of every metric on validation, how it ended."""
+    rows = []
+    for trial in document["trials"]:
+        row = dict(trial["setting"])
+        for metric in ("objective", *METRICS):
+            spread = trial["validation"][metric] if trial["validation"] else {"mean": None, "std": None}
+            row |= {metric: spread["mean"], f"{metric}_std": spread["std"]}
+        row |= {
+            "orders_by": trial["validation"] and trial["validation"]["orders_by"],
+            "pareto": bool(trial["validation"]) and trial["setting"] in document["pareto"],
+            "chosen": trial["setting"] == document["chosen"]["setting"],
+            "stopped_at_epoch": trial["stopped_at_epoch"],
+            "error": trial["error"],
+        }
+        rows.append(row)
+    return rows
+
+
+def value_rows(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each setting, order and seed on validation, and for the chosen setting on test."""
+    judged = [(t["setting"], "val", t["validation"]) for t in document["trials"] if t["validation"]]
+    judged.append((document["chosen"]["setting"], "test", document["chosen"]["test"]))
+    names = document["tasks"]
+    return [
+        {**setting, "split": split, **value, "tasks": " ".join(names[t] for t in document["orders"][value["order"]])}
+        for setting, split, result in judged
+        for value in result["values"]
+    ]
+
+
+def as_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
+    """A column whose values have no common type (a number or a word) becomes text."""
+    columns = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        try:
+            columns[name] = pa.array(values)
+        except (pa.ArrowInvalid, pa.ArrowTypeError):
+            columns[name] = pa.array([None if v is None else str(v) for v in values])
+    return pa.table(columns)
+
+
+def runnable(document: dict[str, Any], chosen: Config) -> str:
+    """The chosen configuration as YAML for jobs/continual.py, which finds all its modules trained."""
+    tree = chosen.model_dump()
+    tree["run"] |= {"name": f"{document['sweep']['name'][:57]}-chosen", "seed": document["sweep"]["seeds"][0]}
+    command = "python jobs/continual.py --config chosen.yaml"
+    return f"# Chosen by the sweep {document['sweep']['name']}. {command}\n{Config.model_validate(tree).to_yaml()}"

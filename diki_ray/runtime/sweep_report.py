@@ -1,0 +1,191 @@
+"""The report of a sweep: one HTML page with interactive charts that needs no network and no other file.
+
+The charts are Plotly's, whose script (5 MB) is inside the page. A content security policy in the page allows nothing
+from elsewhere. Names and values of settings are other people's text: Jinja escapes them, and `_safe` those in charts.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+import plotly.graph_objects as go
+import plotly.io
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from diki_ray.config import Config
+from diki_ray.runtime.sweep_results import setting_text
+from diki_ray.runtime.sweep_table import COLUMNS, TEST_COLUMNS, best_first, how_it_was_made, outcome, percent
+
+AXES = ("weight_auroc", "transfer", "average", "last", "objective")
+MAX_BOXES = 12
+"""Settings whose distribution over orders is shown, best first."""
+LAYOUT = {"template": "plotly_white", "margin": {"l": 60, "r": 30, "t": 30, "b": 50}, "height": 420}
+
+Document = Mapping[str, Any]
+
+
+def render(document: Document) -> str:
+    """The page for a sweep's document."""
+    charts = {
+        "parallel": parallel_coordinates(document),
+        "pareto": pareto(document),
+        "orders": over_orders(document),
+        "effects": effects(document),
+    }
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    template = environment.from_string((files("diki_ray.runtime") / "sweep_report.html.j2").read_text("utf-8"))
+    return template.render(
+        document=document,
+        settings=best_first(document),
+        without=[t for t in document["trials"] if not t["validation"]],
+        columns=COLUMNS,
+        test_columns=TEST_COLUMNS,
+        made=how_it_was_made(document),
+        text=setting_text,
+        percent=percent,
+        outcome=outcome,
+        yaml=Config.model_validate(document["config"]).to_yaml(),
+        script=Markup(get_plotlyjs()),
+        charts={name: _html(name, figure) for name, figure in charts.items()},
+    )
+
+
+def parallel_coordinates(document: Document) -> go.Figure:
+    """A line for each setting, through its values and its means; drag along an axis to choose some."""
+    trials = best_first(document)
+    dimensions = [_axis(name, [t["setting"][name] for t in trials]) for name in _varied(document)]
+    for metric in AXES:
+        values = [t["validation"][metric]["mean"] for t in trials]
+        if None not in values:
+            dimensions.append({"label": metric.replace("_", " "), "values": [100 * v for v in values]})
+    objective = [100 * t["validation"]["objective"]["mean"] for t in trials]
+    line = {"color": objective, "colorscale": "Viridis", "showscale": True, "colorbar": {"title": "objective, %"}}
+    return go.Figure(
+        go.Parcoords(dimensions=dimensions, line=line), LAYOUT | {"margin": {"l": 90, "r": 60, "t": 60, "b": 30}}
+    )
+
+
+def pareto(document: Document) -> go.Figure:
+    """Transfer against Last with their standard deviations; the front is what no setting beats in both."""
+    trials = [t for t in best_first(document) if t["validation"]["transfer"]["mean"] is not None]
+    figure = go.Figure(layout=LAYOUT | {"xaxis_title": "Transfer, %", "yaxis_title": "Last, %"})
+    front = sorted((t for t in trials if t["setting"] in document["pareto"]), key=lambda t: _mean(t, "transfer"))
+    x, y = [_mean(t, "transfer") for t in front], [_mean(t, "last") for t in front]
+    figure.add_scatter(
+        x=x, y=y, mode="lines", name="Pareto front", line={"dash": "dot", "color": "#888"}, hoverinfo="skip"
+    )
+    chosen = document["chosen"]["setting"]
+    for name, group, symbol in (
+        ("settings", [t for t in trials if t["setting"] != chosen], "circle"),
+        ("chosen", [t for t in trials if t["setting"] == chosen], "star"),
+    ):
+        figure.add_scatter(
+            x=[_mean(t, "transfer") for t in group],
+            y=[_mean(t, "last") for t in group],
+            error_x={"array": [_std(t, "transfer") for t in group], "thickness": 0.5},
+            error_y={"array": [_std(t, "last") for t in group], "thickness": 0.5},
+            mode="markers",
+            name=name,
+            marker={"size": 11, "symbol": symbol},
+            text=[_safe(setting_text(t["setting"])) for t in group],
+            hovertemplate="%{text}<br>Transfer %{x:.2f} %, Last %{y:.2f} %<extra></extra>",
+        )
+    return figure
+
+
+def over_orders(document: Document) -> go.Figure:
+    """Transfer, Average and Last of the best settings, a point for each order and seed."""
+    figure = go.Figure(layout=LAYOUT | {"boxmode": "group", "yaxis_title": "%", "xaxis_title": "setting, best first"})
+    trials = best_first(document)[:MAX_BOXES]
+    for metric in ("transfer", "average", "last"):
+        points = [
+            (_safe(setting_text(t["setting"])), 100 * v[metric], _safe(f"order {v['order']}, seed {v['seed']}"))
+            for t in trials
+            for v in t["validation"]["values"]
+            if v[metric] is not None
+        ]
+        figure.add_box(
+            x=[p[0] for p in points],
+            y=[p[1] for p in points],
+            text=[p[2] for p in points],
+            name=metric,
+            boxpoints="all",
+            jitter=0.4,
+            pointpos=0,
+            marker={"size": 3},
+        )
+    return figure
+
+
+def effects(document: Document) -> go.Figure:
+    """The objective by each field that varies, over everything else; a menu chooses the field."""
+    fields, trials = _varied(document), best_first(document)
+    figure = go.Figure(layout=LAYOUT | {"yaxis_title": "objective, %", "showlegend": False})
+    for number, field in enumerate(fields):
+        values = [t["setting"][field] for t in trials]
+        numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values) and len(set(values)) > 6
+        figure.add_trace(
+            (go.Scatter if numeric else go.Box)(
+                x=values if numeric else [_safe(str(v)) for v in values],
+                y=[_mean(t, "objective") for t in trials],
+                text=[_safe(setting_text(t["setting"])) for t in trials],
+                visible=number == 0,
+                **({"mode": "markers"} if numeric else {"boxpoints": "all", "jitter": 0.3, "pointpos": 0}),
+            )
+        )
+    buttons = [
+        {
+            "label": _safe(field),
+            "method": "update",
+            "args": [{"visible": [f == field for f in fields]}, {"xaxis.title.text": _safe(field)}],
+        }
+        for field in fields
+    ]
+    if buttons:
+        figure.update_layout(
+            xaxis_title=_safe(fields[0]),
+            xaxis_type="-",
+            updatemenus=[{"buttons": buttons, "x": 0, "y": 1.15, "xanchor": "left"}],
+        )
+    return figure
+
+
+def _varied(document: Document) -> list[str]:
+    return list(document["sweep"]["parameters"])
+
+
+def _axis(name: str, values: Sequence[Any]) -> dict[str, Any]:
+    """Numbers as they are; words, and numbers mixed with words, at places of their own."""
+    if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+        return {"label": _safe(name), "values": list(values)}
+    words = sorted({str(v) for v in values})
+    return {
+        "label": _safe(name),
+        "values": [words.index(str(v)) for v in values],
+        "tickvals": list(range(len(words))),
+        "ticktext": [_safe(w) for w in words],
+    }
+
+
+def _mean(trial: Document, metric: str) -> float:
+    return 100 * trial["validation"][metric]["mean"]
+
+
+def _std(trial: Document, metric: str) -> float:
+    return 100 * (trial["validation"][metric]["std"] or 0.0)
+
+
+def _safe(text: str) -> str:
+    """Plotly reads some tags in its labels."""
+    return html.escape(text, quote=False)
+
+
+def _html(name: str, figure: go.Figure) -> Markup:
+    return Markup(
+        plotly.io.to_html(figure, full_html=False, include_plotlyjs=False, div_id=name, config={"responsive": True})
+    )

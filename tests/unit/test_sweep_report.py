@@ -1,0 +1,145 @@
+"""A sweep's report and tables, made of a document by hand with other people's text in it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pyarrow import parquet
+from rich.console import Console
+
+from diki_ray.config import load, parse
+from diki_ray.runtime.sweep_files import CHOSEN, DOCUMENT, REPORT, write_files
+from diki_ray.runtime.sweep_report import effects, over_orders, parallel_coordinates, pareto
+from diki_ray.runtime.sweep_results import SweepResults
+from diki_ray.runtime.sweep_table import sweep_tables
+from diki_ray.runtime.sweep_trial import METRICS, spread
+from diki_ray.sweep_config import SweepConfig, varied
+
+HOSTILE = "</script><img src=x onerror='window.hostileRan=true'>"
+ROOT = Path(__file__).parents[2]
+
+
+def judged(transfer: float, last: float) -> dict[str, Any]:
+    values = []
+    for n in range(4):
+        metrics = {m: 0.5 for m in METRICS} | {"transfer": transfer + n / 100, "last": last}
+        values.append({"order": f"o{n}", "seed": 0} | metrics)
+    spreads = {m: spread([v[m] for v in values]) for m in METRICS}
+    mean = (transfer + 0.015 + last + 0.5) / 3
+    return spreads | {
+        "objective": {"mean": mean, "std": 0.01},
+        "values": values,
+        "orders_by": "indexing",
+        "seconds": {"train": 1.0, "tables": 2.0, "orders": 0.1},
+    }
+
+
+def trial(setting: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    ended = {"validation": None, "error": None, "stopped_at_epoch": None, "num_tried": 1, "number": 0}
+    return {"setting": setting} | ended | fields
+
+
+@pytest.fixture
+def document() -> dict[str, Any]:
+    parameters = {"calibration.bias": [-1.0, 1.0], "run.storage": ["a", HOSTILE]}
+    trials = [
+        trial({"calibration.bias": -1.0, "run.storage": "a"}, validation=judged(0.3, 0.9)),
+        trial({"calibration.bias": 1.0, "run.storage": HOSTILE}, validation=judged(0.4, 0.8)),
+        trial({"calibration.bias": -1.0, "run.storage": HOSTILE}, error=f"no {HOSTILE}"),
+        trial({"calibration.bias": 1.0, "run.storage": "a"}, stopped_at_epoch=1.5),
+    ]
+    return {
+        "sweep": {"name": "hand", "parameters": parameters, "seeds": [0]},
+        "config": load(ROOT / "configs/debug.yaml").model_dump(mode="json"),
+        "tasks": ["a", "b"],
+        "orders": {f"o{n}": [0, 1] for n in range(4)},
+        "trials": trials,
+        "pareto": [trials[0]["setting"], trials[1]["setting"]],
+        "chosen": {"setting": trials[1]["setting"], "validation": trials[1]["validation"], "test": judged(0.35, 0.85)},
+        "modules_trained": 2,
+        "seconds": 12.0,
+        "finished_at": "2026-11-25T00:00:00+0000",
+    }
+
+
+def written(document: dict[str, Any], folder: Path) -> Path:
+    results = SweepResults(str(folder), "hand", "q")
+    write_files(document, varied(load(ROOT / "configs/debug.yaml"), {"calibration.bias": 1.0}), results)
+    return folder / "sweeps/hand"
+
+
+def test_tables_say_every_setting_and_every_value(document: dict[str, Any], tmp_path: Path) -> None:
+    folder = written(document, tmp_path)
+    settings = list(csv.DictReader(io.StringIO((folder / "settings.csv").read_text())))
+    assert [s["chosen"] for s in settings] == ["false", "true", "false", "false"]
+    assert [s["pareto"] for s in settings] == ["true", "true", "false", "false"]
+    assert float(settings[0]["transfer"]) == pytest.approx(0.315)
+    assert (settings[2]["error"], settings[3]["stopped_at_epoch"]) == (f"no {HOSTILE}", "1.5")
+    values = parquet.read_table(folder / "values.parquet").to_pylist()
+    assert len(values) == 3 * 4
+    assert values[0]["tasks"] == "a b"
+    assert [v["transfer"] for v in values if v["split"] == "test"] == pytest.approx([0.35, 0.36, 0.37, 0.38])
+    assert json.loads((folder / DOCUMENT).read_text()) == document
+
+
+def test_a_column_of_numbers_and_words_is_text(document: dict[str, Any], tmp_path: Path) -> None:
+    document["trials"][0]["setting"]["calibration.bias"] = "default"
+    settings = parquet.read_table(written(document, tmp_path) / "settings.parquet").to_pylist()
+    assert [s["calibration.bias"] for s in settings] == ["default", "1.0", "-1.0", "1.0"]
+
+
+def test_the_chosen_configuration_is_ready_to_run(document: dict[str, Any], tmp_path: Path) -> None:
+    chosen = parse(yaml.safe_load((written(document, tmp_path) / CHOSEN).read_text()))
+    assert chosen.calibration.bias == 1.0
+    assert chosen.run.name == "hand-chosen"
+
+
+def test_the_page_needs_nothing_and_runs_nothing_of_others(document: dict[str, Any], tmp_path: Path) -> None:
+    page = (written(document, tmp_path) / REPORT).read_text()
+    head, _, body = page.partition("<body>")
+    assert "default-src 'none'" in head
+    assert body.count("Plotly.newPlot") == 4
+    assert "<img" not in body
+    assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=", head[:2000] + body)
+    assert "stopped early, after 1.5 epochs" in body
+    assert "every order by indexing" in body
+
+
+def test_charts_show_what_they_say(document: dict[str, Any]) -> None:
+    lines = parallel_coordinates(document).data[0]
+    assert list(lines.dimensions[0].values) == [1.0, -1.0] or list(lines.dimensions[0].values) == [-1.0, 1.0]
+    assert len(lines.dimensions) == 2 + 5
+    front = pareto(document).data[0]
+    assert list(front.x) == pytest.approx([31.5, 41.5])
+    assert list(front.y) == pytest.approx([90, 80])
+    boxes = over_orders(document).data
+    assert [box.name for box in boxes] == ["transfer", "average", "last"]
+    assert len(boxes[0].y) == 8  # two settings, four orders
+    chart = effects(document)
+    assert [t.visible for t in chart.data] == [True, False]
+    assert len(chart.layout.updatemenus[0].buttons) == 2
+
+
+def test_a_sweep_of_one_setting_has_a_page_too(document: dict[str, Any], tmp_path: Path) -> None:
+    document["sweep"]["parameters"] = {}
+    document["trials"] = [trial({}, validation=judged(0.3, 0.9))]
+    document["trials"][0]["validation"]["transfer"] = {"mean": None, "std": None}
+    document["chosen"]["setting"], document["pareto"] = {}, [{}]
+    assert "as configured" in (written(document, tmp_path) / REPORT).read_text()
+
+
+def test_the_console_says_it_too(document: dict[str, Any]) -> None:
+    console = Console(width=200, record=True, quiet=False, file=io.StringIO())
+    for table in sweep_tables(document):
+        console.print(table)
+    text = console.export_text()
+    assert "41.5 ± 1.3" in text
+    assert "without a result" in text
+    assert SweepConfig.model_fields["max_failures"].default == 2
