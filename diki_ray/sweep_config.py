@@ -170,9 +170,9 @@ def _check_values(sweep: SweepConfig, config: Config) -> None:
             valid |= values
         except ConfigError as error:
             refused |= dict.fromkeys(values, error)
-    for value, error in refused.items():
+    for value, refusal in refused.items():
         if value not in valid:
-            raise error
+            raise refusal
 
 
 def varied(config: Config, setting: Mapping[str, Any]) -> Config:

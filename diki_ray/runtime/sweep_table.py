@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.markup import escape
@@ -13,7 +14,7 @@ COLUMNS = ("objective", "transfer", "average", "last", "forgetting", "weight_aur
 TEST_COLUMNS = ("zero_shot", *COLUMNS[1:])
 
 
-def sweep_tables(document: dict[str, Any]) -> list[Table]:
+def sweep_tables(document: Mapping[str, Any]) -> list[Table]:
     """Settings best first with mean ± standard deviation over orders and seeds, then those without a result and why,
     and the chosen setting's test numbers beside zero-shot."""
     name, orders, seeds = document["sweep"]["name"], document["orders"], document["sweep"]["seeds"]
@@ -36,7 +37,7 @@ def sweep_tables(document: dict[str, Any]) -> list[Table]:
     return [settings, *_without_result(document), test]
 
 
-def best_first(document: dict[str, Any]) -> list[dict[str, Any]]:
+def best_first(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The settings that have a result."""
     ended = [t for t in document["trials"] if t["validation"]]
     return sorted(ended, key=lambda t: -t["validation"]["objective"]["mean"])
@@ -47,7 +48,7 @@ def outcome(trial: dict[str, Any]) -> str:
     return trial["error"] or f"stopped early, after {trial['stopped_at_epoch']:g} epochs"
 
 
-def how_it_was_made(document: dict[str, Any]) -> str:
+def how_it_was_made(document: Mapping[str, Any]) -> str:
     by = {t["validation"]["orders_by"] for t in document["trials"] if t["validation"]}
     said = {
         frozenset({"indexing"}): "every order by indexing into one table of answers",
@@ -70,7 +71,7 @@ def percent(spread: dict[str, float | None]) -> str:
     return f"{100 * spread['mean']:.1f}" + ("" if spread["std"] is None else f" ± {100 * spread['std']:.1f}")
 
 
-def _without_result(document: dict[str, Any]) -> list[Table]:
+def _without_result(document: Mapping[str, Any]) -> list[Table]:
     trials = [t for t in document["trials"] if not t["validation"]]
     table = Table(title="without a result", title_justify="left")
     table.add_column("setting")

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 def judged(transfer: float, last: float) -> dict[str, Any]:
     values = []
     for n in range(4):
-        metrics = {m: 0.5 for m in METRICS} | {"transfer": transfer + n / 100, "last": last}
+        metrics = dict.fromkeys(METRICS, 0.5) | {"transfer": transfer + n / 100, "last": last}
         values.append({"order": f"o{n}", "seed": 0} | metrics)
     spreads = {m: spread([v[m] for v in values]) for m in METRICS}
     mean = (transfer + 0.015 + last + 0.5) / 3
