@@ -331,7 +331,7 @@ def routing(world: World, num_tasks: int, batch: int, rounds: int) -> dict[str, 
         "tasks": num_tasks,
         "batch": batch,
         "share_of_image_tower": seconds["densities"] / seconds["tower"],
-        "factor_bytes": gaussians.cholesky.numel() * 8,
+        "factor_bytes": gaussians.num_bytes,
     }
 
 

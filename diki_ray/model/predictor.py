@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diki_ray.model.backbone import Backbone
+from diki_ray.model.coarse import CoarseGaussians
 from diki_ray.model.gaussian import Gaussians
 from diki_ray.model.methods.base import Method
 from diki_ray.model.module import TaskModule
@@ -49,7 +50,7 @@ class Predictor:
 
     method: Method
     modules: Sequence[TaskModule]
-    gaussians: Gaussians | None
+    gaussians: Gaussians | CoarseGaussians | None
     calibration: Calibration
     text_grid: int = 33
     skip_weight: float = 0.0

@@ -65,7 +65,7 @@ class Validated:
                     f"calibration `validated` needs at least 2 validation images of each task; task {task} has "
                     f"{len(features)}. Give it a validation split or use calibration.form=published."
                 )
-            own.append(gaussians.log_density(features)[:, task])
+            own.append(gaussians.log_density_of(torch.full((len(features),), task), features))
         location = torch.stack([s.mean() for s in own])
         spread = torch.stack([s.std() for s in own])
         return Validated(location, spread, slope, bias)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from math import inf
 
 import torch
 from PIL import Image
@@ -17,6 +18,7 @@ from diki_ray.config import Config
 from diki_ray.data.images import UndecodableImageError, decode_image
 from diki_ray.data.index import read_bytes
 from diki_ray.errors import ConfigError, DataError
+from diki_ray.model.coarse import CoarseGaussians
 from diki_ray.model.gaussian import Gaussians
 from diki_ray.model.methods import Method
 from diki_ray.model.module import TaskModule
@@ -26,10 +28,17 @@ from diki_ray.runtime.plan import build_method, device_of, load_backbone, precis
 from diki_ray.runtime.stored_run import check_backbone, config_of, open_learnt
 
 IMAGES_PER_PASS = 32
+COARSE_FROM_TASKS = 64
+"""From this many on, a run's predictor rules tasks out by a bound before it computes densities (model/coarse.py)."""
 
 
-def build_predictor(config: Config, method: Method, modules: Sequence[TaskModule]) -> Predictor:
+def build_predictor(
+    config: Config, method: Method, modules: Sequence[TaskModule], coarse_from: int | None = None
+) -> Predictor:
     """The predictor over these modules, in their order.
+
+    coarse_from: with so many modules or more, only the densities that decide an image's route are computed, and the
+        others are minus infinity; every density by default, as tables of answers need them.
 
     Raises:
         ConfigError: the calibration needs what a module does not have.
@@ -39,10 +48,13 @@ def build_predictor(config: Config, method: Method, modules: Sequence[TaskModule
         if modules
         else None
     )
+    if gaussians is not None:
+        gaussians.to(method.backbone.device)
+    coarse = gaussians is not None and coarse_from is not None and len(gaussians) >= coarse_from
     return Predictor(
         method,
         modules,
-        gaussians,
+        CoarseGaussians(gaussians) if coarse and gaussians else gaussians,
         build_calibration(config, method.backbone.embed_dim, gaussians, modules),
         text_grid=config.evaluate.text_grid,
         skip_weight=config.evaluate.skip_weight,
@@ -74,7 +86,7 @@ class Answer:
     weight: float
     """The image's integration weight, 0 to 1."""
     log_densities: Mapping[str, float]
-    """Of the image under every task's Gaussian; the highest is the route."""
+    """Of the image under every task's Gaussian, but for tasks that a bound ruled out; the highest is the route."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +136,7 @@ class RunPredictor:
                 confidence=float(confidence[n]),
                 task=None if alone else self.tasks[task],
                 weight=weight,
-                log_densities=dict(zip(self.tasks, densities[n].tolist(), strict=True)),
+                log_densities={t: s for t, s in zip(self.tasks, densities[n].tolist(), strict=True) if s > -inf},
             )
 
 
@@ -163,7 +175,7 @@ def load_predictor(storage: str, run: str, config: Config | None = None) -> RunP
                 f"{config.backbone.name!r} has {backbone.embed_dim}: give the configuration it was learnt with."
             )
     backbone.to(device_of(config), precision_of(config))
-    predictor = build_predictor(config, build_method(config, backbone), modules)
+    predictor = build_predictor(config, build_method(config, backbone), modules, COARSE_FROM_TASKS)
     return RunPredictor(predictor, tuple(Candidates.of(backbone, m.class_names, m.templates) for m in modules))
 
 

@@ -103,6 +103,16 @@ def test_an_image_is_routed_to_the_task_it_looks_like(stored: Stored) -> None:
         assert 0 < a.confidence <= 1
 
 
+def test_ruling_tasks_out_by_a_bound_changes_no_answer(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [picture("warm", 100), picture("cold", 101), picture("warm", 102)]
+    expected = answers(stored, images)
+    monkeypatch.setattr("diki_ray.runtime.inference.COARSE_FROM_TASKS", 2)
+    for found, full in zip(answers(stored, images), expected, strict=True):
+        assert (found.class_name, found.task) == (full.class_name, full.task)
+        assert found.weight == pytest.approx(full.weight)
+        assert set(found.log_densities) < set(full.log_densities)  # the other task was ruled out, and is not shown
+
+
 def test_an_answer_is_what_the_predictor_computes(stored: Stored) -> None:
     """Against the same steps by hand, one image and one block of candidates at a time."""
     loaded = load_predictor(stored.storage, "two")

@@ -1,0 +1,1 @@
+"""What `jobs/benchmark.py` measures: the platform against a straightforward port of the method."""
