@@ -1,6 +1,7 @@
 """Faults for the tests of recovery: deterministic by (task, rank, step), each fired once and counted.
 
-`DIKI_FAULTS` names a JSON file: a list of {"kind", "task", "rank", "step"}. A fault leaves a file `fired.<number>`
+`DIKI_FAULTS` names a JSON file: a list of {"kind", "task", "rank", "step"}, with "at" where it is not to strike before
+a step but around what a step leaves behind (`POINTS`). A fault leaves a file `fired.<number>`
 beside it before it strikes, so a restarted worker does not meet it again, and a test can count. Without the variable
 nothing here does anything.
 
@@ -15,12 +16,16 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from diki_ray.runtime.store_actor import StoreClient
 
 VARIABLE = "DIKI_FAULTS"
+POINTS = ("step", "checkpoint", "checkpointed", "commit", "committed")
+"""Before a step; with the state gathered, not yet handed to the store; with it durable, but the peers not told;
+the same two of a module."""
 _FOR_EVER_S = 3600.0
 
 
@@ -35,8 +40,17 @@ class Faults:
 
     def before_step(self, task: str, rank: int, step: int, images: Tensor) -> Tensor:
         """Strikes before step number `step` (over all epochs, from 0) of a rank; returns the images to go on with."""
+        return self._meet("step", task, rank, step, images)
+
+    def at(self, point: str, task: str, rank: int, step: int) -> None:
+        """Strikes at another of the `POINTS`, after `step` steps."""
+        self._meet(point, task, rank, step, None)
+
+    def _meet(self, point: str, task: str, rank: int, step: int, images: Any) -> Any:
+        here = (point, task, rank, step)
         for number, fault in enumerate(self.faults):
-            if (fault["task"], fault["rank"], fault["step"]) == (task, rank, step) and self._first_time(number):
+            place = (fault.get("at", "step"), fault["task"], fault["rank"], fault["step"])
+            if place == here and self._first_time(number):
                 images = self._strike(fault["kind"], number, images)
         return images
 
@@ -47,7 +61,7 @@ class Faults:
             return False
         return True
 
-    def _strike(self, kind: str, number: int, images: Tensor) -> Tensor:
+    def _strike(self, kind: str, number: int, images: Any) -> Any:
         if kind == "nan":
             return images * float("nan")
         if kind == "hang":

@@ -291,9 +291,10 @@ class TaskWorker:
         consumed = _sum(ledger)
         if rank() == 0:
             header, arrays = trainer.state()
-            self.store.save_checkpoint(
-                task.key, trainer.progress.step, write_tensors(header | {"consumed": consumed}, arrays)
-            )
+            faults, step = Faults(self.store), trainer.progress.step
+            faults.at("checkpoint", task.name, 0, step)
+            self.store.save_checkpoint(task.key, step, write_tensors(header | {"consumed": consumed}, arrays))
+            faults.at("checkpointed", task.name, 0, step)
         return consumed if rank() == 0 else 0
 
     def _validate(self, task: PlannedTask, trainer: TaskTrainer) -> float | None:
@@ -389,7 +390,10 @@ class TaskWorker:
             },
         )
         metadata = {"task": task.name, "num_classes": len(task.class_names), "method": self.config.method.name}
+        faults = Faults(self.store)
+        faults.at("commit", task.name, 0, progress.step)
         self.store.commit_module(task.key, task.name, module.to_bytes(), metadata)
+        faults.at("committed", task.name, 0, progress.step)
         self.store.drop_checkpoints(task.key)
 
 

@@ -36,6 +36,27 @@ def test_a_worker_and_the_store_killed_in_the_middle_of_tasks_change_nothing(tmp
     assert_equal(run, undisturbed)
 
 
+def test_a_worker_killed_in_the_middle_of_checkpoints_and_commits_changes_nothing(
+    tmp_path: Path, undisturbed: Run
+) -> None:
+    """On either side of what becomes durable: what was not acknowledged is done again, what was is not, whether or not
+    the others had heard of it."""
+    run = Run(tmp_path, undisturbed.prepared)
+    kill = {"kind": "kill-worker", "rank": 0}
+    done = run.start(
+        "train.max_failures=4",
+        faults=[
+            kill | {"at": "checkpoint", "task": "digits", "step": 2},
+            kill | {"at": "checkpointed", "task": "digits", "step": 4},
+            kill | {"at": "commit", "task": "digits", "step": 6},
+            kill | {"at": "committed", "task": "gems", "step": 6},
+        ],
+    )
+    assert done.returncode == 0, done.stderr
+    assert run.num_fired() == 4
+    assert_equal(run, undisturbed)
+
+
 def test_the_driver_and_then_the_whole_cluster_killed_change_nothing(tmp_path: Path, undisturbed: Run) -> None:
     """Both in the middle of a task; then the newest checkpoint is damaged, and everything of Ray's own is garbled."""
     run = Run(tmp_path, undisturbed.prepared)
