@@ -7,6 +7,7 @@ from elsewhere. Names and values of settings are other people's text: Jinja esca
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
@@ -58,7 +59,7 @@ def render(document: Document) -> str:
 def parallel_coordinates(document: Document) -> go.Figure:
     """A line for each setting, through its values and its means; drag along an axis to choose some."""
     trials = best_first(document)
-    dimensions = [_axis(name, [t["setting"][name] for t in trials]) for name in _varied(document)]
+    dimensions = [_axis(document, name, [t["setting"][name] for t in trials]) for name in _varied(document)]
     for metric in AXES:
         values = [t["validation"][metric]["mean"] for t in trials]
         if None not in values:
@@ -100,12 +101,13 @@ def pareto(document: Document) -> go.Figure:
 
 def over_orders(document: Document) -> go.Figure:
     """Transfer, Average and Last of the best settings, a point for each order and seed."""
-    figure = go.Figure(layout=LAYOUT | {"boxmode": "group", "yaxis_title": "%", "xaxis_title": "setting, best first"})
+    title = {"boxmode": "group", "yaxis_title": "%", "xaxis_title": "setting, by its number in the table below"}
+    figure = go.Figure(layout=LAYOUT | title)
     trials = best_first(document)[:MAX_BOXES]
     for metric in ("transfer", "average", "last"):
         points = [
-            (_safe(setting_text(t["setting"])), 100 * v[metric], _safe(f"order {v['order']}, seed {v['seed']}"))
-            for t in trials
+            (str(n), 100 * v[metric], _safe(f"{setting_text(t['setting'])}; order {v['order']}, seed {v['seed']}"))
+            for n, t in enumerate(trials, 1)
             for v in t["validation"]["values"]
             if v[metric] is not None
         ]
@@ -124,33 +126,29 @@ def over_orders(document: Document) -> go.Figure:
 
 def effects(document: Document) -> go.Figure:
     """The objective by each field that varies, over everything else; a menu chooses the field."""
-    fields, trials = _varied(document), best_first(document)
+    fields = _varied(document)
     figure = go.Figure(layout=LAYOUT | {"yaxis_title": "objective, %", "showlegend": False})
-    for number, field in enumerate(fields):
-        values = [t["setting"][field] for t in trials]
-        numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values) and len(set(values)) > 6
+    buttons = []
+    for field in fields:
+        values = [t["setting"][field] for t in best_first(document)]
+        many = _are_numbers(values) and len(set(values)) > 6
+        trials = sorted(best_first(document), key=lambda t: _rank(t["setting"][field]))
         figure.add_trace(
-            (go.Scatter if numeric else go.Box)(
-                x=values if numeric else [_safe(str(v)) for v in values],
+            (go.Scatter if many else go.Box)(
+                x=[t["setting"][field] if many else _safe(str(t["setting"][field])) for t in trials],
                 y=[_mean(t, "objective") for t in trials],
                 text=[_safe(setting_text(t["setting"])) for t in trials],
-                visible=number == 0,
-                **({"mode": "markers"} if numeric else {"boxpoints": "all", "jitter": 0.3, "pointpos": 0}),
+                visible=field == fields[0],
+                **({"mode": "markers"} if many else {"boxpoints": "all", "jitter": 0.3, "pointpos": 0}),
             )
         )
-    buttons = [
-        {
-            "label": _safe(field),
-            "method": "update",
-            "args": [{"visible": [f == field for f in fields]}, {"xaxis.title.text": _safe(field)}],
-        }
-        for field in fields
-    ]
+        kind = ("log" if _is_log(document, field) else "linear") if many else "category"
+        axis = {"xaxis.title.text": _safe(field), "xaxis.type": kind}
+        shown = {"visible": [f == field for f in fields]}
+        buttons.append({"label": _safe(field), "method": "update", "args": [shown, axis]})
     if buttons:
         figure.update_layout(
-            xaxis_title=_safe(fields[0]),
-            xaxis_type="-",
-            updatemenus=[{"buttons": buttons, "x": 0, "y": 1.15, "xanchor": "left"}],
+            buttons[0]["args"][1], updatemenus=[{"buttons": buttons, "x": 0, "y": 1.15, "xanchor": "left"}]
         )
     return figure
 
@@ -159,17 +157,33 @@ def _varied(document: Document) -> list[str]:
     return list(document["sweep"]["parameters"])
 
 
-def _axis(name: str, values: Sequence[Any]) -> dict[str, Any]:
+def _axis(document: Document, name: str, values: Sequence[Any]) -> dict[str, Any]:
     """Numbers as they are; words, and numbers mixed with words, at places of their own."""
-    if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+    if _is_log(document, name):
+        return {"label": f"log10 {_safe(name)}", "values": [math.log10(v) for v in values]}
+    if _are_numbers(values):
         return {"label": _safe(name), "values": list(values)}
-    words = sorted({str(v) for v in values})
+    words = [str(v) for v in sorted(set(values), key=_rank)]
     return {
         "label": _safe(name),
         "values": [words.index(str(v)) for v in values],
         "tickvals": list(range(len(words))),
         "ticktext": [_safe(w) for w in words],
     }
+
+
+def _is_log(document: Document, name: str) -> bool:
+    values = document["sweep"]["parameters"][name]
+    return isinstance(values, dict) and values["log"]
+
+
+def _are_numbers(values: Sequence[Any]) -> bool:
+    return all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+
+
+def _rank(value: Any) -> tuple[bool, Any]:
+    """Numbers first, then everything else as text."""
+    return (False, value) if _are_numbers([value]) else (True, str(value))
 
 
 def _mean(trial: Document, metric: str) -> float:
