@@ -44,11 +44,13 @@ class BackboneSection(Section):
     """The frozen CLIP."""
 
     name: str = "embedded"
-    """`embedded` (the tiny CLIP of this package), an open_clip model, or a Python file with create(directory)."""
+    """`embedded` (the tiny CLIP of this package), an open_clip model (docs/backbones.md), `local-dir:` and a folder in
+    open_clip's layout, or a Python file with create(directory)."""
     pretrained: str | None = None
     """open_clip's tag of the weights, or a local file of weights."""
     directory: str | None = None
-    """Given to create(directory); the file's own folder by default."""
+    """Given to create(directory), the file's own folder by default; or the local folder of the tokenizer's files, for
+    an open_clip model with a Hugging Face tokenizer."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen weights and their activations; auto: bfloat16 on a GPU, float32 on a CPU."""
 

@@ -1,12 +1,13 @@
-"""Residual attention from outside open_clip: what a task adds beside the frozen attention of a tower.
+"""Residual attention from outside the frozen model: what a task adds beside the frozen attention of a tower.
 
 DIKI (arXiv 2407.05342), for a block with frozen projections:
 
     out = W_o · concat_heads( softmax(q kᵀ/√d + mask) v  +  w · softmax(q P_kᵀ/√d) P_v ) + b_o
 
 Two separate softmaxes: the prompts never enter the frozen attention's normaliser. The branch is added by replacing the
-`forward` of each block's `nn.MultiheadAttention` on the instance: state-dict keys and open_clip's code stay as they
-are, and the query projection is computed once for both terms. With no branch active the original `forward` runs.
+`forward` of each block's attention on the instance: state-dict keys and the library's code stay as they are, and the
+query projection is computed once for both terms. With no branch active the original `forward` runs. How each library's
+attention is taken apart is in attention.py.
 
 Shapes: B batch, L tokens, D width, h heads, d = D / h, P prompts.
 """
@@ -18,8 +19,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from diki_ray.model.attention import Attention
 
 Parameters = dict[str, Tensor]
 """A task's trainable tensors by name: `{tower}.layer{l}.{tensor}`, as in `image.layer0.keys`."""
@@ -72,32 +75,32 @@ class Residual:
 class Tower:
     """One frozen transformer with a place for a residual branch beside each of its attentions."""
 
-    def __init__(self, name: str, blocks: list[Any]):
+    def __init__(self, name: str, blocks: list[tuple[nn.Module, Attention]]):
         self.name = name
         self.num_blocks = len(blocks)
-        self.width: int = blocks[0].attn.embed_dim
+        self.attentions = [attention for _, attention in blocks]
+        self.width: int = self.attentions[0].width
         # Stays set after a forward pass: activation checkpointing runs the blocks again during backward.
         self.active: Residual | None = None
-        for index, block in enumerate(blocks):
-            block.attn.forward = self._with_residual(index, block.attn)
+        for index, attention in enumerate(self.attentions):
+            attention.module.forward = self._with_residual(index, attention)
 
-    def _with_residual(self, index: int, attention: Any) -> Callable:
-        frozen = attention.forward
-        heads = attention.num_heads
+    def _with_residual(self, index: int, attention: Attention) -> Callable:
+        frozen = attention.module.forward
+        gain = attention.query_gain
 
-        def forward(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Any:
+        def forward(*args: Any, **options: Any) -> Any:
             active = self.active
             if active is None or index >= len(active.layers):
-                return frozen(query, key, value, attn_mask=attn_mask, **options)
-            x = query if attention.batch_first else query.transpose(0, 1)
-            qkv = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
-            q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, h, L, d]
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
-            term = active.branch.term(x, q, active.layers[index])
+                return frozen(*args, **options)
+            inputs = attention.read(*args, **options)
+            q, k, v = attention.scored(*attention.linear(inputs.x), inputs)
+            out = attention.attend(q, k, v, inputs)
+            term = active.branch.term(inputs.x, q if gain == 1 else q * gain, active.layers[index])
             weight = active.weight
             if isinstance(weight, Tensor):
                 weight = weight.to(term.dtype).reshape(-1, 1, 1, 1)
-            out = attention.out_proj((out + weight * term).transpose(1, 2).flatten(2))
-            return (out if attention.batch_first else out.transpose(0, 1)), None
+            joined = attention.joined(out + weight * term, inputs)
+            return attention.returned(attention.out(joined), inputs)
 
         return forward

@@ -155,7 +155,7 @@ def test_both_layouts_of_attention_give_the_same() -> None:
 @pytest.mark.parametrize("name", ["RN50", "convnext_base"])
 def test_towers_without_attention_are_refused_with_a_sentence(name: str) -> None:
     model = open_clip.create_model(name, pretrained=None)
-    with pytest.raises(ConfigError, match=r"image tower has no transformer .* choose a native ViT CLIP"):
+    with pytest.raises(ConfigError, match=r"image tower has no stack of blocks .* choose a ViT CLIP"):
         Backbone(model, str, str, name)
 
 
