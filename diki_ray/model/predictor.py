@@ -138,15 +138,17 @@ class Predictor:
                 rows = weight == w
                 out[rows] = self.backbone.logits(features[rows], self.class_features(task, w, candidates).cpu())
             return out
-        return self._interpolated(features, weight, self._table(task, candidates))
+        return self.interpolated(features, weight, self._table(task, candidates))
 
-    def _interpolated(self, features: Tensor, weight: Tensor, table: Tensor) -> Tensor:
-        """f · normalise((1−a) T_g + a T_{g+1}) for each image, without its own [C, E] class features: both ends are
-        unit vectors, so the norm is √((1−a)² + a² + 2a(1−a) T_g·T_{g+1})."""
+    def interpolated(self, features: Tensor, weight: Tensor, table: Sequence[Tensor] | Tensor) -> Tensor:
+        """[B, C] logits from class features [C, E] at G weights; of them only those beside a weight are asked for.
+
+        f · normalise((1−a) T_g + a T_{g+1}) for each image, without its own [C, E] class features: both ends are unit
+        vectors, so the norm is √((1−a)² + a² + 2a(1−a) T_g·T_{g+1})."""
         position = weight * (len(table) - 1)
         cell = position.long().clamp(max=len(table) - 2)
         a = (position - cell).unsqueeze(1)
-        out = torch.empty(len(features), table.shape[1])
+        out = torch.empty(len(features), len(table[int(cell[0])]))
         for g in cell.unique().tolist():
             rows = cell == g
             low, high, ar = table[g], table[g + 1], a[rows]

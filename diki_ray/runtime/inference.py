@@ -25,6 +25,7 @@ from diki_ray.model.module import TaskModule
 from diki_ray.model.predictor import Candidates, Predictor
 from diki_ray.model.routing import NO_TASK, Calibration, Published, Validated
 from diki_ray.runtime.plan import build_method, device_of, load_backbone, precision_of
+from diki_ray.runtime.store import RunStore
 from diki_ray.runtime.stored_run import check_backbone, config_of, open_learnt
 
 IMAGES_PER_PASS = 32
@@ -164,9 +165,8 @@ def load_predictor(storage: str, run: str, config: Config | None = None) -> RunP
         ConfigError: no such run, nothing learnt yet, no configuration, or a backbone that is not the run's.
     """
     store = open_learnt(storage, run)
-    config = _on_this_machine(config_of(store, config))
-    backbone = load_backbone(config)
-    check_backbone(store, backbone.name, backbone.digest())
+    config, method = load_method(store, config)
+    backbone = method.backbone
     modules = [TaskModule.from_bytes(store.read_module(entry.digest)) for entry in store.modules()]
     for module in modules:
         if len(module.moments.mean) != backbone.embed_dim:
@@ -174,9 +174,21 @@ def load_predictor(storage: str, run: str, config: Config | None = None) -> RunP
                 f"task {module.task!r} was learnt on a backbone of {len(module.moments.mean)} dimensions and "
                 f"{config.backbone.name!r} has {backbone.embed_dim}: give the configuration it was learnt with."
             )
-    backbone.to(device_of(config), precision_of(config))
-    predictor = build_predictor(config, build_method(config, backbone), modules, COARSE_FROM_TASKS)
+    predictor = build_predictor(config, method, modules, COARSE_FROM_TASKS)
     return RunPredictor(predictor, tuple(Candidates.of(backbone, m.class_names, m.templates) for m in modules))
+
+
+def load_method(store: RunStore, config: Config | None = None) -> tuple[Config, Method]:
+    """A run's configuration as it answers on this machine, and its method on its backbone, on the device.
+
+    Raises:
+        ConfigError: no configuration, or a backbone that is not the run's.
+    """
+    config = _on_this_machine(config_of(store, config))
+    backbone = load_backbone(config)
+    check_backbone(store, backbone.name, backbone.digest())
+    backbone.to(device_of(config), precision_of(config))
+    return config, build_method(config, backbone)
 
 
 def _on_this_machine(config: Config) -> Config:

@@ -1,0 +1,1 @@
+"""Answers over HTTP: the app (no Ray), and its Ray Serve deployment."""

@@ -1,0 +1,73 @@
+"""The service as a Ray Serve application: replicas of one deployment, each with the run's modules, batching what comes.
+
+`application` is what a RayService's `import_path` names; `jobs/serve.py` runs it on this machine or a joined cluster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from prometheus_client.metrics_core import Metric
+from ray import serve
+from ray.serve import Application
+from starlette.types import ASGIApp
+
+from diki_ray.serving.app import Service, build_app
+from diki_ray.serving.engine import Question
+from diki_ray.serving.schema import ImageAnswer
+from diki_ray.serving.settings import Settings, token_digest
+
+METRICS_TIMEOUT_S = 5.0
+
+
+@serve.deployment(name="Answering")
+@serve.ingress()
+class Answering:
+    """One replica."""
+
+    def __init__(self, settings: Settings) -> None:
+        torch.set_num_threads(1)  # two replicas with two threads each on two cores collapse
+        self._service = Service(settings, self._ask)
+        self._ask_together.set_max_batch_size(settings.max_batch_size)
+        self._ask_together.set_batch_wait_timeout_s(settings.batch_wait_s)
+        self._service.snapshots.follow()
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        return build_app(self._service, self._metrics_of_all)
+
+    async def _ask(self, question: Question) -> ImageAnswer | None:
+        return await self._ask_together(question)
+
+    @serve.batch
+    async def _ask_together(self, questions: list[Question]) -> list[ImageAnswer | None]:
+        return await self._service.answer_together(questions)
+
+    async def _metrics_of_all(self) -> Mapping[str, list[Metric]]:
+        """A scrape reaches one replica, whichever; it answers for all, or counters would jump between them."""
+        context = serve.get_replica_context()
+        handle = serve.get_deployment_handle(context.deployment, context.app_name)
+        told = await handle.broadcast("metrics").results_async(timeout_s=METRICS_TIMEOUT_S)
+        return dict(told)
+
+    async def metrics(self) -> tuple[str, list[Metric]]:
+        return serve.get_replica_context().replica_tag, self._service.metrics.collected()
+
+
+def deploy(settings: Settings, **options: Any) -> Application:
+    """The application of these settings; options: of Ray Serve's deployment (num_replicas, ray_actor_options)."""
+    limits = {"max_ongoing_requests": settings.max_requests, "max_queued_requests": settings.max_requests}
+    return Answering.options(**limits, **options).bind(settings)
+
+
+def application(arguments: dict[str, Any]) -> Application:
+    """The application that a RayService names: the fields of Settings, with the token from `token_file` or the pods'
+    environment.
+
+    Raises:
+        ConfigError: there is no token, and no `no_token: true` among the arguments.
+    """
+    fields = {name: value for name, value in arguments.items() if name not in ("no_token", "token_file")}
+    digest = token_digest(arguments.get("token_file"), arguments.get("no_token") is True)
+    return deploy(Settings(**fields, token_sha256=digest))

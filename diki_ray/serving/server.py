@@ -1,0 +1,122 @@
+"""A server's life: a cluster joined or started, the application deployed, its URL, and an orderly end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+from ray import serve
+from ray.serve.config import HTTPOptions
+
+from diki_ray.errors import ConfigError
+from diki_ray.runtime.stored_run import config_of, open_learnt
+from diki_ray.serving.deployment import deploy
+from diki_ray.serving.settings import Settings
+
+APP_NAME = "diki"
+_PROXY_GRACE_S = 5.0
+"""The proxy's own limit comes after the application's, which can say why."""
+
+
+@contextmanager
+def serving(
+    settings: Settings,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    replicas: int = 1,
+    cpus_per_replica: float = 1.0,
+    gpus_per_replica: float = 0.0,
+    address: str | None = None,
+) -> Iterator[str]:
+    """The URL of a server that answers while in it.
+
+    On the cluster at `address` or in RAY_ADDRESS, else on one of this machine's, started and stopped here. In a process
+    that is connected already, that connection is used and kept.
+
+    Raises:
+        ConfigError: no such run, a port that is taken, a cluster that cannot be joined, replicas that do not start.
+    """
+    settings = settings.model_copy(update={"storage": absolute(settings.storage)})
+    config_of(open_learnt(settings.storage, settings.run))
+    _check_port(host, port)
+    own_connection = not ray.is_initialized()
+    if own_connection:
+        _connect(address or os.environ.get("RAY_ADDRESS"))
+    try:
+        # HTTP options are a cluster's: another application's server, with its host and port, would be used silently.
+        if serve.status().applications:
+            raise ConfigError("this cluster serves something already: end that first, or leave the address out.")
+        options = HTTPOptions(host=host, port=port, request_timeout_s=settings.request_timeout_s + _PROXY_GRACE_S)
+        serve.start(http_options=options)
+        try:
+            _run(settings, replicas, {"num_cpus": cpus_per_replica, "num_gpus": gpus_per_replica})
+            shown = f"[{host}]" if ":" in host else host
+            yield f"http://{shown}:{port}"
+        finally:
+            serve.shutdown()
+    finally:
+        if own_connection:
+            ray.shutdown()
+
+
+def wait_for_end() -> None:
+    """Returns at SIGINT or SIGTERM."""
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    while not ended.wait(1.0):  # in parts, as a wait without end would not let the handler run on every platform
+        pass
+
+
+def absolute(storage: str) -> str:
+    return storage if "://" in storage else str(Path(storage).expanduser().resolve())
+
+
+def _connect(address: str | None) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        ray.init(address=address or "local", include_dashboard=None if address else False, log_to_driver=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"address={address!r}: no Ray cluster could be joined there ({str(error).splitlines()[0]})."
+        ) from error
+
+
+def _run(settings: Settings, replicas: int, actor_options: dict[str, float]) -> None:
+    there = ray.cluster_resources()
+    for resource, wanted in (("CPU", actor_options["num_cpus"]), ("GPU", actor_options["num_gpus"])):
+        if replicas * wanted > there.get(resource, 0.0):
+            raise ConfigError(
+                f"{replicas} replicas with {wanted:g} {resource} each do not fit into {there.get(resource, 0.0):g} "
+                f"{resource}: ask for fewer."
+            )
+    try:
+        serve.run(deploy(settings, num_replicas=replicas, ray_actor_options=actor_options), name=APP_NAME)
+    except RuntimeError as error:
+        raise ConfigError(f"no replica could be started: {_told(str(error))}") from error
+
+
+def _told(message: str) -> str:
+    """The last line of a replica's traceback, where the reason is."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    reasons = [line for line in lines if "Error: " in line]
+    return (reasons or lines)[-1]
+
+
+def _check_port(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"nothing can be served on {host}:{port} ({error.strerror}): choose another host or port."
+            ) from error

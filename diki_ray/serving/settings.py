@@ -1,0 +1,89 @@
+"""What a server is told, and the token that it asks for. Plain values: they travel in Ray Serve's own state, so the
+token itself is not among them, only its sha256."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+from pydantic import Field
+
+from diki_ray.config import Section
+from diki_ray.errors import ConfigError
+
+TOKEN_VARIABLE = "DIKI_SERVE_TOKEN"
+MIN_TOKEN_LENGTH = 16
+
+
+class Settings(Section):
+    """Which run is served, and how much of anything one request may ask for."""
+
+    storage: str = "runs"
+    """An absolute path, or s3://, gs://, az://: replicas run in folders of their own."""
+    run: str
+    token_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    """Of the bearer token; None: everybody is answered."""
+
+    refresh_s: float = Field(default=2.0, gt=0)
+    """Seconds between two looks at the run's log."""
+    text_grid: int = Field(default=33, ge=2)
+    """Weights at which class features are computed; between them they are interpolated."""
+    learnt_cache_bytes: int = Field(default=512 * 2**20, ge=1)
+    """Class features of the classes learnt that a replica keeps."""
+    named_cache_bytes: int = Field(default=64 * 2**20, ge=1)
+    """Class features of classes that requests name: apart, so that no request can drive out the learnt ones."""
+
+    max_batch_size: int = Field(default=32, ge=1)
+    """Images of one pass, whatever requests and tasks they are of."""
+    batch_wait_s: float = Field(default=0.005, ge=0)
+    """How long the first image of a pass waits for others."""
+    max_waiting_images: int = Field(default=256, ge=1)
+    """Images that wait for a pass in a replica; beyond them requests get 503."""
+    max_requests: int = Field(default=64, ge=1)
+    """Requests a replica works on at once; as many wait in the proxy, further ones get 503."""
+    decode_threads: int = Field(default=2, ge=1)
+
+    request_timeout_s: float = Field(default=30.0, gt=0)
+    """From a request's first byte to its answer: 408 while its body is still coming, else 504."""
+    max_body_bytes: int = Field(default=16 * 2**20, ge=1)
+    max_images: int = Field(default=32, ge=1)
+    """In one request."""
+    max_pixels: int = Field(default=25_000_000, ge=1)
+    """Of an image, before anything is decoded."""
+    max_aspect_ratio: float = Field(default=30.0, ge=1)
+    """Longer side by shorter side. CLIP scales the shorter side to the model's size, so a line of a million pixels,
+    tiny as a file, would become an image of hundreds of millions."""
+    max_classes: int = Field(default=200, ge=1)
+    """That a request may name."""
+
+
+def token_digest(token_file: str | None, no_token: bool) -> str | None:
+    """sha256 of the token in a file, else in the environment; None only where `no_token` says so.
+
+    Raises:
+        ConfigError: no token, one that is too short or cannot be sent in a header, or both a token and `no_token`.
+    """
+    if no_token:
+        if token_file is not None:
+            raise ConfigError("--no-token and --token-file contradict each other: give one of them.")
+        return None
+    if token_file is not None:
+        try:
+            token = Path(token_file).expanduser().read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"the token file {token_file} cannot be read ({error}).") from None
+    else:
+        token = os.environ.get(TOKEN_VARIABLE, "").strip()
+    where = token_file or TOKEN_VARIABLE
+    if not token:
+        raise ConfigError(
+            f"a server needs a token: put one into {TOKEN_VARIABLE} or a file (--token-file), for example "
+            "`openssl rand -hex 32`, or say --no-token to answer everybody."
+        )
+    if not re.fullmatch(r"[\x21-\x7e]+", token) or len(token) < MIN_TOKEN_LENGTH:
+        raise ConfigError(
+            f"the token of {where} is none: at least {MIN_TOKEN_LENGTH} printable ASCII characters without spaces."
+        )
+    return hashlib.sha256(token.encode()).hexdigest()

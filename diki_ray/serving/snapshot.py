@@ -1,0 +1,162 @@
+"""The run as it is served: one immutable snapshot of its modules at a time, replaced when the run's log says so.
+
+A request takes the current snapshot once and is answered under it to the end, so no answer mixes two versions. A later
+one is built beside it, from verified modules, and becomes current in one assignment. If it cannot be built (storage
+away, a damaged module) the former stays, and says since when it is stale.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from diki_ray.errors import StorageError, UserError
+from diki_ray.model.backbone import Backbone
+from diki_ray.model.module import TaskModule
+from diki_ray.model.predictor import Candidates, Predictor
+from diki_ray.runtime.inference import build_predictor, load_method
+from diki_ray.runtime.results import DOCUMENT
+from diki_ray.runtime.stored_run import open_learnt
+from diki_ray.serving.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+_KEPT_VOCABULARIES = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """The modules of one version, ready to answer."""
+
+    version: int
+    digests: tuple[str, ...]
+    """Of the modules, in their order: what class features are kept under."""
+    predictor: Predictor
+    learnt: tuple[Candidates, ...]
+    """Every task's own classes, under its own templates."""
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(module.task for module in self.predictor.modules)
+
+
+class Vocabularies:
+    """Candidates for class names, the last few that requests named kept. Thread-safe: a tokenizer of open_clip's
+    remembers every word it ever met, in a dictionary that is cut here back to what it was."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self._backbone = backbone
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[tuple[tuple[str, ...], str], Candidates] = OrderedDict()
+        words = getattr(backbone.tokenizer, "cache", None)
+        self._words: dict[str, Any] | None = words if isinstance(words, dict) else None
+        self._first_words = dict(self._words or {})
+
+    def learnt(self, module: TaskModule) -> Candidates:
+        with self._lock:
+            return self._tokenized(module.class_names, module.templates)
+
+    def named(self, class_names: Sequence[str], template: str) -> Candidates:
+        key = (tuple(class_names), template)
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = self._tokenized(class_names, [template])
+            self._kept.move_to_end(key)
+            while len(self._kept) > _KEPT_VOCABULARIES:
+                self._kept.popitem(last=False)
+            return self._kept[key]
+
+    def _tokenized(self, class_names: Sequence[str], templates: Sequence[str]) -> Candidates:
+        candidates = Candidates.of(self._backbone, class_names, templates)
+        if self._words is not None:
+            self._words.clear()
+            self._words.update(self._first_words)
+        return candidates
+
+
+class Snapshots:
+    """The current snapshot of a run, followed from its storage; no lease, nothing is written.
+
+    Raises:
+        ConfigError, StorageError: no such run, or it cannot be read (only the first time).
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._store = open_learnt(settings.storage, settings.run)
+        self._config, self._method = load_method(self._store)
+        self.backbone = self._method.backbone
+        self.vocabularies = Vocabularies(self.backbone)
+        self._modules: dict[str, TaskModule] = {}
+        self.failures = 0
+        self.stale_since: float | None = None
+        self.text_feature_error: float | None = None
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.current = self._built()
+
+    def refresh(self) -> bool:
+        """Read the run's log; True when other modules are served from now on. Never raises: the former stay."""
+        try:
+            version = self._store.refresh()
+            changed = tuple(entry.digest for entry in self._store.modules()) != self.current.digests
+            if changed:
+                self.current = self._built()
+                logger.info("run %s: version %d, tasks %s", self.settings.run, version, ", ".join(self.current.tasks))
+            elif version != self.current.version:
+                self.current = replace(self.current, version=version)
+        except Exception as error:  # also a defect in a module's content must not end the thread that follows the run
+            self.failures += 1
+            self.stale_since = self.stale_since or time.time()
+            known = isinstance(error, UserError)
+            logger.warning("run %s is served as it was: %s", self.settings.run, error, exc_info=not known)
+            return False
+        self.stale_since = None
+        return changed
+
+    def follow(self) -> None:
+        """Refresh every `refresh_s` in a thread of its own, until `close`."""
+        self._thread = threading.Thread(target=self._follow, name="diki-serve-refresh", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _follow(self) -> None:
+        while not self._stop.wait(self.settings.refresh_s):
+            self.refresh()
+
+    def _built(self) -> Snapshot:
+        entries = self._store.modules()
+        # Tasks and their digests are of one state of the log, and a digest is checked when its module is read.
+        modules = {e.digest: self._modules.get(e.digest) or self._read(e.digest) for e in entries}
+        ordered = [modules[entry.digest] for entry in entries]
+        snapshot = Snapshot(
+            version=self._store.version,
+            digests=tuple(entry.digest for entry in entries),
+            predictor=build_predictor(self._config, self._method, ordered),
+            learnt=tuple(self.vocabularies.learnt(module) for module in ordered),
+        )
+        self._modules = modules
+        self.text_feature_error = self._measured_error()
+        return snapshot
+
+    def _read(self, digest: str) -> TaskModule:
+        module = TaskModule.from_bytes(self._store.read_module(digest))
+        if len(module.moments.mean) != self.backbone.embed_dim:
+            raise UserError(f"task {module.task!r} was learnt on another backbone: start the server anew.")
+        return module
+
+    def _measured_error(self) -> float | None:
+        try:
+            notes = (self._store.get_document(DOCUMENT) or {}).get("notes") or {}
+        except StorageError:  # a document for people: nothing is answered from it
+            return None
+        return notes.get("text_feature_error") if notes.get("text_grid") == self.settings.text_grid else None

@@ -1,0 +1,113 @@
+"""From a request's bytes to images and what is asked of them. Everything here was sent by somebody who may mean harm:
+whatever it is, the outcome is a request or a Refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from starlette.datastructures import FormData, UploadFile
+
+from diki_ray.data.images import UndecodableImageError, decode_image
+from diki_ray.serving.schema import Asked, PredictRequest
+from diki_ray.serving.settings import Settings
+
+_TOLD_PROBLEMS = 5
+
+
+class Refusal(Exception):
+    """A request that is not answered: a 4xx status, one sentence, and a short reason fit for counting."""
+
+    def __init__(self, status: int, sentence: str, reason: str) -> None:
+        super().__init__(sentence)
+        self.status = status
+        self.reason = reason
+
+
+def from_json(body: bytes, settings: Settings) -> tuple[list[bytes], Asked]:
+    """Image files and the question of a JSON body."""
+    try:
+        request = PredictRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise _refused(error) from None
+    _check_counts(len(request.images), request, settings)
+    try:
+        return request.decoded(), request
+    except ValueError as error:
+        raise Refusal(422, f"{error}.", "base64") from None
+
+
+async def from_form(form: FormData, settings: Settings) -> tuple[list[bytes], Asked]:
+    """Image files and the question of a multipart body: `image` files, `classes` repeated, `template`."""
+    files: list[bytes] = []
+    fields: dict[str, Any] = {}
+    for name, value in form.multi_items():
+        if name == "image" and isinstance(value, UploadFile):
+            files.append(await value.read())
+        elif name == "classes" and isinstance(value, str):
+            fields.setdefault("classes", []).append(value)
+        elif name == "template" and isinstance(value, str) and name not in fields:
+            fields["template"] = value
+        else:
+            shown = ascii(name)[:80]
+            raise Refusal(
+                422,
+                f"the form has {shown} where there are: image (files), classes (one name each), template (once).",
+                "fields",
+            )
+    if not files:
+        raise Refusal(422, "the form has no file named image.", "fields")
+    try:
+        asked = Asked.model_validate(fields)
+    except ValidationError as error:
+        raise _refused(error) from None
+    _check_counts(len(files), asked, settings)
+    return files, asked
+
+
+def to_pixels(data: bytes, where: str, preprocess: Callable[[Any], torch.Tensor], settings: Settings) -> torch.Tensor:
+    """[3, H, W] of an image file, as the backbone wants it."""
+    try:
+        image = decode_image(data, settings.max_pixels)
+    except UndecodableImageError as error:
+        raise Refusal(422, f"{where} cannot be used: {error.reason}.", error.reason) from None
+    short, long = sorted(image.size)
+    if long > settings.max_aspect_ratio * short:
+        raise Refusal(
+            422,
+            f"{where} cannot be used: {image.width}x{image.height} pixels is too long and thin.",
+            "aspect ratio",
+        )
+    return preprocess(image)
+
+
+def _check_counts(num_images: int, asked: Asked, settings: Settings) -> None:
+    if num_images > settings.max_images:
+        raise Refusal(422, f"{num_images} images are too many: at most {settings.max_images} a request.", "counts")
+    if asked.classes is not None and len(asked.classes) > settings.max_classes:
+        raise Refusal(
+            422, f"{len(asked.classes)} classes are too many: at most {settings.max_classes} a request.", "counts"
+        )
+    if asked.template is not None and asked.classes is None:
+        raise Refusal(422, "a template is for classes that you give: those learnt have their own.", "fields")
+
+
+def _refused(error: ValidationError) -> Refusal:
+    if error.error_count() > 100:  # each costs memory to tell
+        return Refusal(422, f"the request has {error.error_count()} mistakes.", "fields")
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    if found[0]["type"] == "json_invalid":
+        return Refusal(400, "the body is not JSON.", "json")
+    return Refusal(422, _sentence(found), "fields")
+
+
+def _sentence(found: Sequence[Any]) -> str:
+    told = [f"{_place(e['loc'])}{e['msg'].removeprefix('Value error, ')}" for e in found[:_TOLD_PROBLEMS]]
+    return "; ".join(told) + "."
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    place = ".".join(str(part)[:60] for part in location)
+    return f"{place}: " if place else ""
