@@ -9,7 +9,7 @@ import sys
 
 from diki_ray.errors import UserError
 from diki_ray.serving.server import serving, wait_for_end
-from diki_ray.serving.settings import Settings, token_digest
+from diki_ray.serving.settings import Settings, parse_settings, token_digest
 
 
 def main() -> int:
@@ -30,9 +30,8 @@ def main() -> int:
     arguments = vars(parser.parse_args())
     try:
         token = token_digest(arguments.pop("token_file"), arguments.pop("no_token"))
-        settings = Settings(
-            token_sha256=token, **{n: arguments.pop(n) for n in Settings.model_fields if n in arguments}
-        )
+        fields = {name: arguments.pop(name) for name in Settings.model_fields if name in arguments}
+        settings = parse_settings(token_sha256=token, **fields)
         with serving(settings, **arguments) as url:
             print(f"serving run {settings.run!r} at {url}", flush=True)
             wait_for_end()

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 from diki_ray.serving.app import Service, build_app
 from diki_ray.serving.engine import Question
 from diki_ray.serving.schema import ImageAnswer
-from diki_ray.serving.settings import Settings, token_digest
+from diki_ray.serving.settings import Settings, parse_settings, token_digest
 
 METRICS_TIMEOUT_S = 5.0
 
@@ -30,8 +30,9 @@ class Answering:
     def __init__(self, settings: Settings) -> None:
         torch.set_num_threads(1)  # two replicas with two threads each on two cores collapse
         self._service = Service(settings, self._ask)
-        self._ask_together.set_max_batch_size(settings.max_batch_size)
-        self._ask_together.set_batch_wait_timeout_s(settings.batch_wait_s)
+        batch: Any = self._ask_together  # Ray's types do not know what its decorator adds
+        batch.set_max_batch_size(settings.max_batch_size)
+        batch.set_batch_wait_timeout_s(settings.batch_wait_s)
         self._service.snapshots.follow()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -58,7 +59,8 @@ class Answering:
 def deploy(settings: Settings, **options: Any) -> Application:
     """The application of these settings; options: of Ray Serve's deployment (num_replicas, ray_actor_options)."""
     limits = {"max_ongoing_requests": settings.max_requests, "max_queued_requests": settings.max_requests}
-    return Answering.options(**limits, **options).bind(settings)
+    deployment: Any = Answering
+    return deployment.options(**limits, **options).bind(settings)
 
 
 def application(arguments: dict[str, Any]) -> Application:
@@ -66,8 +68,8 @@ def application(arguments: dict[str, Any]) -> Application:
     environment.
 
     Raises:
-        ConfigError: there is no token, and no `no_token: true` among the arguments.
+        ConfigError: a field that is wrong, or neither a token nor `no_token: true`.
     """
     fields = {name: value for name, value in arguments.items() if name not in ("no_token", "token_file")}
     digest = token_digest(arguments.get("token_file"), arguments.get("no_token") is True)
-    return deploy(Settings(**fields, token_sha256=digest))
+    return deploy(parse_settings(**fields, token_sha256=digest))

@@ -85,7 +85,7 @@ def exposition(replicas: dict[str, list[Metric]]) -> bytes:
             yield from _together(replicas)
 
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(Together())  # type: ignore[arg-type]
+    registry.register(Together())
     return generate_latest(registry)
 
 

@@ -7,10 +7,11 @@ import hashlib
 import os
 import re
 from pathlib import Path
+from typing import Any
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
-from diki_ray.config import Section
+from diki_ray.config import Section, sentences
 from diki_ray.errors import ConfigError
 
 TOKEN_VARIABLE = "DIKI_SERVE_TOKEN"
@@ -57,6 +58,14 @@ class Settings(Section):
     tiny as a file, would become an image of hundreds of millions."""
     max_classes: int = Field(default=200, ge=1)
     """That a request may name."""
+
+
+def parse_settings(**fields: Any) -> Settings:
+    """Raises ConfigError naming every field that is wrong, its value, and what is allowed."""
+    try:
+        return Settings(**fields)
+    except ValidationError as error:
+        raise ConfigError(f"settings: {sentences(error, Settings)}.") from None
 
 
 def token_digest(token_file: str | None, no_token: bool) -> str | None:

@@ -251,7 +251,7 @@ def token_digest_of(token: str) -> str:
 
 def test_no_server_starts_without_a_token_unless_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DIKI_SERVE_TOKEN", raising=False)
-    with pytest.raises(ConfigError, match="a server needs a token.*--no-token"):
+    with pytest.raises(ConfigError, match=r"a server needs a token.*--no-token"):
         token_digest(None, no_token=False)
     assert token_digest(None, no_token=True) is None
     file = tmp_path / "token"

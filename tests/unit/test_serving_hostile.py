@@ -9,6 +9,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from fastapi.testclient import TestClient
@@ -172,17 +173,17 @@ def test_a_body_that_is_too_large_is_not_read(client: TestClient) -> None:
 
     refused(client.post("/predict", content=without_a_length(), headers=json_kind), 413)
     form = {"Content-Type": "multipart/form-data; boundary=x"}
-    refused(client.post("/predict", content=without_a_length(), headers=form), 400)
+    refused(client.post("/predict", content=without_a_length(), headers=form), 413)
 
 
 @FEW
 @given(
     method=st.sampled_from(["GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD"]),
     path=st.sampled_from(["/predict", "/predict/", "/tasks", "/metrics", "/openapi.json", "/healthz", "/", "/-/x"])
-    | st.text(st.characters(codec="ascii", exclude_characters="?#"), max_size=20).map(lambda s: "/" + s),
+    | st.text(st.characters(codec="ascii", exclude_characters="?#"), max_size=20).map("/".__add__),
 )
 def test_no_route_and_no_method_breaks_it(client: TestClient, method: str, path: str) -> None:
-    assert client.request(method, "http://testserver" + path.replace(" ", "%20")).status_code < 500
+    assert client.request(method, quote(path)).status_code < 500
 
 
 @FEW
@@ -218,15 +219,15 @@ def test_no_json_breaks_it(client: TestClient, body: Any) -> None:
 @given(
     body=st.lists(
         st.sampled_from(
-            [b"--x", b"--x--", b"\r\n", b"\n", b"\r\n\r\n", b'Content-Disposition: form-data; name="image"', GOOD]
-            + [b'; filename="a"', b"; filename*=utf-8''%ff", b'name="classes"', b"a", b"\xff\0", b":", b";"]
-            + [b"Content-Type: text/plain; charset=nonsense", b"Content-Transfer-Encoding: base64"]
+            [
+                *(b"--x", b"--x--", b"\r\n", b"\n", b"\r\n\r\n", b'Content-Disposition: form-data; name="image"', GOOD),
+                *(b'; filename="a"', b"; filename*=utf-8''%ff", b'name="classes"', b"a", b"\xff\0", b":", b";"),
+                *(b"Content-Type: text/plain; charset=nonsense", b"Content-Transfer-Encoding: base64"),
+            ]
         ),
         max_size=14,
     ).map(b"".join),
-    kind=st.sampled_from(
-        ["boundary=x", 'boundary="x"', "boundary=x; charset=nonsense", "boundary=\xff", "charset=utf-7"]
-    ),
+    kind=st.sampled_from(["boundary=x", 'boundary="x"', "boundary=x; charset=what", "boundary=\xff", "charset=utf-7"]),
 )
 def test_no_form_breaks_it(client: TestClient, body: bytes, kind: str) -> None:
     headers = {"Content-Type": f"multipart/form-data; {kind}".encode("latin-1")}
