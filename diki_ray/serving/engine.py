@@ -14,6 +14,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -167,7 +168,7 @@ def _told(
         top=top,
         task=None if task == NO_TASK else snapshot.tasks[task],
         weight=float(answering.weight[n]),
-        log_densities=dict(zip(snapshot.tasks, densities[n].tolist(), strict=True)),
+        log_densities={t: d for t, d in zip(snapshot.tasks, densities[n].tolist(), strict=True) if isfinite(d)},
         plain_clip=_best(names, plain),
     )
 

@@ -19,7 +19,7 @@ from diki_ray.errors import StorageError, UserError
 from diki_ray.model.backbone import Backbone
 from diki_ray.model.module import TaskModule
 from diki_ray.model.predictor import Candidates, Predictor
-from diki_ray.runtime.inference import build_predictor, load_method
+from diki_ray.runtime.inference import COARSE_FROM_TASKS, build_predictor, load_method
 from diki_ray.runtime.results import DOCUMENT
 from diki_ray.runtime.stored_run import open_learnt
 from diki_ray.serving.settings import Settings
@@ -141,7 +141,7 @@ class Snapshots:
         snapshot = Snapshot(
             version=self._store.version,
             digests=tuple(entry.digest for entry in entries),
-            predictor=build_predictor(self._config, self._method, ordered),
+            predictor=build_predictor(self._config, self._method, ordered, COARSE_FROM_TASKS),
             learnt=tuple(self.vocabularies.learnt(module) for module in ordered),
         )
         self._modules = modules
