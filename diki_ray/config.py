@@ -91,6 +91,9 @@ class TrainSection(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where this machine has it."""
     cpus_per_worker: float = Field(default=1.0, gt=0)
+    activation_checkpointing: bool = False
+    """True: keep only each block's input for the backward pass and compute the block again there; the same module for
+    less memory and more time, for large towers."""
     checkpoint_every_steps: int = Field(default=50, ge=1)
     """Steps between mid-task checkpoints; steps and not seconds, so that every worker agrees without asking."""
     max_failures: int = Field(default=3, ge=-1)
@@ -274,6 +277,7 @@ class Config(Section):
             tree["run"].pop(key)
         for key in ("sources", "root", "num_threads"):
             tree["data"].pop(key)
+        tree["train"].pop("activation_checkpointing")
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:

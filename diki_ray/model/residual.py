@@ -78,6 +78,7 @@ class Tower:
     def __init__(self, name: str, blocks: list[tuple[nn.Module, Attention]]):
         self.name = name
         self.num_blocks = len(blocks)
+        self.blocks: list[Any] = [block for block, _ in blocks]
         self.attentions = [attention for _, attention in blocks]
         self.width: int = self.attentions[0].width
         # Stays set after a forward pass: activation checkpointing runs the blocks again during backward.

@@ -29,6 +29,7 @@ from diki_ray.model.collective import all_reduce_sum, rank, world_size
 from diki_ray.model.gaussian import Moments
 from diki_ray.model.methods import Method
 from diki_ray.model.module import NUM_VALIDATION_FEATURES, TaskModule, read_tensors, write_tensors
+from diki_ray.model.recomputation import recompute_activations
 from diki_ray.model.residual import Parameters
 from diki_ray.model.training import TaskTrainer
 from diki_ray.runtime.faults import Faults
@@ -147,7 +148,11 @@ def train_tasks(loop: dict[str, Any]) -> None:
         return  # this group was restarted only because a worker had to leave its peers in the middle of a collective
     torch.set_num_threads(max(1, int(config.train.cpus_per_worker)))
     try:
-        worker = TaskWorker(config, build_method(config, _backbone_for_training(config)), store, draining=_draining)
+        backbone = _backbone_for_training(config)
+        if config.train.activation_checkpointing:
+            for tower in backbone.towers:
+                recompute_activations(tower)
+        worker = TaskWorker(config, build_method(config, backbone), store, draining=_draining)
         for task in tasks:
             worker.learn(task)
     except UserError as error:

@@ -16,6 +16,7 @@ from diki_ray.errors import ConfigError
 from diki_ray.model.attention import TorchAttention
 from diki_ray.model.backbone import Backbone, load
 from diki_ray.model.methods import Diki
+from diki_ray.model.recomputation import recompute_activations
 from diki_ray.model.residual import Tower
 from diki_ray.model.training import Recipe, TaskTrainer
 
@@ -119,6 +120,34 @@ def test_only_prompts_get_gradients_and_a_task_trains(backbone: Backbone) -> Non
     trainer = TaskTrainer(method, tokens(backbone.model), Recipe("adamw", lr=0.005), 40, initial)
     losses = [trainer.step(images(), torch.arange(3)).loss for _ in range(40)]
     assert losses[-1] < losses[0] - 0.02
+
+
+def test_recomputed_activations_give_the_same_gradients_and_keep_less(backbone: Backbone) -> None:
+    method = Diki(backbone, 2, 3, 2, 3)
+    initial = random_parameters(method)
+
+    def step() -> tuple[list[torch.Tensor], int]:
+        parameters = {name: p.clone().requires_grad_() for name, p in initial.items()}
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.numel() and not isinstance(tensor, torch.nn.Parameter):
+                kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            text = method.text_features(tokens(backbone.model), parameters)
+            logits = backbone.logits(method.image_features(images(), parameters), text)
+            loss = torch.nn.functional.cross_entropy(logits, torch.arange(3))
+        return list(torch.autograd.grad(loss, list(parameters.values()))), sum(kept.values())
+
+    plain, kept = step()
+    for tower in backbone.towers:
+        recompute_activations(tower)
+    recomputed, kept_then = step()
+    for a, b in zip(recomputed, plain, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+    assert kept_then < 0.7 * kept
 
 
 def test_each_image_of_a_mixed_batch_is_answered_as_alone(backbone: Backbone) -> None:
