@@ -88,6 +88,12 @@ class Backbone:
         torchs = all(isinstance(tower.attentions[0], TorchAttention) for tower in self.towers)
         return torchs and self._text is self.model
 
+    def compile(self, backend: str = "inductor") -> Backbone:
+        """Both towers through torch.compile, in place; each new length of text compiles once more, up to two."""
+        for tower in (self.model.visual, self._text.transformer):
+            tower.compile(backend=backend)
+        return self
+
     def encode_image(self, images: Tensor, residual: Residual | None = None) -> Tensor:
         """L2-normalised features [B, E] float32 of images [B, 3, H, W]; with a residual, under it."""
         self.image.active = residual

@@ -20,6 +20,7 @@ import torch
 from diki_ray.config import Config
 from diki_ray.data.shards import SkipLedger
 from diki_ray.data.stream import eval_batches
+from diki_ray.data.transfer import on_device
 from diki_ray.errors import DataError, UserError
 from diki_ray.model.answers import (
     Answers,
@@ -147,7 +148,7 @@ class Evaluating:
         )
         parts = [
             self._batch(task, b.step, b.images, b.labels.numpy(), b.keys, None if known is None else known.only(b.step))
-            for b in stream
+            for b in on_device(stream, self.predictor.backbone.device)
         ]
         joined = Part.joined(parts)
         joined.skipped.update(ledger.counts)

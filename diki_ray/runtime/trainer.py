@@ -24,6 +24,7 @@ from diki_ray import errors
 from diki_ray.config import Config
 from diki_ray.data.shards import SkipLedger
 from diki_ray.data.stream import TrainStream, eval_batches
+from diki_ray.data.transfer import on_device
 from diki_ray.errors import UserError
 from diki_ray.model.collective import all_reduce_sum, rank, world_size
 from diki_ray.model.gaussian import Moments
@@ -270,7 +271,7 @@ class TaskWorker:
         """One epoch from a batch on, with its validation; returns this rank's part of the ledger."""
         meter = _Meter(self, task, epoch, trainer)
         faults = Faults(self.store)
-        for batch in stream.epoch(epoch, first_batch):
+        for batch in on_device(stream.epoch(epoch, first_batch), self.method.backbone.device):
             images = faults.before_step(task.name, rank(), trainer.progress.step, batch.images)
             result = trainer.step(images, batch.labels, batch.keys)
             ledger += sum(_ledger_entry(epoch, batch.step, position) for position in batch.positions)
@@ -319,7 +320,7 @@ class TaskWorker:
         size = self.config.evaluate.batch_size if split == "test" else self.config.train.batch_size
         num_batches = -(-task.index.split(split).num_samples // size)
         mine = range(rank(), num_batches, world_size())
-        for batch in eval_batches(
+        batches = eval_batches(
             task.index,
             split,
             batch_size=size,
@@ -327,7 +328,8 @@ class TaskWorker:
             batches=mine,
             num_threads=self.config.data.num_threads,
             ledger=self._ledger(task, split),
-        ):
+        )
+        for batch in on_device(batches, self.method.backbone.device):
             yield batch.images, batch.labels
 
     @torch.no_grad()

@@ -1,0 +1,50 @@
+"""Routing among many synthetic tasks beside the image tower's time for the same number of images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diki_ray.benchmark.synthetic import SyntheticMoments, synthetic_features
+from diki_ray.benchmark.timing import interleaved, timed
+from diki_ray.benchmark.world import World
+from diki_ray.model.coarse import CoarseGaussians
+from diki_ray.model.gaussian import Gaussians
+
+
+def routing(world: World, num_tasks: int, batch: int, rounds: int, tower_s: float) -> dict[str, Any]:
+    """tower_s: of the image tower for a batch, measured by `tower_seconds`."""
+    embed_dim = world.backbone.embed_dim
+    gaussians = Gaussians(SyntheticMoments(num_tasks, embed_dim)).to(world.device)
+    made = {}
+    build_s = timed(world.device, lambda: made.setdefault("coarse", CoarseGaussians(gaussians)))
+    coarse = made["coarse"]
+    features = synthetic_features(gaussians, batch).to(world.device)
+    seconds = interleaved(
+        world.device,
+        rounds,
+        exact=lambda: gaussians.log_density(features),
+        coarse=lambda: coarse.log_density(features),
+    )
+    exact, routed = gaussians.log_density(features), coarse.log_density(features)
+    return {
+        "tasks": num_tasks,
+        "dimensions": embed_dim,
+        "batch": batch,
+        "exact_s": seconds["exact"],
+        "coarse_s": seconds["coarse"],
+        "exact_share_of_tower": seconds["exact"] / tower_s,
+        "coarse_share_of_tower": seconds["coarse"] / tower_s,
+        "same_route": float((exact.argmax(1) == routed.argmax(1)).double().mean()),
+        "densities_computed": float((routed > -float("inf")).double().mean()),
+        "packed_factors_mb": gaussians.num_bytes / 1e6,
+        "directions_mb": coarse.projection.numel() * 8 / 1e6,
+        "coarse_made_s": build_s,
+    }
+
+
+def tower_seconds(world: World, batch: int, rounds: int) -> float:
+    """Of a frozen pass over a batch, without gradients; scaled from 16 images where a batch would take long."""
+    measured = batch if world.model != "ViT-B-16" or world.device == "cuda" else min(batch, 16)
+    images = world.images(measured)
+    encode = world.backbone.encode_image  # weights need no gradients, so none is kept
+    return interleaved(world.device, rounds, tower=lambda: encode(images))["tower"] * batch / measured

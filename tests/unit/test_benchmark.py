@@ -1,0 +1,110 @@
+"""The benchmark measures what is equal, counts operations right, and its cost model is the formula; and it runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from diki_ray.benchmark import training
+from diki_ray.benchmark.cost_model import Link, Step, speedup, step_seconds
+from diki_ray.benchmark.timing import training_flop
+from diki_ray.benchmark.world import World, untrimmed
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_the_benchmark_runs_at_its_smallest_and_writes_a_table_json_and_plots(tmp_path: Path) -> None:
+    """It stops by itself when port and platform compute different losses or answers."""
+    command = [sys.executable, str(ROOT / "jobs" / "benchmark.py"), "--model", "debug", "--device", "cpu"]
+    sizes = ["--classes", "4", "--batch", "8", "--rounds", "1", "--tasks", "3", "--stream-classes", "3"]
+    done = subprocess.run(
+        [*command, *sizes, "--routing-tasks", "5", "70", "--threads", "1", "--output", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "debug.json").read_text())
+    sections = written["sections"]
+    assert list(sections) == ["training", "evaluation", "ablation", "stream", "routing", "input", "scaling"]
+    assert all(title in done.stdout for title in sections)
+    for row in sections["training"]:
+        assert 0 < row["text_share"] < 1
+        assert row["fraction_of_matrix_throughput"] > 0
+    assert {r["same_route"] for r in sections["routing"]} == {1.0}
+    assert {r["optimisation"] for r in sections["ablation"]} > {"trim", "no_frozen_pass", "class_tables"}
+    assert all(0 <= r["idle_share"] <= 1 for r in sections["input"])
+    assert sections["scaling"][0]["speedup"] > 0
+    assert {p.name for p in tmp_path.glob("*.svg")} == {f"debug_{n}.svg" for n in ("training", "ablation", "routing")}
+
+
+def test_operations_are_counted_as_forward_and_gradients_of_activations_and_frozen_weights_have_none() -> None:
+    """Torch counts what a step really multiplies: gradients of frozen weights would make it three times the forward
+    pass, a frozen pass in training four times."""
+    world = World.make("debug", "cpu")
+    tokens = world.tokens(6)
+    trainer = training.make_trainer(world, tokens)
+    images, labels = training.batch_of(world, 6, 8)
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        world.method.image_features(images, trainer.parameters)
+        trainer.class_features()
+    with FlopCounterMode(display=False) as step:
+        trainer.step(images, labels)
+    assert 1.6 < step.get_total_flops() / forward.get_total_flops() < 2.2
+    counted = training_flop(world, 6, 8, world.backbone._needed_length(tokens))
+    assert counted == pytest.approx(step.get_total_flops(), rel=0.25)  # this tower is so small that the rest counts
+
+
+def test_a_step_makes_one_pass_of_each_tower_and_no_frozen_one() -> None:
+    world = World.make("debug", "cpu")
+    trainer = training.make_trainer(world, world.tokens(3))
+    passes = []
+    for name, tower in (("image", world.backbone.model.visual.transformer), ("text", world.backbone.model.transformer)):
+        tower.register_forward_hook(lambda *_, name=name: passes.append(name))
+    trainer.step(*training.batch_of(world, 3, 4))
+    assert sorted(passes) == ["image", "text"]
+
+
+def test_trimming_changes_no_loss() -> None:
+    world = World.make("debug", "cpu")
+    batch = training.batch_of(world, 5, 8)
+    trimmed, whole = (training.make_trainer(world, world.tokens(5)) for _ in range(2))
+    for _ in range(3):
+        loss = trimmed.step(*batch).loss
+        with untrimmed(world.backbone):
+            assert whole.step(*batch).loss == pytest.approx(loss, abs=1e-5)
+
+
+def steps(world: World) -> tuple[list[float], dict[str, torch.Tensor]]:
+    trainer = training.make_trainer(world, world.tokens(5))
+    batch = training.batch_of(world, 5, 8)
+    return [trainer.step(*batch).loss for _ in range(3)], trainer.parameters
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+def test_compiled_towers_train_the_same_module(backend: str) -> None:
+    losses, parameters = steps(World.make("debug", "cpu"))
+    world = World.make("debug", "cpu")
+    world.backbone.compile(backend)
+    compiled_losses, compiled = steps(world)
+    assert compiled_losses == pytest.approx(losses, abs=1e-5)
+    for name, expected in parameters.items():
+        torch.testing.assert_close(compiled[name], expected, atol=1e-5, rtol=0)
+
+
+def test_the_cost_model_computed_by_hand() -> None:
+    step = Step(image_s=0.3, text_s=0.1, num_classes=100, num_parameters=163_840, embed_dim=512)
+    link = Link(bytes_per_s=1e9, latency_s=1e-4)
+    assert step_seconds(step, link, 1) == pytest.approx(0.4)
+    gradient, features = 4 * 163_843, 4 * 100 * 512
+    messages = 2 * 3 * (1e-4 + gradient / 4e9) + 3 * 3 * (1e-4 + features / 4e9)
+    assert step_seconds(step, link, 4) == pytest.approx(0.1 + messages)
+    assert speedup(step, link, 4) == pytest.approx(0.4 / (0.1 + messages))
+    floored = Step(image_s=0.3, text_s=0.1, num_classes=100, floor_s=0.05)
+    assert step_seconds(floored, link, 1000) > 0.1
