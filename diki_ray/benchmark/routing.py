@@ -15,9 +15,9 @@ def routing(world: World, num_tasks: int, batch: int, rounds: int, tower_s: floa
     """tower_s: of the image tower for a batch, measured by `tower_seconds`."""
     embed_dim = world.backbone.embed_dim
     gaussians = Gaussians(SyntheticMoments(num_tasks, embed_dim)).to(world.device)
-    made = {}
-    build_s = timed(world.device, lambda: made.setdefault("coarse", CoarseGaussians(gaussians)))
-    coarse = made["coarse"]
+    made: list[CoarseGaussians] = []
+    build_s = timed(world.device, lambda: made.append(CoarseGaussians(gaussians)))
+    (coarse,) = made
     features = synthetic_features(gaussians, batch).to(world.device)
     seconds = interleaved(
         world.device,

@@ -103,7 +103,7 @@ def untrimmed(backbone: Backbone) -> Iterator[None]:
     try:
         yield
     finally:
-        del backbone._needed_length  # type: ignore[method-assign]
+        del backbone._needed_length
 
 
 class Port:
