@@ -94,6 +94,9 @@ class TrainSection(Section):
     activation_checkpointing: bool = False
     """True: keep only each block's input for the backward pass and compute the block again there; the same module for
     less memory and more time, for large towers."""
+    compile: bool = False
+    """True: both towers through torch.compile, which takes a minute at the start of a worker and rounds otherwise
+    (1e-5); whether it wins depends on the device, see docs/benchmarks.md."""
     checkpoint_every_steps: int = Field(default=50, ge=1)
     """Steps between mid-task checkpoints; steps and not seconds, so that every worker agrees without asking."""
     max_failures: int = Field(default=3, ge=-1)
@@ -275,6 +278,7 @@ class Config(Section):
         tree = self.model_dump(mode="json", exclude={"schedule", "cluster", "telemetry"})
         for key in ("storage", "name", "take_over"):
             tree["run"].pop(key)
+        tree["train"].pop("compile")
         for key in ("sources", "root", "num_threads"):
             tree["data"].pop(key)
         tree["train"].pop("activation_checkpointing")

@@ -43,8 +43,8 @@ def routing(world: World, num_tasks: int, batch: int, rounds: int, tower_s: floa
 
 
 def tower_seconds(world: World, batch: int, rounds: int) -> float:
-    """Of a frozen pass over a batch, without gradients; scaled from 16 images where a batch would take long."""
-    measured = batch if world.model != "ViT-B-16" or world.device == "cuda" else min(batch, 16)
+    """Of a frozen pass over a batch, without gradients; scaled from 4 images where a batch would take long."""
+    measured = batch if world.model != "ViT-B-16" or world.device == "cuda" else min(batch, 4)
     images = world.images(measured)
     encode = world.backbone.encode_image  # weights need no gradients, so none is kept
     return interleaved(world.device, rounds, tower=lambda: encode(images))["tower"] * batch / measured

@@ -48,7 +48,7 @@ from diki_ray.runtime.store_actor import StoreClient
 REPORT_EVERY_S = 0.5
 DRAIN_CHECK_EVERY_STEPS = 4
 """Asking whether a node is to be taken away waits for every rank; the notice comes half a minute ahead or more."""
-NOT_IN_A_MODULE = {"cpus_per_worker", "checkpoint_every_steps", "max_failures", "collective_timeout_s"}
+NOT_IN_A_MODULE = {"compile", "cpus_per_worker", "checkpoint_every_steps", "max_failures", "collective_timeout_s"}
 """Settings that change nothing of what is learnt. After a failure one may want others, and still the same module."""
 FAILURE = "failure.json"
 """The document in which a worker tells the driver what the user can put right."""
@@ -190,12 +190,13 @@ def _last_line(error: BaseException) -> str:
 
 
 def _backbone_for_training(config: Config) -> Any:
-    device = device_of(config)
+    device: Any = device_of(config)
     if device == "cuda":
         import ray.train.torch
 
-        return load_backbone(config).to(ray.train.torch.get_device(), precision_of(config))
-    return load_backbone(config).to(device, precision_of(config))
+        device = ray.train.torch.get_device()
+    backbone = load_backbone(config).to(device, precision_of(config))
+    return backbone.compile() if config.train.compile else backbone
 
 
 @dataclass

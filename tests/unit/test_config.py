@@ -140,3 +140,7 @@ def test_a_folder_without_class_names_is_refused(tmp_path: Path) -> None:
                            method={"image_depth": 1, "text_depth": 1}))  # fmt: skip
     with pytest.raises(UserError, match="no images in class folders: expected <class>/<image>"):
         make_plan(config, load_backbone(config))
+
+
+def test_how_fast_it_runs_is_not_part_of_what_decides_the_numbers() -> None:
+    assert parse(changed(train={"compile": True})).digest() == parse(changed()).digest()
