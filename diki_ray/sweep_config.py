@@ -112,6 +112,8 @@ class SweepConfig(Section):
         empty = [name for name, values in self.parameters.items() if isinstance(values, list) and not values]
         if empty:
             raise ValueError(f"{empty[0]} has no values")
+        if self.search != "grid" and not self.parameters:
+            raise ValueError(f"search={self.search} without parameters: there would be nothing to search")
         if self.scheduler == "asha" and "train.epochs" in self.parameters:
             raise ValueError("train.epochs cannot vary with scheduler=asha, which compares settings epoch by epoch")
         return self

@@ -8,6 +8,9 @@ started again hands Tune only what has none, and so does a repeated one. Tune's 
 from __future__ import annotations
 
 import json
+import logging
+import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -70,12 +73,9 @@ def run_sweep(sweep: SweepConfig, config: Config, say: Callable[[str], None] = p
 
 
 def _question(sweep: SweepConfig, plan: Plan, orders: Orders) -> str:
-    """What a setting's result depends on beside the setting and the configuration that it makes."""
+    """What a setting's result depends on beside the setting: the configuration it changes, data, orders, seeds."""
     data = [task.index.digest() for task in plan.tasks]
-    weights = sweep.objective.model_dump()
-    return digest(
-        [plan.config.digest(), plan.backbone_digest, data, sorted(map(list, orders.values())), sweep.seeds, weights]
-    )
+    return digest([plan.config.digest(), plan.backbone_digest, data, sorted(map(list, orders.values())), sweep.seeds])
 
 
 def _run_trials(
@@ -96,6 +96,8 @@ def _run_trials(
         say(f"known already: {done} of {done + missing} settings")
     if missing <= 0:
         return
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's tables and hints, of which verbose=0 leaves some
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failure is said in a sentence, by the recorder
     optuna = sweep.search == "optuna"
     experiment = f"{sweep.name}-{int(time.time())}"
     tune.Tuner(
@@ -122,8 +124,10 @@ def _run_trials(
             verbose=0,
         ),
     ).fit()
+    # Tune's own files, those of interrupted tries too: nothing of ours depends on them.
     objects = Objects.open(config.run.storage)
-    objects.delete(info.path for info in objects.list(f"tune/{experiment}"))
+    ours = re.compile(rf"tune/{re.escape(sweep.name)}-\d+/")
+    objects.delete(info.path for info in objects.list("tune") if ours.match(info.path))
 
 
 def _trial(values: dict[str, Any], *, sweep: SweepConfig, config: Config, orders: Orders) -> None:
@@ -158,7 +162,7 @@ class _Recorder(tune.Callback):
             self._record(trial, f"stopped early, after {epoch:g} epochs", stopped_at_epoch=epoch)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._say(f"{setting_text(_setting(trial.config))}: failed and is tried again: {_sentence(trial)}")
+        self._say(f"{setting_text(_setting(trial.config))}: failed and is tried again")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._record(trial, f"failed: {_sentence(trial)}", error=_sentence(trial))

@@ -12,7 +12,7 @@ from pyarrow import csv, parquet
 
 from diki_ray.config import Config
 from diki_ray.runtime.sweep_report import render
-from diki_ray.runtime.sweep_results import SweepResults
+from diki_ray.runtime.sweep_results import SweepResults, plain
 from diki_ray.runtime.sweep_trial import METRICS
 
 DOCUMENT, REPORT, CHOSEN = "sweep.json", "report.html", "chosen.yaml"
@@ -35,7 +35,7 @@ def setting_rows(document: dict[str, Any]) -> list[dict[str, Any]]:
     """A row for each setting: its fields, mean and standard deviation of every metric on validation, how it ended."""
     rows = []
     for trial in document["trials"]:
-        row = dict(trial["setting"])
+        row = {n: plain(v) for n, v in trial["setting"].items()}
         for metric in ("objective", *METRICS):
             spread = trial["validation"][metric] if trial["validation"] else {"mean": None, "std": None}
             row |= {metric: spread["mean"], f"{metric}_std": spread["std"]}
@@ -54,9 +54,9 @@ def value_rows(document: dict[str, Any]) -> list[dict[str, Any]]:
     """A row for each setting, order and seed on validation, and for the chosen setting on test."""
     judged = [(t["setting"], "val", t["validation"]) for t in document["trials"] if t["validation"]]
     judged.append((document["chosen"]["setting"], "test", document["chosen"]["test"]))
-    names = document["tasks"]
+    tasks = {name: " ".join(document["tasks"][t] for t in order) for name, order in document["orders"].items()}
     return [
-        {**setting, "split": split, **value, "tasks": " ".join(names[t] for t in document["orders"][value["order"]])}
+        {n: plain(v) for n, v in setting.items()} | {"split": split, **value, "tasks": tasks[value["order"]]}
         for setting, split, result in judged
         for value in result["values"]
     ]

@@ -19,7 +19,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from diki_ray.config import Config
-from diki_ray.runtime.sweep_results import setting_text
+from diki_ray.runtime.sweep_results import plain, setting_text
 from diki_ray.runtime.sweep_table import COLUMNS, TEST_COLUMNS, best_first, how_it_was_made, outcome, percent
 
 AXES = ("weight_auroc", "transfer", "average", "last", "objective")
@@ -59,7 +59,7 @@ def render(document: Document) -> str:
 def parallel_coordinates(document: Document) -> go.Figure:
     """A line for each setting, through its values and its means; drag along an axis to choose some."""
     trials = best_first(document)
-    dimensions = [_axis(document, name, [t["setting"][name] for t in trials]) for name in _varied(document)]
+    dimensions = [_axis(document, name, [plain(t["setting"][name]) for t in trials]) for name in _varied(document)]
     for metric in AXES:
         values = [t["validation"][metric]["mean"] for t in trials]
         if None not in values:
@@ -130,12 +130,13 @@ def effects(document: Document) -> go.Figure:
     figure = go.Figure(layout=LAYOUT | {"yaxis_title": "objective, %", "showlegend": False})
     buttons = []
     for field in fields:
-        values = [t["setting"][field] for t in best_first(document)]
+        pairs = [(plain(t["setting"][field]), t) for t in best_first(document)]
+        pairs.sort(key=lambda pair: _rank(pair[0]))
+        values, trials = [value for value, _ in pairs], [trial for _, trial in pairs]
         many = _are_numbers(values) and len(set(values)) > 6
-        trials = sorted(best_first(document), key=lambda t: _rank(t["setting"][field]))
         figure.add_trace(
             (go.Scatter if many else go.Box)(
-                x=[t["setting"][field] if many else _safe(str(t["setting"][field])) for t in trials],
+                x=values if many else [_safe(str(v)) for v in values],
                 y=[_mean(t, "objective") for t in trials],
                 text=[_safe(setting_text(t["setting"])) for t in trials],
                 visible=field == fields[0],

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diki_ray.runtime.objects import Objects
-from diki_ray.runtime.sweep_trial import digest
+from diki_ray.runtime.sweep_trial import digest, spread
 from diki_ray.sweep_config import SweepConfig
 
 
@@ -30,6 +30,9 @@ class SweepResults:
         for info in objects.list(f"{self._folder}/trials/{self.question}"):
             trial = json.loads(objects.get(info.path) or b"{}")
             if trial and sweep.covers(trial["setting"]):
+                trial["setting"] = {n: trial["setting"][n] for n in sweep.parameters}
+                if validation := trial["validation"]:  # its weights may be others now
+                    validation["objective"] = spread([sweep.objective.of(v) for v in validation["values"]])
                 found.append(trial)
         settings = sweep.settings()
         if sweep.search == "optuna":
@@ -89,5 +92,16 @@ class SweepResults:
 
 def setting_text(setting: Mapping[str, Any]) -> str:
     """A setting in one line, for people."""
-    shown = (f"{n}={v:.4g}" if isinstance(v, float) else f"{n}={v}" for n, v in setting.items())
-    return ", ".join(shown) or "as configured"
+    return ", ".join(f"{n}={value_text(v)}" for n, v in setting.items()) or "as configured"
+
+
+def value_text(value: Any) -> str:
+    """A field's value; a whole section's as its fields."""
+    if isinstance(value, Mapping):
+        return " ".join(f"{n}:{value_text(v)}" for n, v in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def plain(value: Any) -> Any:
+    """A number or a word as it is; what has parts as text."""
+    return value if value is None or isinstance(value, bool | int | float | str) else value_text(value)

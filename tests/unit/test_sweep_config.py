@@ -41,6 +41,7 @@ def write(folder: Path, **sweep: object) -> Path:
         ({"parameters": {"train.lr": {"low": 2, "high": 1}}, "search": "random"}, "low must be below high"),
         ({"objective": {"transfer": 0, "average": 0, "last": 0}}, "nothing to maximise"),
         ({"base": "none.yaml"}, "none.yaml: No such file"),
+        ({"search": "optuna"}, "search=optuna without parameters"),
         ({"parameters": {"calibration.form": ["published", "validatd"]}}, "calibration.form.*'validatd'"),
         ({"parameters": {"train.epochs": [1, 2]}, "scheduler": "asha"}, "train.epochs cannot vary with scheduler=asha"),
     ],
@@ -51,6 +52,8 @@ def test_what_is_wrong_is_said(tmp_path: Path, sweep: dict, says: str) -> None:
 
 
 def test_a_setting_replaces_fields() -> None:
+    whole = varied(parse(BASE), {"calibration": {"form": "validated", "slope": 2}})
+    assert (whole.calibration.form, whole.calibration.slope, whole.calibration.bias) == ("validated", 2, None)
     config = varied(parse(BASE), {"train.epochs": 3, "calibration.form": "validated"})
     assert (config.train.epochs, config.calibration.form) == (3, "validated")
 

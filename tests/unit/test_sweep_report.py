@@ -95,6 +95,16 @@ def test_a_column_of_numbers_and_words_is_text(document: dict[str, Any], tmp_pat
     assert [s["calibration.bias"] for s in settings] == ["default", "1.0", "-1.0", "1.0"]
 
 
+def test_a_whole_section_may_vary(document: dict[str, Any], tmp_path: Path) -> None:
+    document["sweep"]["parameters"] = {"calibration": []}
+    for n, t in enumerate(document["trials"]):
+        t["setting"] = {"calibration": {"form": "published", "bias": float(n)}}
+    document["pareto"], document["chosen"]["setting"] = [], document["trials"][1]["setting"]
+    folder = written(document, tmp_path)
+    assert "form:published bias:1" in (folder / REPORT).read_text()
+    assert parquet.read_table(folder / "settings.parquet").to_pylist()[0]["calibration"] == "form:published bias:0"
+
+
 def test_the_chosen_configuration_is_ready_to_run(document: dict[str, Any], tmp_path: Path) -> None:
     chosen = parse(yaml.safe_load((written(document, tmp_path) / CHOSEN).read_text()))
     assert chosen.calibration.bias == 1.0

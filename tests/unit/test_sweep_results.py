@@ -1,0 +1,40 @@
+"""What a sweep keeps of its settings, and which of it a changed sweep still sees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from diki_ray.runtime.sweep_results import SweepResults
+from diki_ray.sweep_config import SweepConfig
+
+VALUES = [{"transfer": 0.2, "average": 0.4, "last": 0.9, "order": "given", "seed": 0}]
+
+
+def sweep(**fields: object) -> SweepConfig:
+    return SweepConfig.model_validate({"name": "s", "base": "x", "parameters": {"z": [1, 2], "a": ["x"]}} | fields)
+
+
+def test_results_are_in_the_sweeps_order_and_under_its_question(tmp_path: Path) -> None:
+    results = SweepResults(str(tmp_path), "s", "question")
+    results.record({"z": 2, "a": "x"}, validation={"values": VALUES})
+    results.record({"z": 1, "a": "x"}, error="it broke")
+    trials = results.trials(sweep())
+    assert [list(t["setting"].items()) for t in trials] == [[("z", 1), ("a", "x")], [("z", 2), ("a", "x")]]
+    assert [t["error"] for t in trials] == ["it broke", None]
+    assert [t["num_tried"] for t in trials] == [0, 1]
+    assert trials[1]["validation"]["objective"]["mean"] == 0.5
+    other_weights = sweep(objective={"transfer": 0, "average": 0})
+    assert results.trials(other_weights)[1]["validation"]["objective"]["mean"] == 0.9
+    assert [t["setting"]["z"] for t in results.trials(sweep(parameters={"z": [2], "a": ["x", "y"]}))] == [2]
+    assert results.trials(sweep(parameters={"z": [1, 2]})) == []
+    assert SweepResults(str(tmp_path), "s", "of other data").trials(sweep()) == []
+    optuna = results.trials(sweep(search="optuna", parameters={"z": {"low": 0, "high": 3}, "a": ["x"]}))
+    assert [t["setting"]["z"] for t in optuna] == [2, 1]  # as they were found
+
+
+def test_a_setting_that_failed_and_then_ran_has_a_result(tmp_path: Path) -> None:
+    results = SweepResults(str(tmp_path), "s", "q")
+    results.record({"z": 1, "a": "x"}, error="it broke")
+    results.record({"z": 1, "a": "x"}, stopped_at_epoch=1.5)
+    (trial,) = results.trials(sweep())
+    assert (trial["error"], trial["stopped_at_epoch"], trial["num_tried"]) == (None, 1.5, 1)
