@@ -4,7 +4,8 @@
 # make chaos      every test of recovery, of sweeps that fail or meet, and of tasks side by side on several nodes; about 25 minutes
 # make soak         KILLS (50) random kills over a long stream: bit-equal results and nothing left behind
 # make gpu         parity and benchmark on a CUDA card; says loudly when there is none
-# make browser      report.html in a real Chromium, where there is one; screenshots in build/report
+# make browser      report.html and the server's page in a real Chromium, where there is one; screenshots in build/
+# make load         clients side by side on a server of the quickstart's run: throughput, latency, nothing mixed up
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -23,7 +24,11 @@ cluster: env-test
 
 .PHONY: browser
 browser: env-test
-	REPORT_SCREENSHOTS=build/report $(BIN)/python -m pytest -rs tests/browser
+	REPORT_SCREENSHOTS=build/report SERVE_SCREENSHOTS=build/serve $(BIN)/python -m pytest -rs tests/browser
+
+.PHONY: load
+load: quickstart
+	$(BIN)/python tests/soak/serve_load.py
 
 .PHONY: gpu
 gpu: env-test

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 KUBERAY = ROOT / "cluster" / "kuberay"
 OVERLAYS = sorted(path.name for path in (KUBERAY / "overlays").iterdir())
 JOB_OVERLAYS = [n for n in OVERLAYS if "/job\n" in (KUBERAY / "overlays" / n / "kustomization.yaml").read_text()]
+SERVE_OVERLAYS = [n for n in OVERLAYS if "/serve\n" in (KUBERAY / "overlays" / n / "kustomization.yaml").read_text()]
 
 
 def tool(name, consequence):
@@ -46,9 +47,10 @@ def of_kind(overlay, *kinds):
 
 
 def ray_cluster(overlay):
-    """The spec of the RayCluster that is there itself, or as a RayJob's."""
-    (thing,) = of_kind(overlay, "RayCluster", "RayJob")
-    return thing["spec"].get("rayClusterSpec", thing["spec"])
+    """The spec of the RayCluster that is there itself, or as a RayJob's or a RayService's."""
+    (thing,) = of_kind(overlay, "RayCluster", "RayJob", "RayService")
+    spec = thing["spec"]
+    return spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec
 
 
 def command_of(overlay):

@@ -5,6 +5,7 @@ No cluster is needed, only kubectl (a client that renders). KubeRay's schemas ar
 """
 
 import functools
+import importlib
 import json
 import lzma
 import os
@@ -15,11 +16,13 @@ from pathlib import Path
 import jsonschema
 import kubernetes_validate
 import pytest
+import yaml
 from cluster_overlays import (
     JOB_OVERLAYS,
     KUBERAY,
     OVERLAYS,
     ROOT,
+    SERVE_OVERLAYS,
     command_of,
     configuration_of,
     of_kind,
@@ -28,8 +31,11 @@ from cluster_overlays import (
     rendered,
 )
 from packaging.requirements import Requirement
+from ray.serve.schema import ServeDeploySchema
 
 import diki_ray
+from diki_ray.serving.deployment import Answering
+from diki_ray.serving.settings import TOKEN_VARIABLE, Settings
 
 DOCKER = ROOT / "cluster" / "docker"
 KUBERNETES = ("1.31", "1.37")  # the oldest and the newest that the overlays are for
@@ -98,7 +104,7 @@ def problems(thing):
 def test_every_object_is_one_that_kubernetes_and_kuberay_accept(overlay):
     things = rendered(overlay)
     assert {thing["kind"] for thing in things} >= {"Namespace", "NetworkPolicy", "PodDisruptionBudget"}
-    assert len(of_kind(overlay, "RayCluster", "RayJob")) == 1
+    assert len(of_kind(overlay, "RayCluster", "RayJob", "RayService")) == 1
     assert [problem for thing in things for problem in problems(thing)] == []
     assert {thing["metadata"].get("namespace", "diki") for thing in things} == {"diki"}
 
@@ -277,6 +283,44 @@ def test_the_workers_that_a_job_asks_for_find_room(overlay):
         a_pod = amount(limits["cpu"]) // part.cpus_per_worker
         a_pod = min(a_pod, gpus) if gpus else a_pod
         assert a_pod * group["maxReplicas"] >= part.num_workers * side_by_side
+
+
+# What services serve
+
+
+@pytest.mark.parametrize("overlay", SERVE_OVERLAYS)
+def test_a_service_serves_an_application_of_this_package_with_valid_arguments(overlay):
+    (service,) = of_kind(overlay, "RayService")
+    served = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
+    (app,) = served.applications
+    module, _, builder = app.import_path.partition(":")
+    assert callable(getattr(importlib.import_module(module), builder))
+    settings = Settings(**app.args)
+    assert settings.storage.startswith((f"{MOUNT}/", "s3://", "gs://"))
+    assert served.http_options.request_timeout_s > settings.request_timeout_s
+    (deployment,) = app.deployments
+    assert deployment.name == Answering.name
+    (group,) = ray_cluster(overlay)["workerGroupSpecs"]
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    for resource, limit in (("num_cpus", "cpu"), ("num_gpus", "nvidia.com/gpu")):
+        wanted = amount(getattr(deployment.ray_actor_options, resource) or 0)
+        assert wanted <= amount(limits.get(limit, 0))
+    assert deployment.num_replicas <= group["maxReplicas"]
+
+
+@pytest.mark.parametrize("overlay", SERVE_OVERLAYS)
+def test_a_service_asks_for_a_token_from_a_secret_and_only_named_clients_reach_it(overlay):
+    (service,) = of_kind(overlay, "RayService")
+    assert "no_token" not in service["spec"]["serveConfigV2"]
+    for name, template in pod_templates(overlay):
+        (container,) = template["spec"]["containers"]
+        (token,) = [v for v in container["env"] if v["name"] == TOKEN_VARIABLE]
+        assert token["valueFrom"] == {"secretKeyRef": {"name": "diki-serve", "key": "token"}}
+        assert {"name": "serve", "containerPort": 8000} in container["ports"], name
+    (policy,) = of_kind(overlay, "NetworkPolicy")
+    who = [rule["from"] for rule in policy["spec"]["ingress"] if {"port": 8000} in rule.get("ports", [])]
+    labels = [peer["podSelector"]["matchLabels"] for (peer,) in who]
+    assert labels == [{"diki-client": "true"}, {"app.kubernetes.io/name": "kuberay-operator"}]
 
 
 # Versions
