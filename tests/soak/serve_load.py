@@ -121,9 +121,8 @@ def main() -> int:
     num_wrong, num_lost = sum(w for _, w, _ in results), sum(n for _, _, n in results)
     passes = [float(v) for v in re.findall(r"^diki_serve_batch_images_(?:sum|count)\{.*\} (\S+)$", metrics, re.M)]
     p50, p99 = np.percentile(seconds, [50, 99])
-    print(
-        f"{arguments.clients} clients, {len(seconds)} requests in {elapsed:.1f} s: {len(seconds) / elapsed:.1f} images/s"
-    )
+    rate = len(seconds) / elapsed
+    print(f"{arguments.clients} clients, {len(seconds)} requests in {elapsed:.1f} s: {rate:.1f} images/s")
     print(f"p50 {1000 * p50:.0f} ms, p99 {1000 * p99:.0f} ms, {max(passes) / min(passes):.1f} images a pass")
     print(f"{num_wrong} wrong, {num_lost} not answered; the server ended with code {code}")
     return 1 if num_wrong or num_lost or code else 0
