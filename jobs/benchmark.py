@@ -20,10 +20,12 @@ import open_clip
 import torch
 from rich.console import Console
 
-from diki_ray.benchmark import evaluation, report, routing, timing, training
+from diki_ray.benchmark import attention, evaluation, report, routing, timing, training
 from diki_ray.benchmark.world import MODELS, World
 
-SECTIONS = ("training", "evaluation", "ablation", "stream", "routing", "input", "scaling", "compile")
+SECTIONS = ("training", "evaluation", "ablation", "stream", "routing", "input", "scaling", "compile", "attention")
+LEFT_OUT = {"cpu": ("compile", "attention"), "cuda": ("scaling",)}
+"""By default: compiling takes minutes on a CPU, and the two workers of `scaling` are CPU processes."""
 QUICK = {"classes": [10, 100], "batch": [32], "rounds": 2, "tasks": 4, "routing_tasks": [10, 100]}
 
 
@@ -31,7 +33,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(MODELS), default="tiny")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS[:-1]))
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, help=f"default: all but {LEFT_OUT}")
     parser.add_argument("--classes", type=int, nargs="+", default=[10, 100, 397, 1000])
     parser.add_argument("--batch", type=int, nargs="+", default=[16, 64, 128, 256])
     parser.add_argument("--rounds", type=int, default=5)
@@ -48,6 +50,10 @@ def main() -> int:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("error: --device cuda: torch sees no GPU on this machine; use --device cpu.", file=sys.stderr)
         return 2
+    if arguments.device == "cpu" and "attention" in (arguments.sections or []):
+        print("error: --sections attention compares kernels of a CUDA card; leave it out here.", file=sys.stderr)
+        return 2
+    arguments.sections = arguments.sections or [s for s in SECTIONS if s not in LEFT_OUT[arguments.device]]
     torch.set_num_threads(arguments.threads)
     measured = measure(arguments)
     report.show(measured, Console(width=None if sys.stdout.isatty() else 180))
@@ -77,6 +83,7 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
         "input": lambda: training.input_share(world, classes, a.batch[0], epochs=2),
         "scaling": lambda: [training.scaling(a.model, classes, batch, few)],
         "compile": lambda: [training.compiled(world, classes, batch, few)],
+        "attention": lambda: [attention.attention(world, batch, few)],
     }
     done = {name: sections[name]() for name in a.sections}
     for row in done.get("training", []):

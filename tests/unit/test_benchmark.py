@@ -12,6 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from diki_ray.benchmark import training
+from diki_ray.benchmark.attention import mask_of, one_call, two_calls
 from diki_ray.benchmark.cost_model import Link, Step, speedup, step_seconds
 from diki_ray.benchmark.timing import training_flop
 from diki_ray.benchmark.world import World, untrimmed
@@ -96,6 +97,14 @@ def test_compiled_towers_train_the_same_module(backend: str) -> None:
     assert compiled_losses == pytest.approx(losses, abs=1e-5)
     for name, expected in parameters.items():
         torch.testing.assert_close(compiled[name], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_both_softmaxes_in_one_call_are_those_of_two(causal: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, 2, n, 16, generator=generator) for n in (13, 13, 13, 5, 5)]
+    one = one_call(*inputs, mask_of(13, 5, causal, "cpu"))
+    torch.testing.assert_close(one, two_calls(*inputs, causal=causal), atol=1e-5, rtol=0)
 
 
 def test_the_cost_model_computed_by_hand() -> None:
