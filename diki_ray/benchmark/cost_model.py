@@ -43,7 +43,7 @@ def step_seconds(step: Step, link: Link, num_workers: int) -> float:
     def ring(num_bytes: float) -> float:
         return (w - 1) * (link.latency_s + num_bytes / (w * link.bytes_per_s))
 
-    image, text = max(step.image_s / w, step.floor_s), max(step.text_s / w, step.floor_s)
+    image, text = (min(t, max(t / w, step.floor_s)) for t in (step.image_s, step.text_s))
     gradient, features = 4 * (step.num_parameters + 3), 4 * step.num_classes * step.embed_dim
     return image + text + 2 * ring(gradient) + ring(features) + 2 * ring(features)
 

@@ -116,4 +116,5 @@ def test_the_cost_model_computed_by_hand() -> None:
     assert step_seconds(step, link, 4) == pytest.approx(0.1 + messages)
     assert speedup(step, link, 4) == pytest.approx(0.4 / (0.1 + messages))
     floored = Step(image_s=0.3, text_s=0.1, num_classes=100, floor_s=0.05)
+    assert step_seconds(floored, link, 1) == pytest.approx(0.4)
     assert step_seconds(floored, link, 1000) > 0.1
