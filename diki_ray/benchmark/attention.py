@@ -59,17 +59,23 @@ def attention(world: World, batch: int, rounds: int, num_prompts: int = 8) -> di
     heads = world.backbone.image.attentions[0].heads
     shape = (batch, heads, length, world.backbone.image.width // heads)
     q, k, v = (torch.randn(shape, device=world.device, dtype=world.backbone.dtype, requires_grad=True) for _ in "qkv")
-    prompts = [torch.randn(batch, heads, num_prompts, shape[-1], device=q.device, dtype=q.dtype) for _ in "kv"]
-    for p in prompts:
-        p.requires_grad_()
+    few = (batch, heads, num_prompts, shape[-1])
+    pk, pv = (torch.randn(few, device=q.device, dtype=q.dtype, requires_grad=True) for _ in "kv")
     mask, compiled = mask_of(length, num_prompts, False, world.device), torch.compile(flex_attention)
-    inputs = [q, k, v, *prompts]
-    torch.testing.assert_close(one_call(*inputs, mask, compiled), two_calls(*inputs), atol=0.05, rtol=0.05)
+
+    def two() -> Tensor:
+        return two_calls(q, k, v, pk, pv)
+
+    def one() -> Tensor:
+        return one_call(q, k, v, pk, pv, mask, compiled)
+
+    torch.testing.assert_close(one(), two(), atol=0.05, rtol=0.05)
+    inputs = (q, k, v, pk, pv)
     seconds = interleaved(
         world.device,
         rounds,
-        two_calls=lambda: torch.autograd.grad(two_calls(*inputs).sum(), inputs),
-        one_call=lambda: torch.autograd.grad(one_call(*inputs, mask, compiled).sum(), inputs),
+        two_calls=lambda: torch.autograd.grad(two().sum(), inputs),
+        one_call=lambda: torch.autograd.grad(one().sum(), inputs),
     )
     return {
         "batch": batch,
