@@ -27,7 +27,16 @@ from diki_ray.model.module import TaskModule
 from diki_ray.model.orders import Orders
 from diki_ray.runtime.evaluation_report import auroc
 from diki_ray.runtime.evaluator import Cache, Evaluating, Part, accuracy_of, num_batches_of
-from diki_ray.runtime.plan import Plan, PlannedTask, build_method, load_backbone, make_plan, precision_of, recipe_of
+from diki_ray.runtime.plan import (
+    Plan,
+    PlannedTask,
+    build_method,
+    device_of,
+    load_backbone,
+    make_plan,
+    precision_of,
+    recipe_of,
+)
 from diki_ray.runtime.progress import following
 from diki_ray.runtime.store import RunStore
 from diki_ray.runtime.store_actor import StoreClient
@@ -133,7 +142,8 @@ def _train(plan: Plan, missing: Sequence[PlannedTask], store: StoreClient) -> No
         return
     # One worker needs no worker group: the trial itself is the worker, with a worker's number of threads.
     torch.set_num_threads(max(1, int(config.train.cpus_per_worker)))
-    worker = TaskWorker(config, build_method(config, load_backbone(config)), store)
+    backbone = load_backbone(config).to(device_of(config), precision_of(config))
+    worker = TaskWorker(config, build_method(config, backbone), store)
     for task in missing:
         worker.learn(task)
 
