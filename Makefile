@@ -10,6 +10,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED := 0
+export DS_BUILD_OPS := 0
 
 .PHONY: quickstart test cluster env env-test lint types clean
 

@@ -86,10 +86,20 @@ class TrainSection(Section):
     """Images in a global batch, over all workers."""
     num_workers: int = Field(default=1, ge=1)
     """Data-parallel workers. From here and never from what happens to be free: it is part of a module's key."""
+    min_workers: int | None = Field(default=None, ge=1)
+    """Elastic: start with as few as these where nodes are missing, go on with fewer when one is lost, and take up to
+    num_workers when nodes come. Modules keep their key; rounding is another (docs/reliability.md)."""
+    resize_every_s: float = Field(default=60.0, gt=0)
+    """With min_workers: seconds between looks for room for more workers. Taking them costs a restart of the group."""
     num_streams: int = Field(default=24, ge=1)
     """Virtual streams; any number of workers up to it reads the same global batches."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where this machine has it."""
+    strategy: Literal["ddp", "deepspeed"] = "ddp"
+    """Of the frozen weights: ddp, whole on every worker; deepspeed, shared out to them (ZeRO-3), for backbones that one
+    worker cannot hold. Modules agree to rounding and have the same key."""
+    offload: bool = False
+    """deepspeed on GPUs: the shares lie in the CPU's memory."""
     cpus_per_worker: float = Field(default=1.0, gt=0)
     activation_checkpointing: bool = False
     """True: keep only each block's input for the backward pass and compute the block again there; the same module for
@@ -108,11 +118,20 @@ class TrainSection(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(
+                f"min_workers={self.min_workers} is more than num_workers={self.num_workers}, which is the most there "
+                "will be; lower train.min_workers"
+            )
         if self.num_workers > self.num_streams:
             raise ValueError(
                 f"num_workers={self.num_workers} is more than num_streams={self.num_streams}: every worker reads at "
                 "least one stream; raise train.num_streams"
             )
+        if self.compile and self.strategy == "deepspeed":
+            raise ValueError("compile is for strategy=ddp; with deepspeed leave it out")
+        if self.offload and self.strategy != "deepspeed":
+            raise ValueError("offload is for strategy=deepspeed; with ddp leave it out")
         if self.optimizer == "sgd" and self.weight_decay:
             raise ValueError("weight_decay is for optimizer=adamw; with sgd leave it at 0")
         return self
@@ -203,6 +222,10 @@ class TelemetrySection(Section):
     host: str = "127.0.0.1"
     linger_s: float = Field(default=0.0, ge=0)
     """Seconds that the metrics stay after the end, so that a last scrape sees the final values."""
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
+    """Experiment trackers that jobs/continual.py tells of the run; each needs the extra of its name."""
+    tracking_root: str = "tracking"
+    """The local folder of their files."""
 
 
 class TaskSection(Section):
@@ -282,6 +305,8 @@ class Config(Section):
         for key in ("sources", "root", "num_threads"):
             tree["data"].pop(key)
         tree["train"].pop("activation_checkpointing")
+        for key in ("min_workers", "resize_every_s", "strategy", "offload"):
+            tree["train"].pop(key)
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:

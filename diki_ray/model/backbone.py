@@ -51,6 +51,8 @@ class Backbone:
         self.image = _tower("image", getattr(model, "visual", None), name)
         self.text = _tower("text", getattr(model, "transformer", None) if self._text is model else self._text, name)
         self.embed_dim: int = self._embed_dim()
+        self.start_pass: Callable[[], None] | None = None
+        """Called before every pass, where the weights are shared out to all workers (`model/sharded.py`)."""
 
     def _embed_dim(self) -> int:
         if self._text is not self.model:
@@ -61,6 +63,11 @@ class Backbone:
     @property
     def towers(self) -> tuple[Tower, Tower]:
         return self.image, self.text
+
+    @property
+    def in_lockstep(self) -> bool:
+        """Whether every worker must make the same passes, also those for which it has no images or texts."""
+        return self.start_pass is not None
 
     @property
     def device(self) -> torch.device:
@@ -96,6 +103,11 @@ class Backbone:
 
     def encode_image(self, images: Tensor, residual: Residual | None = None) -> Tensor:
         """L2-normalised features [B, E] float32 of images [B, 3, H, W]; with a residual, under it."""
+        if self.start_pass is not None:
+            self.start_pass()
+            if not len(images):
+                height, width = _pair(self.model.visual.image_size)
+                return self.encode_image(torch.zeros(1, 3, height, width), residual)[:0]
         self.image.active = residual
         features = self.model.encode_image(images.to(self.device, self.dtype))
         return F.normalize(features.float(), dim=-1)
@@ -106,6 +118,10 @@ class Backbone:
         Tokens after the longest text's end are cut off where they change nothing (`trimming`), exact to float32
         rounding.
         """
+        if self.start_pass is not None:
+            self.start_pass()
+            if not len(tokens):
+                return self.encode_text(tokens.new_zeros(1, tokens.shape[1]), residual)[:0]
         tokens = tokens.to(self.device)
         self.text.active = residual
         tokens = tokens[:, : self._needed_length(tokens)]
@@ -185,6 +201,10 @@ def _pooling(text: Any) -> tuple[Any, Any]:
     """(how a text tower pools, its end-of-text token)."""
     prefix = "" if hasattr(text, "pool_type") else "text_"
     return getattr(text, f"{prefix}pool_type", None), getattr(text, f"{prefix}eos_id", None)
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _tower(tower: str, root: nn.Module | None, name: str) -> Tower:

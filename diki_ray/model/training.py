@@ -67,6 +67,8 @@ class Progress:
     num_samples: int = 0
     """Of the epoch under way, over the steps that were made; part of the state, so that a resumed epoch's history is
     the undisturbed one's."""
+    world_sizes: list[list[int]] = field(default_factory=list)
+    """[step, number of workers from that step on], an entry whenever it changed."""
 
     @property
     def loss(self) -> float:
@@ -76,6 +78,11 @@ class Progress:
     @property
     def accuracy(self) -> float:
         return self.num_correct / max(self.num_samples, 1)
+
+    def count_workers(self, number: int) -> None:
+        """Notes how many make the step that is under way."""
+        if not self.world_sizes or self.world_sizes[-1][1] != number:
+            self.world_sizes.append([self.step, number])
 
 
 class TaskTrainer:
@@ -111,7 +118,7 @@ class TaskTrainer:
         device = self.class_tokens.device
         with torch.enable_grad():
             text = self._class_features()
-            if len(images):
+            if len(images) or self.method.backbone.in_lockstep:
                 logits = self.method.backbone.logits(self.method.image_features(images, self.parameters), text)
                 labels = labels.to(device)
                 loss = F.cross_entropy(logits, labels, reduction="sum")
@@ -132,6 +139,7 @@ class TaskTrainer:
         )
         all_reduce_sum(flat)
         loss_sum, num_correct, num_samples = flat[-3:].tolist()
+        self.progress.count_workers(world_size())
         self.progress.step += 1
         finite = bool(torch.isfinite(flat).all())
         count = int(num_samples)
@@ -155,7 +163,7 @@ class TaskTrainer:
         # The gather's backward is collective: it must run on every rank, also on one that has no class (more workers
         # than classes) or whose text tower has no parameters, so every part hangs on the parameters by an exact zero.
         zero = next(iter(self.parameters.values())).sum() * 0
-        if len(mine):
+        if len(mine) or self.method.backbone.in_lockstep:
             part = self.method.text_features(mine, self.parameters) + zero
         else:
             part = zero.expand(0, self.method.backbone.embed_dim)
@@ -184,7 +192,7 @@ class TaskTrainer:
     @torch.no_grad()
     def num_correct(self, images: Tensor, labels: Tensor, class_features: Tensor) -> int:
         """Right answers on this rank's images with the task's own module at w = 1, without routing."""
-        if not len(images):
+        if not len(images) and not self.method.backbone.in_lockstep:
             return 0
         logits = self.method.backbone.logits(self.method.image_features(images, self.parameters), class_features)
         return int((logits.argmax(1).cpu() == labels.cpu()).sum())

@@ -61,7 +61,10 @@ def cluster(config: Config, dashboard: bool = False) -> Iterator[None]:
 
 def _check_storage(config: Config) -> None:
     """A job's folder on a cluster is a temporary copy, and other nodes have other disks."""
-    for field, place in (("run.storage", config.run.storage), ("data.root", config.data.root)):
+    places = [("run.storage", config.run.storage), ("data.root", config.data.root)]
+    if config.telemetry.trackers:
+        places.append(("telemetry.tracking_root", config.telemetry.tracking_root))
+    for field, place in places:
         if "://" not in place and not os.path.isabs(os.path.expanduser(place)):
             raise ConfigError(
                 f"{field}={place!r} is relative: on a cluster it would lie in the job's temporary folder and be lost. "
@@ -74,7 +77,7 @@ def _check_capacity(config: Config, joined: bool) -> None:
     there = ray.cluster_resources()
     train, evaluate = config.train, config.evaluate
     for section, workers, cpus in (
-        ("train", train.num_workers, train.cpus_per_worker),
+        ("train", train.min_workers or train.num_workers, train.cpus_per_worker),
         ("evaluate", evaluate.num_workers, evaluate.cpus_per_worker),
     ):
         need = workers * cpus
@@ -83,7 +86,7 @@ def _check_capacity(config: Config, joined: bool) -> None:
                 f"{section}.num_workers={workers} with {section}.cpus_per_worker={cpus:g} needs {need:g} CPUs and this "
                 f"machine's cluster has {there.get('CPU', 0):g}; lower one of them, or set cluster.num_cpus higher."
             )
-    if not joined and device_of(config) == "cuda" and there.get("GPU", 0) < train.num_workers:
+    if not joined and device_of(config) == "cuda" and there.get("GPU", 0) < (train.min_workers or train.num_workers):
         raise ConfigError(
             f"train.device=cuda with train.num_workers={train.num_workers}: Ray sees {there.get('GPU', 0):g} GPUs "
             "on this machine; use train.device=cpu, fewer workers, or a cluster with GPUs."

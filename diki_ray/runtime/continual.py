@@ -8,7 +8,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,11 +20,12 @@ from diki_ray.runtime.cluster import cluster
 from diki_ray.runtime.evaluator import evaluate
 from diki_ray.runtime.next_steps import next_steps
 from diki_ray.runtime.plan import Plan, load_backbone, make_plan
-from diki_ray.runtime.progress import Display, following
+from diki_ray.runtime.progress import Display, Listener, following
 from diki_ray.runtime.report import REPORT, render
 from diki_ray.runtime.results import CONFIG_DOCUMENT, DOCUMENT, build_results, protocol_id, table
 from diki_ray.runtime.store_actor import StoreClient
 from diki_ray.runtime.telemetry import Telemetry, serving
+from diki_ray.runtime.tracking import Tracking, tracking
 from diki_ray.runtime.trainer import train
 
 
@@ -37,14 +38,15 @@ def run_continual(config: Config, console: Console, config_file: str | None = No
     Raises:
         UserError: what the user can put right; what was committed before stays.
     """
-    with serving(config, protocol_id(config)) as telemetry:
-        results = _run(config, Display(console), telemetry)
+    display, protocol = Display(console), protocol_id(config)
+    with serving(config, protocol) as telemetry, tracking(config, protocol, display.say) as tracked:
+        results = _run(config, display, telemetry, tracked)
         console.print(table(results))
         console.print(next_steps(config, _command(), config_file), highlight=False, markup=False, soft_wrap=True)
     return results
 
 
-def _run(config: Config, display: Display, telemetry: Telemetry) -> dict[str, Any]:
+def _run(config: Config, display: Display, telemetry: Telemetry, tracked: Tracking) -> dict[str, Any]:
     clock = _Clock(telemetry)
     clock.start("plan")
     plan = make_plan(config, load_backbone(config))
@@ -55,7 +57,7 @@ def _run(config: Config, display: Display, telemetry: Telemetry) -> dict[str, An
             f"run {config.run.name!r} on {store.handle.storage}: {len(plan.tasks)} tasks, {protocol_id(config)}"
         )
         clock.start("train")
-        trained = _learn(plan, store, display, telemetry)
+        trained = _learn(plan, store, display, [display, telemetry, tracked])
         results = None if trained else _unchanged_results(plan, store)
         if results is None:
             clock.start("evaluate")
@@ -65,10 +67,11 @@ def _run(config: Config, display: Display, telemetry: Telemetry) -> dict[str, An
             if store.get_document(REPORT) is None:  # the driver ended between the results and their report
                 store.put_document(REPORT, render([results]))
         telemetry.on_results(results)
+        tracked.on_results(results)
         return results
 
 
-def _learn(plan: Plan, store: StoreClient, display: Display, telemetry: Telemetry) -> list[str]:
+def _learn(plan: Plan, store: StoreClient, display: Display, listeners: Sequence[Listener]) -> list[str]:
     """Makes every task's module part of the run; the names of those that had to be trained."""
     damaged = {entry.key for entry in store.damaged_modules()}
     committed = {entry.key: entry for entry in store.modules() if entry.key not in damaged}
@@ -83,10 +86,11 @@ def _learn(plan: Plan, store: StoreClient, display: Display, telemetry: Telemetr
         if task.key in committed:
             display.say(f"{task.name}: learnt already")
     if pending:
-        workers = plan.config.train.num_workers
-        display.say(f"training {len(pending)} tasks with {workers} worker{'s' if workers > 1 else ''} …")
+        least, most = plan.config.train.min_workers, plan.config.train.num_workers
+        workers = f"{'' if least is None else f'{least} to '}{most} worker{'s' if most > 1 else ''}"
+        display.say(f"training {len(pending)} tasks with {workers} …")
         display.expect([task.name for task in pending])
-        with display.bars, following(store, [display, telemetry]):
+        with display.bars, following(store, listeners):
             train(plan.config, pending, store)
     return [task.name for task in pending]
 

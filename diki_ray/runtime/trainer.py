@@ -32,6 +32,7 @@ from diki_ray.model.methods import Method
 from diki_ray.model.module import NUM_VALIDATION_FEATURES, TaskModule, read_tensors, write_tensors
 from diki_ray.model.recomputation import recompute_activations
 from diki_ray.model.residual import Parameters
+from diki_ray.model.sharded import require_deepspeed, shard
 from diki_ray.model.training import TaskTrainer
 from diki_ray.runtime.faults import Faults
 from diki_ray.runtime.plan import (
@@ -48,7 +49,10 @@ from diki_ray.runtime.store_actor import StoreClient
 REPORT_EVERY_S = 0.5
 DRAIN_CHECK_EVERY_STEPS = 4
 """Asking whether a node is to be taken away waits for every rank; the notice comes half a minute ahead or more."""
-NOT_IN_A_MODULE = {"compile", "cpus_per_worker", "checkpoint_every_steps", "max_failures", "collective_timeout_s"}
+NOT_IN_A_MODULE = {
+    *("cpus_per_worker", "checkpoint_every_steps", "max_failures", "collective_timeout_s"),
+    *("compile", "min_workers", "resize_every_s", "offload"),
+}
 """Settings that change nothing of what is learnt. After a failure one may want others, and still the same module."""
 FAILURE = "failure.json"
 """The document in which a worker tells the driver what the user can put right."""
@@ -63,6 +67,8 @@ def train(config: Config, pending: Sequence[PlannedTask], store: StoreClient) ->
     Raises:
         UserError: what a worker said can be put right (bad data, non-finite loss), or that workers kept dying.
     """
+    if config.train.strategy == "deepspeed":
+        require_deepspeed()
     config = with_absolute_paths(config)  # Ray Train's workers run in folders of their own
     groups = shared_out(pending, _num_groups(config))
     if len(groups) == 1:
@@ -119,7 +125,7 @@ def _train_group(config: Config, pending: Sequence[PlannedTask], store: StoreCli
         train_loop_config={"config": config, "tasks": tuple(pending), "store": store, "attempt": attempt},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=config.train.collective_timeout_s),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.train.num_workers,
+            **_num_workers(config),
             use_gpu=use_gpu,
             resources_per_worker={"CPU": config.train.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
         ),
@@ -139,6 +145,17 @@ def _train_group(config: Config, pending: Sequence[PlannedTask], store: StoreCli
             "committed is safe; run the same command to continue, or raise train.max_failures."
         ) from error
     _raise_what_a_worker_said(store, attempt)
+
+
+def _num_workers(config: Config) -> dict[str, Any]:
+    """How many workers the group has, as Ray Train takes it: fixed, or (at least, at most)."""
+    train = config.train
+    if train.min_workers is None:
+        return {"num_workers": train.num_workers}
+    return {
+        "num_workers": (train.min_workers, train.num_workers),
+        "elastic_resize_monitor_interval_s": train.resize_every_s,
+    }
 
 
 def train_tasks(loop: dict[str, Any]) -> None:
@@ -196,6 +213,8 @@ def _backbone_for_training(config: Config) -> Any:
 
         device = ray.train.torch.get_device()
     backbone = load_backbone(config).to(device, precision_of(config))
+    if config.train.strategy == "deepspeed":
+        shard(backbone, config.train.offload)
     return backbone.compile() if config.train.compile else backbone
 
 
@@ -332,6 +351,8 @@ class TaskWorker:
         )
         for batch in on_device(batches, self.method.backbone.device):
             yield batch.images, batch.labels
+        if self.method.backbone.in_lockstep and len(mine) * world_size() < num_batches:
+            yield torch.zeros(0, 3, 1, 1), torch.zeros(0, dtype=torch.long)
 
     @torch.no_grad()
     def _statistics(self, task: PlannedTask) -> Moments:
@@ -391,6 +412,7 @@ class TaskWorker:
                 "best_epoch": progress.best_epoch,
                 "history": progress.history,
                 "num_steps": progress.step,
+                "world_sizes": progress.world_sizes,
                 "num_nonfinite_steps": trainer.num_nonfinite,
                 "num_skipped": skipped,
                 "consumed": consumed,

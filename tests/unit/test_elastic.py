@@ -1,0 +1,104 @@
+"""A task begun by two workers, continued by one and finished by three: the same samples in the same global batches, and
+the undisturbed run's module to rounding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from open_store import OpenStore, the_module
+from tiny_backbone import write_tiny_backbone
+
+from diki_ray.config import parse
+from diki_ray.errors import ConfigError
+from diki_ray.runtime.plan import Plan, build_method, load_backbone, make_plan
+from diki_ray.runtime.trainer import TaskWorker
+
+TREE = {
+    "run": {"name": "run"},
+    "tasks": [{"data": "embedded:digits", "shots": 4}],
+    "method": {"image_depth": 2, "image_length": 2, "text_depth": 2, "text_length": 2},
+    # 40 images: steps 0 to 4 and 5 to 9. The learning rate is the published one.
+    "train": {"epochs": 2, "batch_size": 8, "num_workers": 3, "checkpoint_every_steps": 3},
+}
+ATTEMPTS = ((2, 4), (1, 8), (3, None))
+"""(workers, the step before which all of them stop); each time the steps since the checkpoint three apart are lost."""
+
+
+class Stopped(Exception):
+    """The group is torn down, as when a node of it is lost."""
+
+
+def plan_in(folder: Path) -> Plan:
+    backbone = {"name": str(folder / "tiny_backbone.py")}
+    config = parse(TREE | {"backbone": backbone, "data": {"root": str(folder / "prepared")}})
+    return make_plan(config, load_backbone(config))
+
+
+def learn(plan: Plan, store: object, stop_before: int | None = None) -> None:
+    """The plan's one task, from its newest checkpoint on."""
+    worker = TaskWorker(plan.config, build_method(plan.config, load_backbone(plan.config)), store)  # type: ignore[arg-type]
+    asked = iter(range(4, 12, 4))  # before steps 4 and 8, which take no checkpoint, every rank asks
+
+    def draining() -> bool:
+        if next(asked) == stop_before:
+            raise Stopped
+        return False
+
+    worker.draining = draining
+    worker.learn(plan.tasks[0])
+
+
+def one_of_three(rank: int, folder: str) -> None:
+    """One process takes part in the groups it is needed for: starting it is what costs."""
+    torch.set_num_threads(1)
+    plan = plan_in(Path(folder))
+    for number, (world_size, stop_before) in enumerate(ATTEMPTS):
+        if rank >= world_size:
+            continue
+        dist.init_process_group("gloo", f"file://{folder}/group{number}", world_size=world_size, rank=rank)
+        try:
+            learn(plan, OpenStore(Path(folder) / "elastic") if rank == 0 else None, stop_before)
+        except Stopped:
+            assert stop_before is not None
+        dist.destroy_process_group()
+
+
+def test_fewer_and_then_more_workers_go_on_with_the_same_batches(tmp_path: Path) -> None:
+    write_tiny_backbone(tmp_path)
+    plan = plan_in(tmp_path)
+    mp.start_processes(one_of_three, (str(tmp_path),), nprocs=3, start_method="spawn")
+    learn(plan, OpenStore(tmp_path / "undisturbed"))
+
+    elastic, expected = (the_module(tmp_path / name) for name in ("elastic", "undisturbed"))
+    assert elastic.provenance["world_sizes"] == [[0, 2], [3, 1], [6, 3]]
+    assert expected.provenance["world_sizes"] == [[0, 1]]
+    assert elastic.key == expected.key
+    assert elastic.provenance["consumed"] == expected.provenance["consumed"]
+    assert elastic.provenance["num_steps"] == expected.provenance["num_steps"] == 10
+    for mine, theirs in zip(elastic.provenance["history"], expected.provenance["history"], strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-5)
+    for name, array in expected.parameters.items():
+        np.testing.assert_allclose(elastic.parameters[name], array, atol=1e-5, rtol=0, err_msg=name)
+    np.testing.assert_allclose(elastic.moments.mean, expected.moments.mean, atol=1e-6)
+    np.testing.assert_allclose(elastic.moments.packed(), expected.moments.packed(), atol=1e-5)
+    assert np.array_equal(elastic.validation_features, expected.validation_features)
+
+
+def test_more_at_least_than_at_most_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"min_workers=4 is more than num_workers=3"):
+        parse(TREE | {"train": TREE["train"] | {"min_workers": 4}})
+
+
+def test_how_few_workers_are_enough_changes_no_key_and_no_digest(tmp_path: Path) -> None:
+    write_tiny_backbone(tmp_path)
+    plan = plan_in(tmp_path)
+    tree = plan.config.model_dump()
+    tree["train"] |= {"min_workers": 1, "resize_every_s": 5.0}
+    elastic = parse(tree)
+    assert make_plan(elastic, load_backbone(elastic)).tasks == plan.tasks
+    assert elastic.digest() == plan.config.digest()
