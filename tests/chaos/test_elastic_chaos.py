@@ -1,4 +1,4 @@
-"""`train.min_workers` on a cluster of several nodes on this machine: a group that has fewer workers than it may have and
+"""`train.min_workers` on a cluster of several nodes on this machine: a group with fewer workers than it may have that
 loses a node without a spare, and one that a node is added for. One CPU a node and none on the head.
 
 The modules are those of an undisturbed run to rounding, from the same samples in the same global batches.

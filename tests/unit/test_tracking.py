@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +102,12 @@ def test_wandb_writes_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("WANDB_MODE", raising=False)
     results = a_run(tmp_path, "wandb")
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    deadline = time.monotonic() + 30  # a process of its own writes the file, and ends a moment later
+    while not any(r.WhichOneof("record_type") == "exit" for r in wandb_records(file.read_bytes())):
+        assert time.monotonic() < deadline, "the file was not finished"
+        time.sleep(0.1)
     records = wandb_records(file.read_bytes())
-    (run,) = [r.run for r in records if r.WhichOneof("record_type") == "run"][:1]
+    run = next(r.run for r in records if r.WhichOneof("record_type") == "run")
     assert (run.project, run.display_name) == ("diki_ray", "tracked")
     rows = [
         {"/".join(i.nested_key) or i.key: float(i.value_json) for i in r.history.item}
