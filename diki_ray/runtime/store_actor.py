@@ -42,6 +42,8 @@ class StoreClient:
     def __init__(self, handle: RunHandle, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         self.handle = handle
         self.lost_progress = 0
+        self.last_durable_write = 0.0
+        """Seconds since 1970 of the last renewal of this driver's lease: one every third of its time to live."""
         self._timeout_s = timeout_s
         self._cached_actor: Any = None
         self._known: tuple[int, tuple[Entry, ...]] = (-1, ())
@@ -76,7 +78,7 @@ class StoreClient:
         client._objects = objects
         try:
             client._create_actor(time.monotonic() + timeout_s)
-            client._write("renew")  # answers when the actor is up, in which a cluster may take its time
+            client._renew()  # answers when the actor is up, in which a cluster may take its time
         except BaseException:
             RunStore(located, run).release(epoch)  # the next try need not wait for a lease that nobody uses
             raise
@@ -277,11 +279,15 @@ class StoreClient:
             if not ray.is_initialized():
                 return  # the driver has shut Ray down; asking would start a cluster of its own
             try:
-                self._write("renew")
+                self._renew()
             except FencedError:
                 return  # `check` and the next call say so
             except StorageError as error:
                 print(f"diki_ray: the lease of run {self.handle.run!r} could not be renewed, trying on: {error}")
+
+    def _renew(self) -> None:
+        self._write("renew")
+        self.last_durable_write = time.time()
 
     def _storage(self) -> RunStore:
         if self._direct is None:

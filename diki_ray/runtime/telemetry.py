@@ -68,6 +68,9 @@ class Telemetry:
         self.tasks_learnt = gauge("tasks_learnt", "Tasks of the stream whose module is committed.")
         self.store_modules = gauge("store_modules", "Modules of the run in its store.")
         self.store_bytes = gauge("store_bytes", "Bytes of these modules.")
+        self.store_written = gauge(
+            "store_last_durable_write_timestamp_seconds", "When the run last wrote to its storage, since 1970."
+        )
         self.corrupt_checkpoints = counter(
             "store_corrupt_checkpoints_total", "Damaged checkpoints that were passed over."
         )
@@ -76,7 +79,7 @@ class Telemetry:
         self.matrix = gauge("accuracy_ratio", "Accuracy on a task's test set after `stage` tasks.", "task", "stage")
         self.zero_shot = gauge("zero_shot_accuracy_ratio", "Accuracy of the frozen model.", "task")
         self.chance = gauge("chance_accuracy_ratio", "What guessing gives.", "task")
-        self.summary = gauge("summary_ratio", "Means over tasks: transfer, average, last, forgetting, …", "metric")
+        self.summary = gauge("stream_accuracy_ratio", "Means over tasks: transfer, last, forgetting, …", "metric")
         self.routed = gauge("routed_ratio", "Share of a test set that a task answered at the end.", "task", "routed_to")
         self.weight = gauge(
             "integration_weight_mean", "Mean integration weight of test images, learnt or not yet.", "task", "domain"
@@ -90,6 +93,7 @@ class Telemetry:
         """From now on tell of the store too. keys: of the stream's modules."""
         self._store, self._keys = store, keys
         self.tasks.set(len(keys))
+        self.store_written.set_function(lambda: store.last_durable_write)
         self.observe_store()
 
     def on_event(self, event: dict[str, Any]) -> None:

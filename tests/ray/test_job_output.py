@@ -143,7 +143,7 @@ def test_the_last_scrape_says_what_results_json_says(run: Run) -> None:
         assert value(last, "diki_train_images_per_second", task=name) > 0
         assert value(last, "diki_train_nonfinite_steps_total", task=name) == 0
         assert value(last, "diki_skipped_samples_total", task=name, split="train", reason="unreadable") == 0
-    assert value(last, "diki_summary_ratio", metric="transfer") == results["metrics"]["transfer"]["mean"]
+    assert value(last, "diki_stream_accuracy_ratio", metric="transfer") == results["metrics"]["transfer"]["mean"]
     assert value(last, "diki_tasks_learnt") == value(last, "diki_tasks") == value(last, "diki_store_modules") == 2
     blobs = (run.storage / "library/modules").rglob("*.safetensors")
     assert value(last, "diki_store_bytes") == sum(blob.stat().st_size for blob in blobs)

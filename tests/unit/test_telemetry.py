@@ -53,6 +53,7 @@ class FakeStore:
 
     def __init__(self, tasks: int = 0, corrupt: int = 0) -> None:
         self.tasks, self.corrupt, self.away = tasks, corrupt, False
+        self.last_durable_write = 0.0
 
     def status(self) -> dict[str, Any]:
         if self.away:
@@ -185,6 +186,13 @@ def test_a_count_that_begins_again_with_its_process_keeps_growing() -> None:
     assert read(telemetry, "diki_store_corrupt_checkpoints_total") == 3
 
 
+def test_the_last_durable_write_is_as_of_the_scrape() -> None:
+    telemetry, store = Telemetry(config(), "own/image"), FakeStore()
+    telemetry.watch(as_store(store), NAMES)
+    store.last_durable_write, store.away = 1234.5, True  # nothing else is asked of a store that is away
+    assert read(telemetry, "diki_store_last_durable_write_timestamp_seconds") == 1234.5
+
+
 def test_the_store_is_told_of_and_may_be_away() -> None:
     telemetry, store = Telemetry(config(), "own/image"), FakeStore(tasks=1)
     telemetry.watch(as_store(store), NAMES)
@@ -219,7 +227,7 @@ def test_results_become_values() -> None:
     assert read(telemetry, "diki_integration_weight_mean", task="digits", domain="unlearnt") is None
     skipped = {"task": "neon", "split": "test", "reason": "truncated image"}
     assert read(telemetry, "diki_skipped_samples_total", **skipped) == 2
-    assert read(telemetry, "diki_summary_ratio", metric="last") == results["metrics"]["last"]["mean"]
+    assert read(telemetry, "diki_stream_accuracy_ratio", metric="last") == results["metrics"]["last"]["mean"]
     assert read(telemetry, "diki_phase_duration_seconds", phase="train") == 7200
 
 
@@ -248,7 +256,7 @@ def test_names_units_and_help_follow_the_conventions() -> None:
             if family.type == "counter":
                 assert sample.name.endswith(("_total", "_created"))
             if (
-                family.name.endswith("_ratio") and family.name != "diki_summary_ratio"
+                family.name.endswith("_ratio") and family.name != "diki_stream_accuracy_ratio"
             ):  # a difference of ratios may be negative
                 assert 0 <= sample.value <= 1
             assert all(re.fullmatch(r"[a-z_]+", label) for label in sample.labels)
