@@ -75,7 +75,8 @@ class Backbone:
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(p.dtype for p in self.image.attentions[0].module.parameters() if p.dim() > 1)
+        weights = self.image.attentions[0].module.parameters()
+        return next(p.dtype for p in weights if len(getattr(p, "ds_shape", p.shape)) > 1)  # shared out, they are empty
 
     def to(self, device: str | torch.device, dtype: torch.dtype = torch.float32) -> Backbone:
         """Moves the model; with bfloat16 its matrix weights are stored so. The layer norms of open_clip's own towers
