@@ -128,8 +128,8 @@ class TrainSection(Section):
                 f"num_workers={self.num_workers} is more than num_streams={self.num_streams}: every worker reads at "
                 "least one stream; raise train.num_streams"
             )
-        if self.compile and self.strategy == "deepspeed":
-            raise ValueError("compile is for strategy=ddp; with deepspeed leave it out")
+        if (self.compile or self.activation_checkpointing) and self.strategy == "deepspeed":
+            raise ValueError("compile and activation_checkpointing are for strategy=ddp; with deepspeed leave them out")
         if self.offload and self.strategy != "deepspeed":
             raise ValueError("offload is for strategy=deepspeed; with ddp leave it out")
         if self.optimizer == "sgd" and self.weight_decay:

@@ -37,7 +37,7 @@ def shard(backbone: Backbone, offload: bool = False) -> None:
     """
     require_deepspeed()
     # Whole blocks are gathered at once: MultiheadAttention reads its projection's weights from outside the projection.
-    blocks = {type(block) for tower in backbone.towers for block, _ in tower.blocks}
+    blocks = {type(block) for tower in backbone.towers for block in tower.blocks}
     # Not the text tower's owner itself: its few own parameters (projection, positions) are read outside its forward.
     image, owner = backbone.model.visual, getattr(backbone.model, "text", backbone.model)
     parts = nn.ModuleList([image, *(part for part in owner.children() if part is not image)])
