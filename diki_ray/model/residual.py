@@ -77,7 +77,6 @@ class Tower:
 
     def __init__(self, name: str, blocks: list[tuple[nn.Module, Attention]]):
         self.name = name
-        self.blocks = blocks
         self.num_blocks = len(blocks)
         self.blocks: list[Any] = [block for block, _ in blocks]
         self.attentions = [attention for _, attention in blocks]
