@@ -54,6 +54,7 @@ def assert_same_to_rounding(run: Run, undisturbed: Run) -> None:
             np.testing.assert_allclose(mine[task].parameters[name], array, atol=1e-5, rtol=0, err_msg=f"{task} {name}")
 
 
+@pytest.mark.long
 def test_fewer_nodes_than_workers_and_one_of_them_lost(nodes, tmp_path: Path, undisturbed: Run) -> None:
     for _ in range(2):
         nodes.add_node(num_cpus=1)
