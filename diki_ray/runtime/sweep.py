@@ -100,6 +100,7 @@ def _run_trials(
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failure is said in a sentence, by the recorder
     optuna = sweep.search == "optuna"
     experiment = f"{sweep.name}-{int(time.time())}"
+    recorder = _Recorder(results, missing, say)
     tune.Tuner(
         tune.with_resources(
             tune.with_parameters(_trial, sweep=sweep, config=config, orders=orders),
@@ -120,10 +121,15 @@ def _run_trials(
             name=experiment,
             storage_path=f"{Objects.open(config.run.storage).uri}/tune",
             failure_config=tune.FailureConfig(max_failures=sweep.max_failures),
-            callbacks=[_Recorder(results, missing, say)],
+            callbacks=[recorder],
             verbose=0,
         ),
     ).fit()
+    if recorder.num_ended < missing:  # Tune returns after Ctrl-C as well, and survives a result that cannot be kept
+        raise UserError(
+            f"sweep {sweep.name!r} ended with {recorder.num_ended} of {missing} results: it was interrupted, or one "
+            "could not be written to the storage. Run the same command again, it goes on from there."
+        )
     # Tune's own files, those of interrupted tries too: nothing of ours depends on them.
     objects = Objects.open(config.run.storage)
     ours = re.compile(rf"tune/{re.escape(sweep.name)}-\d+/")
@@ -148,7 +154,7 @@ class _Recorder(tune.Callback):
     """Writes each setting's result as soon as it is known, and says so."""
 
     def __init__(self, results: SweepResults, num_settings: int, say: Callable[[str], None]):
-        self._results, self._num_settings, self._say, self._num_ended = results, num_settings, say, 0
+        self._results, self._num_settings, self._say, self.num_ended = results, num_settings, say, 0
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         last = trial.last_result
@@ -170,8 +176,8 @@ class _Recorder(tune.Callback):
     def _record(self, trial: Any, outcome: str, **fields: Any) -> None:
         setting = _setting(trial.config)
         self._results.record(setting, **fields)
-        self._num_ended += 1
-        self._say(f"[{self._num_ended}/{self._num_settings}] {setting_text(setting)}: {outcome}")
+        self.num_ended += 1
+        self._say(f"[{self.num_ended}/{self._num_settings}] {setting_text(setting)}: {outcome}")
 
 
 class _Optuna(OptunaSearch):
