@@ -33,7 +33,7 @@ load: quickstart
 
 .PHONY: gpu
 gpu: env-test
-	$(BIN)/python -m pytest -rs tests/gpu
+	$(BIN)/python -m pytest -rs -m "long or not long" tests/gpu tests/unit/test_benchmark.py tests/unit/test_transfer.py
 	$(BIN)/python jobs/benchmark.py --model ViT-B-16 --device cuda
 
 .PHONY: chaos soak
