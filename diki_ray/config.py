@@ -16,17 +16,15 @@ from typing import Any, Literal, Self
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from diki_ray.data.protocols import protocol
 from diki_ray.errors import ConfigError, DataError
+from diki_ray.method_config import METHOD_SECTIONS, DikiSection, MethodSection
+from diki_ray.section import Section
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 """Run and task names are parts of paths, of actor names and of metric labels."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
 
 
 class RunSection(Section):
@@ -53,24 +51,6 @@ class BackboneSection(Section):
     an open_clip model with a Hugging Face tokenizer."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen weights and their activations; auto: bfloat16 on a GPU, float32 on a CPU."""
-
-
-class MethodSection(Section):
-    """What learns a task. Published DIKI on ViT-B/16: depth 8, length 8 in both towers."""
-
-    name: Literal["diki"] = "diki"
-    image_depth: int = Field(default=8, ge=0)
-    """Blocks of the image tower, from the first, that have prompts."""
-    image_length: int = Field(default=8, ge=1)
-    """Prompts in each of them."""
-    text_depth: int = Field(default=8, ge=0)
-    text_length: int = Field(default=8, ge=1)
-
-    @model_validator(mode="after")
-    def _something_to_train(self) -> Self:
-        if self.image_depth == 0 and self.text_depth == 0:
-            raise ValueError("image_depth and text_depth are both 0: there would be nothing to train")
-        return self
 
 
 class TrainSection(Section):
@@ -257,7 +237,8 @@ class Config(Section):
     tasks: tuple[TaskSection, ...] = ()
     """The stream, in order; without them those of the protocol, from data.sources."""
     backbone: BackboneSection = BackboneSection()
-    method: MethodSection = MethodSection()
+    method: MethodSection = DikiSection()
+    """What learns a task: `name`, and that method's own settings."""
     train: TrainSection = TrainSection()
     data: DataSection = DataSection()
     statistics: StatisticsSection = StatisticsSection()
@@ -353,26 +334,35 @@ def sentences(error: ValidationError, root: type[BaseModel]) -> str:
 
 
 def _sentence(error: Any, root: type[BaseModel]) -> str:
-    where = ".".join(str(part) for part in error["loc"])
+    shown_path, fields = _place(root, error["loc"])
+    where = ".".join(shown_path)
     if error["type"] == "extra_forbidden":
-        known = _fields_at(root, error["loc"][:-1])
-        return f"{where}: there is no such field" + (f"; there are {', '.join(known)}" if known else "")
+        return f"{where}: there is no such field" + (f"; there are {', '.join(fields)}" if fields else "")
     if error["type"] == "missing":
         return f"{where}: this field is needed"
+    if error["type"] == "no_such_method":
+        given = error["input"].get("name") if isinstance(error["input"], dict) else error["input"]
+        return f"{where}.name: there is no method {given!r}; there are {', '.join(METHOD_SECTIONS)}"
     message = error["msg"].removeprefix("Value error, ")
     value = error["input"]
     shown = "" if isinstance(value, (dict, BaseModel)) else f" (it is {value!r})"
     return f"{where}: {message}{shown}" if where else message
 
 
-def _fields_at(root: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+def _place(root: type[BaseModel], location: tuple[Any, ...]) -> tuple[list[str], list[str]]:
+    """The dotted path of an error as it is written in a configuration (pydantic's has the chosen method's name in it),
+    and the fields of the section that its last part is in."""
     model: Any = root
+    fields: list[str] = []
+    path: list[str] = []
     for part in location:
+        if path == ["method"] and part in METHOD_SECTIONS:
+            model = METHOD_SECTIONS[part]
+            continue
+        path.append(str(part))
         if isinstance(part, int):
             continue
-        field = model.model_fields.get(part)
-        annotation = field.annotation if field else None
-        model = TaskSection if part == "tasks" else annotation
-        if not (isinstance(model, type) and issubclass(model, BaseModel)):
-            return []
-    return sorted(model.model_fields)
+        known = getattr(model, "model_fields", {})
+        fields = sorted(known)
+        model = TaskSection if part == "tasks" else known[part].annotation if part in known else None
+    return path, fields

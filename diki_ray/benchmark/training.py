@@ -19,6 +19,7 @@ from diki_ray.data import prepare
 from diki_ray.data.stream import TrainStream
 from diki_ray.data.transfer import on_device
 from diki_ray.model.gaussian import Moments
+from diki_ray.model.residual import Parameters
 from diki_ray.model.training import Recipe, TaskTrainer, cosine_lr
 
 MANY_STEPS = 10_000_000
@@ -200,7 +201,7 @@ def _scaling_worker(rank: int, model: str, num_classes: int, batch: int, rounds:
     images, labels = batch_of(world, num_classes, batch)
     split = trainer._class_features
 
-    def unsplit() -> Tensor:
+    def unsplit(parameters: Parameters | None = None) -> Tensor:
         return world.method.text_features(trainer.class_tokens, trainer.parameters)
 
     seconds: dict[str, list[float]] = {"one": [], "two": [], "two_unsplit": []}

@@ -12,14 +12,14 @@ Shapes: N images, T tasks, K blocks of candidates. Route T is the frozen model.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from diki_ray.model.predictor import Candidates, Predictor
-from diki_ray.model.routing import NO_TASK, Routes
+from diki_ray.model.routing import NO_TASK, Answering, Routes
 
 Names = Sequence[Sequence[str]]
 """For each task its class names."""
@@ -58,9 +58,11 @@ class Answers:
     best_logit: np.ndarray  # float32 [N, T + 1, K]
     best_class: np.ndarray  # int32 [N, T + 1, K], the class's number within its block
     log_sum: np.ndarray  # float32 [N, T + 1, K], logsumexp over the block's logits: confidences follow from it
+    answering: Answering = "routed"
+    """`joint`: no route of the table but the frozen model's is an answer; see `predict_along`."""
 
     @staticmethod
-    def empty(labels: np.ndarray, num_tasks: int, num_blocks: int) -> Answers:
+    def empty(labels: np.ndarray, num_tasks: int, num_blocks: int, answering: Answering = "routed") -> Answers:
         n = len(labels)
         shape = (n, num_tasks + 1, num_blocks)
         return Answers(
@@ -71,27 +73,34 @@ class Answers:
             best_logit=np.full(shape, -np.inf, np.float32),
             best_class=np.full(shape, -1, np.int32),
             log_sum=np.full(shape, -np.inf, np.float32),
+            answering=answering,
         )
 
     @staticmethod
     def concatenated(parts: Sequence[Answers]) -> Answers:
-        return Answers(**{name: np.concatenate([vars(p)[name] for p in parts]) for name in vars(parts[0])})
+        arrays = (name for name in vars(parts[0]) if name != "answering")
+        joined = {name: np.concatenate([vars(p)[name] for p in parts]) for name in arrays}
+        return Answers(**joined, answering=parts[0].answering)
 
     def rows(self, rows: slice) -> Answers:
-        return Answers(**{name: array[rows].copy() for name, array in vars(self).items()})
+        return replace(self, **{n: array[rows].copy() for n, array in vars(self).items() if n != "answering"})
+
+    def routes(self, learnt: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """The task [N] whose module answers each image once `learnt` are learnt in that order, or NO_TASK, and the
+        weight [N] at which it does."""
+        rows = np.arange(len(self.labels))
+        if not len(learnt) or self.answering in ("frozen", "joint"):
+            return np.full(len(rows), NO_TASK), np.zeros(len(rows))
+        order = np.asarray(learnt)
+        routed = order[self.log_density[:, order].argmax(1) if self.answering == "routed" else np.full(len(rows), -1)]
+        return routed, self.weight[rows, routed]
 
     def predict(self, learnt: Sequence[int], candidates: Sequence[int], columns: Sequence[int]) -> Prediction:
         """The predictions once `learnt` (in that order) are learnt, among the classes of the data sets of tasks
         `candidates`, which lie in `columns` of the blocks. Ties go to the task learnt first."""
         rows = np.arange(len(self.labels))
-        frozen = self.answered.shape[1] - 1
-        if learnt:
-            order = np.asarray(learnt)
-            routed = order[self.log_density[:, order].argmax(1)]
-            weight, route = self.weight[rows, routed], routed
-        else:
-            routed = np.full(len(rows), NO_TASK)
-            weight, route = np.zeros(len(rows)), np.full(len(rows), frozen)
+        routed, weight = self.routes(learnt)
+        route = np.where(routed == NO_TASK, self.answered.shape[1] - 1, routed)
         assert self.answered[rows, route].all()  # `needed_routes` of this order was answered
         logits = self.best_logit[rows, route][:, columns]
         chosen = logits.argmax(1)
@@ -120,7 +129,9 @@ def block_tasks(label_space: str, task: int, num_tasks: int) -> list[int]:
     return [task] if label_space == "task" else list(range(num_tasks))
 
 
-def needed_routes(log_density: np.ndarray, orders: Sequence[Sequence[int]]) -> np.ndarray:
+def needed_routes(
+    log_density: np.ndarray, orders: Sequence[Sequence[int]], answering: Answering = "routed"
+) -> np.ndarray:
     """bool [N, T + 1]: the routes that images take somewhere along one of the orders, and the frozen model for all.
 
     Along an order an image is rerouted only when a new task's density beats its best so far.
@@ -128,7 +139,9 @@ def needed_routes(log_density: np.ndarray, orders: Sequence[Sequence[int]]) -> n
     n, num_tasks = log_density.shape
     needed = np.zeros((n, num_tasks + 1), bool)
     needed[:, -1] = True
-    for order in orders:
+    if answering == "latest":
+        needed[:, [task for order in orders for task in order]] = True
+    for order in orders if answering == "routed" else []:
         best = np.full(n, -np.inf)
         for task in order:
             beats = log_density[:, task] > best
@@ -165,7 +178,7 @@ def answer(
         known.answered[rows, route] = True
 
 
-def predict_batch_routed(
+def predict_along(
     predictor: Predictor,
     images: Tensor,
     features: Tensor,
@@ -173,10 +186,12 @@ def predict_batch_routed(
     candidates_after: Sequence[Sequence[int]],
     columns_after: Sequence[Sequence[int]],
 ) -> list[Prediction]:
-    """The predictions of one canonical batch after each prefix of the stream, under `batch` routing.
+    """The predictions of one canonical batch after each prefix of the stream, under `batch` routing or by a method
+    that answers jointly.
 
-    Not exact by indexing: the text weight is the batch's mean, and an image keeps the weight of its own best density
-    under the voted task. Prefixes that change neither the vote nor a weight share one pass.
+    Not exact by indexing: under `batch` routing the text weight is the batch's mean, and an image keeps the weight of
+    its own best density under the voted task; a joint answer depends on all that is learnt. Prefixes that change
+    neither the vote nor a weight share one pass.
 
     candidates_after, columns_after: for each prefix, as in `Answers.predict`.
     """
@@ -189,6 +204,8 @@ def predict_batch_routed(
         if key not in passes:
             passes[key] = list(_block_logits(predictor, images, features, routes, blocks))
         logits = torch.cat([passes[key][k] for k in columns], dim=1)
+        if predictor.method.answering == "joint":
+            logits = predictor.joint_logits(features, logits, [m for k in columns for m in blocks[k].names], range(n))
         block = torch.cat([torch.full((passes[key][k].shape[1],), t) for t, k in zip(candidates, columns, strict=True)])
         number = torch.cat([torch.arange(passes[key][k].shape[1]) for k in columns])
         best = logits.argmax(1)

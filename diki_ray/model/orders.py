@@ -24,7 +24,7 @@ class Orders:
     tables: Sequence[Answers]
     names: Names
     label_space: str
-    _known: dict[tuple[int, frozenset[int]], float] = field(default_factory=dict)
+    _known: dict[tuple[int, frozenset[int], int | None], float] = field(default_factory=dict)
 
     def accuracy(self, order: Sequence[int]) -> np.ndarray:
         """A [T, T], rows and columns in the order given: A[i, j] on order[j] after learning order[: i + 1]."""
@@ -37,15 +37,15 @@ class Orders:
 
     def weights(self, task: int, learnt: Sequence[int]) -> np.ndarray:
         """[N]: the integration weights of one test set's images once `learnt` (at least one) are learnt."""
-        table, order = self.tables[task], np.asarray(learnt)
-        return table.weight[np.arange(len(table.labels)), order[table.log_density[:, order].argmax(1)]]
+        return self.tables[task].routes(learnt)[1]
 
     def of_task(self, task: int, learnt: Sequence[int]) -> float:
         """Accuracy on one test set once `learnt` are learnt."""
-        key = (task, frozenset(learnt))
+        table, num_tasks = self.tables[task], len(self.tables)
+        latest = learnt[-1] if table.answering == "latest" and len(learnt) else None
+        key = (task, frozenset(learnt), latest)
         if key in self._known:
             return self._known[key]
-        table, num_tasks = self.tables[task], len(self.tables)
         candidates = candidate_tasks(self.label_space, task, learnt, num_tasks)
         block_of = block_tasks(self.label_space, task, num_tasks)
         prediction = table.predict(list(learnt), candidates, [block_of.index(c) for c in candidates])
@@ -57,7 +57,7 @@ class Orders:
     @staticmethod
     def _tied(table: Answers, learnt: Sequence[int]) -> bool:
         """Whether an image has two best tasks: then the order within the set decides."""
-        if len(learnt) < 2:
+        if len(learnt) < 2 or table.answering != "routed":
             return False
         densities = table.log_density[:, list(learnt)]
         return bool(((densities == densities.max(1, keepdims=True)).sum(1) > 1).any())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from diki_ray.model.gaussian import Gaussians
 from diki_ray.model.methods.base import Method
 from diki_ray.model.module import TaskModule
 from diki_ray.model.residual import Parameters
-from diki_ray.model.routing import NO_TASK, Calibration, Reordered, Routes, Routing, route
+from diki_ray.model.routing import NO_TASK, Calibration, Reordered, Routes, Routing, route, unrouted
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,11 +58,15 @@ class Predictor:
     text_batch: int = 1024
     _tables: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     _parameters: list[Parameters] = field(default_factory=list)
+    _fixed: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    _joined: dict[tuple[int, ...], Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.method.answering not in ("routed", "latest"):
+            return
         device = self.method.backbone.device
         self._parameters = [
-            {n: torch.from_numpy(np.array(p)).to(device) for n, p in module.parameters.items()}
+            self.method.effective({n: torch.from_numpy(np.array(p)).to(device) for n, p in module.parameters.items()})
             for module in self.modules
         ]
 
@@ -81,11 +86,52 @@ class Predictor:
         return self.gaussians.log_density(features).cpu()
 
     def route(self, log_density: Tensor, routing: Routing, learnt: Sequence[int] | None = None) -> Routes:
-        """Routes among the modules `learnt`, in that order (ties go to the first); among all by default."""
+        """Routes among the modules `learnt`, in that order (ties go to the first); among all by default. A method that
+        is not routed has its own rule (`Method.answering`)."""
+        if self.method.answering != "routed":
+            return unrouted(
+                len(log_density), self.method.answering, range(len(self.modules)) if learnt is None else learnt
+            )
         if learnt is None or list(learnt) == list(range(log_density.shape[1])):
             return route(log_density, self.calibration, routing)
         order = torch.as_tensor(list(learnt), dtype=torch.long)
         return route(log_density[:, order], Reordered(self.calibration, order), routing).renamed(order)
+
+    def weights(self, log_density: Tensor) -> Tensor:
+        """[B, T] float64: for each module the weight of each image, were it answered by that module."""
+        if self.method.answering != "routed":
+            return torch.full(log_density.shape, float(self.method.answering == "latest"), dtype=torch.float64)
+        columns = [
+            self.calibration.weight(log_density[:, t], torch.full((len(log_density),), t))
+            for t in range(log_density.shape[1])
+        ]
+        return torch.stack(columns, dim=1) if columns else torch.zeros_like(log_density)
+
+    def answer_logits(
+        self,
+        images: Tensor,
+        frozen: Tensor,
+        routes: Routes,
+        candidates: Sequence[Candidates],
+        learnt: Sequence[int] | None = None,
+    ) -> Tensor:
+        """[B, all candidates] as the method answers once `learnt` are learnt; routes are `route`'s of the same."""
+        features = self.image_features(images, frozen, routes)
+        logits = torch.cat([self.logits_of_features(features, routes, c) for c in candidates], dim=1)
+        if self.method.answering != "joint":
+            return logits
+        names = [name for c in candidates for name in c.names]
+        return self.joint_logits(frozen, logits, names, range(len(self.modules)) if learnt is None else learnt)
+
+    @torch.no_grad()
+    def joint_logits(self, frozen: Tensor, zero_shot: Tensor, names: Sequence[str], learnt: Sequence[int]) -> Tensor:
+        """[B, C] of a `joint` method among candidates of these names; nothing learnt: the zero-shot logits."""
+        if not learnt:
+            return zero_shot
+        key = tuple(learnt)
+        if key not in self._joined:
+            self._joined[key] = self.method.join([self.modules[t] for t in key])
+        return self.method.joint_logits(self._joined[key], frozen, zero_shot, names)
 
     def logits(self, images: Tensor, frozen: Tensor, routes: Routes, candidates: Candidates) -> Tensor:
         """[B, C] float32 on the CPU. images [B, 3, H, W] are read only where a residual pass is needed; frozen [B, E]
@@ -130,7 +176,7 @@ class Predictor:
     def _logits_of_task(self, features: Tensor, task: int, weight: Tensor, candidates: Candidates) -> Tensor:
         distinct = weight.unique()
         if task == NO_TASK or len(distinct) == 1:  # frozen, or one text weight for all (batch routing): exact
-            text = self.class_features(task, float(distinct[0]), candidates)
+            text = self._fixed_features(task, float(distinct[0]), candidates)
             return self.backbone.logits(features, text.cpu())
         if not self.text_grid:
             out = torch.empty(len(features), len(candidates.names))
@@ -139,6 +185,17 @@ class Predictor:
                 out[rows] = self.backbone.logits(features[rows], self.class_features(task, w, candidates).cpu())
             return out
         return self.interpolated(features, weight, self._table(task, candidates))
+
+    def _fixed_features(self, task: int, weight: float, candidates: Candidates) -> Tensor:
+        """Class features [C, E]; kept where every batch asks for the same ones (the frozen model's, and those of a
+        module that is always answered with at w = 1), but not by a predictor for single requests (text_grid 0), whose
+        candidates are anybody's."""
+        if not self.text_grid or not candidates.key or not (task == NO_TASK or self.method.answering == "latest"):
+            return self.class_features(task, weight, candidates)
+        key = (task, candidates.key)
+        if key not in self._fixed:
+            self._fixed[key] = self.class_features(task, weight, candidates).cpu()
+        return self._fixed[key]
 
     def interpolated(self, features: Tensor, weight: Tensor, table: Sequence[Tensor] | Tensor) -> Tensor:
         """[B, C] logits from class features [C, E] at G weights; of them only those beside a weight are asked for.

@@ -15,6 +15,8 @@ from torch import Tensor
 from diki_ray.model.gaussian import Gaussians
 
 Routing = Literal["image", "batch"]
+Answering = Literal["routed", "latest", "frozen", "joint"]
+"""Which of the modules learnt answers an image (`Method.answering`)."""
 NO_TASK = -1
 """The route of an image when nothing is learnt, or when its weight is below `skip_weight`: the frozen model answers."""
 
@@ -101,6 +103,13 @@ class Routes:
         """Routes among the columns of a selection `order`, said in the numbers of what was selected from."""
         task = torch.where(self.task == NO_TASK, NO_TASK, order[self.task.clamp(min=0)])
         return Routes(task, self.weight, self.text_weight)
+
+
+def unrouted(num_images: int, answering: Answering, learnt: Sequence[int]) -> Routes:
+    """Every image to the module learnt last at w = 1 (`latest`), or to none (`frozen`; `joint`, which needs none)."""
+    latest = answering == "latest" and len(learnt) > 0
+    weight = torch.full((num_images,), 1.0 if latest else 0.0, dtype=torch.float64)
+    return Routes(torch.full((num_images,), learnt[-1] if latest else NO_TASK), weight, weight)
 
 
 def route(log_density: Tensor, calibration: Calibration, routing: Routing) -> Routes:

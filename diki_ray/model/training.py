@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from diki_ray.errors import UserError
 from diki_ray.model.collective import all_reduce_sum, gather_rows, share, world_size
-from diki_ray.model.methods.base import Method
+from diki_ray.model.methods.base import Method, Step
 from diki_ray.model.residual import Parameters
 
 
@@ -88,17 +88,27 @@ class Progress:
 class TaskTrainer:
     """One task's parameters under training.
 
-    class_tokens: [C, L], the task's own class names in its one template; num_steps: S, over all epochs.
+    class_tokens: [C, L], the task's own class names in its one template; num_steps: S, over all epochs; parameters:
+    all tensors of the task, those that the method does not train included; seed: the task's own.
     """
 
     def __init__(
-        self, method: Method, class_tokens: Tensor, recipe: Recipe, num_steps: int, parameters: Parameters
+        self,
+        method: Method,
+        class_tokens: Tensor,
+        recipe: Recipe,
+        num_steps: int,
+        parameters: Parameters,
+        seed: int = 0,
     ) -> None:
-        self.method, self.recipe, self.num_steps = method, recipe, num_steps
+        self.method, self.recipe, self.num_steps, self.seed = method, recipe, num_steps, seed
         device = method.backbone.device
         self.class_tokens = class_tokens.to(device)
-        self.parameters = {name: p.detach().clone().to(device).requires_grad_() for name, p in parameters.items()}
-        tensors = list(self.parameters.values())
+        own = {name: p.detach().clone().to(device) for name, p in parameters.items()}
+        self.parameters = {name: p.requires_grad_() for name, p in own.items() if method.is_trained(name)}
+        self.kept = {name: p for name, p in own.items() if not method.is_trained(name)}
+        # torch's optimisers refuse an empty list; a method that trains nothing never steps.
+        tensors = list(self.parameters.values()) or [torch.zeros(0)]
         self.optimizer: torch.optim.Optimizer = (
             torch.optim.SGD(tensors, lr=recipe.lr)
             if recipe.optimizer == "sgd"
@@ -116,17 +126,20 @@ class TaskTrainer:
         `max_nonfinite_steps` in a row NonFiniteError names the batch's keys.
         """
         device = self.class_tokens.device
+        step = self._step()
         with torch.enable_grad():
-            text = self._class_features()
+            parameters = self.method.effective(self.all_parameters, step)
+            text = self._class_features(parameters)
             if len(images) or self.method.backbone.in_lockstep:
-                logits = self.method.backbone.logits(self.method.image_features(images, self.parameters), text)
+                logits = self.method.backbone.logits(self.method.image_features(images, parameters), text)
                 labels = labels.to(device)
                 loss = F.cross_entropy(logits, labels, reduction="sum")
                 correct = (logits.argmax(1) == labels).sum()
-            else:
-                loss, correct = text.sum() * 0, torch.zeros((), device=device)  # the gather's backward is collective
-            penalty = self.method.penalty(self.parameters)
-            total = loss if penalty is None else loss + penalty * (len(images) or 0)
+            else:  # the gather's backward is collective
+                loss, correct = text.sum() * 0 + self._zero(), torch.zeros((), device=device)
+            extra = self.method.extra_loss(self.all_parameters, step)
+            # Gradients are divided by the global number of samples below; the extra loss is not to be.
+            total = loss if extra is None else loss + extra * (self._global_count(len(labels)) / world_size())
             gradients = torch.autograd.grad(total, list(self.parameters.values()), allow_unused=True)
         flat = torch.cat(
             [
@@ -144,7 +157,7 @@ class TaskTrainer:
         finite = bool(torch.isfinite(flat).all())
         count = int(num_samples)
         if finite and count:
-            self._apply(flat[:-3] / count)
+            self._apply(flat[:-3] / count, step)
             self.nonfinite_in_a_row = 0
             self.progress.loss_sum += loss_sum
             self.progress.num_correct += num_correct
@@ -154,29 +167,47 @@ class TaskTrainer:
         mean = (loss_sum / count, num_correct / count) if count else (math.nan, math.nan)
         return StepResult(mean[0], mean[1], count, finite and count > 0)
 
-    def _class_features(self) -> Tensor:
-        """[C, E] from each rank's share of the classes."""
+    def _step(self) -> Step:
+        number, recipe = self.progress.step, self.recipe
+        lr = cosine_lr(number, self.num_steps, recipe.lr, recipe.final_lr_fraction)
+        return Step(number, self.num_steps, lr, self.seed)
+
+    @property
+    def all_parameters(self) -> Parameters:
+        """Trained and kept tensors."""
+        return self.parameters | self.kept
+
+    def _zero(self) -> Tensor:
+        return next(iter(self.parameters.values())).sum() * 0
+
+    def _global_count(self, count: int) -> float:
+        return float(all_reduce_sum(torch.tensor(float(count), device=self.class_tokens.device)))
+
+    def _class_features(self, parameters: Parameters | None = None) -> Tensor:
+        """[C, E] from each rank's share of the classes; by default as they are outside of a step."""
+        parameters = self.method.effective(self.all_parameters) if parameters is None else parameters
         num_classes = len(self.class_tokens)
         if world_size() == 1:
-            return self.method.text_features(self.class_tokens, self.parameters)
+            return self.method.text_features(self.class_tokens, parameters)
         mine = self.class_tokens[share(num_classes)]
         # The gather's backward is collective: it must run on every rank, also on one that has no class (more workers
         # than classes) or whose text tower has no parameters, so every part hangs on the parameters by an exact zero.
-        zero = next(iter(self.parameters.values())).sum() * 0
         if len(mine) or self.method.backbone.in_lockstep:
-            part = self.method.text_features(mine, self.parameters) + zero
+            part = self.method.text_features(mine, parameters) + self._zero()
         else:
-            part = zero.expand(0, self.method.backbone.embed_dim)
+            part = self._zero().expand(0, self.method.backbone.embed_dim)
         return gather_rows(part, num_classes)
 
-    def _apply(self, flat: Tensor) -> None:
-        lr = cosine_lr(self.progress.step - 1, self.num_steps, self.recipe.lr, self.recipe.final_lr_fraction)
+    def _apply(self, flat: Tensor, step: Step) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = step.lr
         sizes = [p.numel() for p in self.parameters.values()]
         for p, g in zip(self.parameters.values(), flat.split(sizes), strict=True):
             p.grad = g.view_as(p)
         self.optimizer.step()
+        with torch.no_grad():
+            gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+            self.method.after_step(self.all_parameters, gradients, step)
 
     def _strike(self, keys: tuple[str, ...]) -> None:
         self.nonfinite_in_a_row += 1
@@ -194,7 +225,8 @@ class TaskTrainer:
         """Right answers on this rank's images with the task's own module at w = 1, without routing."""
         if not len(images) and not self.method.backbone.in_lockstep:
             return 0
-        logits = self.method.backbone.logits(self.method.image_features(images, self.parameters), class_features)
+        parameters = self.method.effective(self.all_parameters)
+        logits = self.method.backbone.logits(self.method.image_features(images, parameters), class_features)
         return int((logits.argmax(1).cpu() == labels.cpu()).sum())
 
     @torch.no_grad()
@@ -218,11 +250,11 @@ class TaskTrainer:
         return better
 
     def _copy(self) -> dict[str, Tensor]:
-        return {name: p.detach().clone() for name, p in self.parameters.items()}
+        return {name: p.detach().clone() for name, p in self.all_parameters.items()}
 
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """(header, arrays): all that resuming needs, to continue bit for bit."""
-        arrays = {f"parameters/{n}": p.detach().cpu().numpy() for n, p in self.parameters.items()}
+        arrays = {f"parameters/{n}": p.detach().cpu().numpy() for n, p in self.all_parameters.items()}
         arrays |= {f"best/{n}": p.cpu().numpy() for n, p in self.best.items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
             arrays |= {f"optimizer/{index}/{n}": v.cpu().numpy() for n, v in moments.items()}
@@ -237,7 +269,7 @@ class TaskTrainer:
     def load_state(self, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         """Continues from `state()` of the same task."""
         with torch.no_grad():
-            for name, p in self.parameters.items():
+            for name, p in self.all_parameters.items():
                 p.copy_(torch.from_numpy(arrays[f"parameters/{name}"].copy()))
                 self.best[name].copy_(torch.from_numpy(arrays[f"best/{name}"].copy()))
         saved = self.optimizer.state_dict()

@@ -29,8 +29,9 @@ from diki_ray.model.answers import (
     block_tasks,
     candidate_tasks,
     needed_routes,
-    predict_batch_routed,
+    predict_along,
 )
+from diki_ray.model.methods import METHODS
 from diki_ray.model.metrics import Metrics
 from diki_ray.model.module import TaskModule, read_tensors, write_tensors
 from diki_ray.model.predictor import Candidates
@@ -38,6 +39,7 @@ from diki_ray.runtime.inference import build_predictor
 from diki_ray.runtime.plan import (
     Plan,
     PlannedTask,
+    answered_along,
     build_method,
     device_of,
     load_backbone,
@@ -59,8 +61,8 @@ class Part:
     keys: tuple[str, ...]
     features: np.ndarray  # float32 [N, E], frozen
     answers: Answers
-    batch_routed: tuple[Prediction, ...] = ()
-    """Under `batch` routing: the predictions after each task of the stream."""
+    along: tuple[Prediction, ...] = ()
+    """Where answers are computed along the stream (`plan.answered_along`): the predictions after each task of it."""
     skipped: dict[str, int] = field(default_factory=dict)
 
     def only(self, batch: int) -> Part:
@@ -73,7 +75,7 @@ class Part:
     def joined(parts: Sequence[Part]) -> Part:
         """Parts of one test set, in the order of their batches."""
         parts = sorted(parts, key=lambda p: p.batches)
-        routed = zip(*(p.batch_routed for p in parts), strict=True)
+        along = zip(*(p.along for p in parts), strict=True)
         skipped: dict[str, int] = {}
         for p in parts:
             for reason, count in p.skipped.items():
@@ -84,7 +86,7 @@ class Part:
             tuple(k for p in parts for k in p.keys),
             np.concatenate([p.features for p in parts]),
             Answers.concatenated([p.answers for p in parts]),
-            tuple(Prediction.concatenated(p) for p in routed),
+            tuple(Prediction.concatenated(p) for p in along),
             skipped,
         )
 
@@ -171,24 +173,23 @@ class Evaluating:
         blocks = [self.candidates[t] for t in block_of]
         if known is None:
             features = self.predictor.frozen_features(images)
-            answers = Answers.empty(labels, num_tasks, len(blocks))
+            answers = Answers.empty(labels, num_tasks, len(blocks), self.predictor.method.answering)
         else:
             features, answers = torch.from_numpy(known.features), known.answers
         densities = self.predictor.log_density(features)
         answers.log_density[:] = densities.numpy()
-        for t in range(num_tasks):
-            column = torch.full((len(labels),), t)
-            answers.weight[:, t] = self.predictor.calibration.weight(densities[:, t], column).numpy()
-        batch_routed: list[Prediction] = []
+        answers.weight[:] = self.predictor.weights(densities).numpy()
+        along: list[Prediction] = []
         orders = self.orders
-        if self.config.evaluate.routing == "batch":
+        if answered_along(self.config):
             orders = []  # the table then only holds the frozen model's answers
             after = [candidate_tasks(space, task, range(n), num_tasks) for n in range(1, num_tasks + 1)]
             columns = [[block_of.index(t) for t in candidates] for candidates in after]
             if len(labels):
-                batch_routed = predict_batch_routed(self.predictor, images, features, blocks, after, columns)
-        answer(self.predictor, images, features, answers, blocks, needed_routes(answers.log_density, orders))
-        return Part((number,), (len(labels),), keys, features.numpy(), answers, tuple(batch_routed))
+                along = predict_along(self.predictor, images, features, blocks, after, columns)
+        needed = needed_routes(answers.log_density, orders, answers.answering)
+        answer(self.predictor, images, features, answers, blocks, needed)
+        return Part((number,), (len(labels),), keys, features.numpy(), answers, tuple(along))
 
     def interpolation_error(self) -> float:
         """The largest error of a tabulated class feature over all (task, candidates) tables that were used."""
@@ -282,7 +283,7 @@ def accuracy_of(config: Config, tasks: Sequence[PlannedTask], test_sets: Sequenc
             candidates = candidate_tasks(space, j, learnt, num_tasks)
             return part.answers.predict(learnt, candidates, [block_of.index(t) for t in candidates])
 
-        stream = list(part.batch_routed) or [after(range(i + 1)) for i in range(num_tasks)]
+        stream = list(part.along) or [after(range(i + 1)) for i in range(num_tasks)]
         frozen.append(after(range(0)))
         predictions.append(tuple(stream))
         labels = part.answers.labels
@@ -300,6 +301,7 @@ class Cache:
 
     def __init__(self, plan: Plan, store: CacheStore, task: int, digests: Sequence[str], split: str = "test"):
         config, self.store, self.digests = plan.config, store, list(digests)
+        self.answering = METHODS[config.method.name].answering
         self.num_blocks = len(block_tasks(config.evaluate.label_space, task, len(plan.tasks)))
         data = {
             "backbone": plan.backbone_digest,
@@ -326,7 +328,7 @@ class Cache:
         if blob is None:
             return None
         header, arrays = read_tensors(blob)
-        answers = Answers.empty(arrays["labels"], len(self.digests), self.num_blocks)
+        answers = Answers.empty(arrays["labels"], len(self.digests), self.num_blocks, self.answering)
         if (blob := self.store.cache_get(self.answers_name)) is not None:
             known, columns = read_tensors(blob)
             for name in ("answered", "best_logit", "best_class", "log_sum"):

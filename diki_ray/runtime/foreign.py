@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 import diki_ray
-from diki_ray.config import Config, MethodSection
+from diki_ray.config import Config
 from diki_ray.data.index import read_bytes
 from diki_ray.errors import ConfigError, DataError, UserError
+from diki_ray.method_config import DikiSection
 from diki_ray.model.backbone import Backbone
 from diki_ray.model.gaussian import Moments
 from diki_ray.model.module import TaskModule, module_key
@@ -68,10 +69,10 @@ class Checkpoint:
     def num_tasks(self) -> int:
         return len(self.means)
 
-    def method(self) -> MethodSection:
+    def method(self) -> DikiSection:
         """Depth and length as the tensors have them; a tower without prompts has depth 0."""
         shape = {tower: (len(blocks), blocks[0].shape[2] if blocks else 1) for tower, blocks in self.prompts.items()}
-        return MethodSection(
+        return DikiSection(
             image_depth=shape["image"][0],
             image_length=shape["image"][1],
             text_depth=shape["text"][0],

@@ -20,7 +20,7 @@ from diki_ray.data.index import read_bytes
 from diki_ray.errors import ConfigError, DataError
 from diki_ray.model.coarse import CoarseGaussians
 from diki_ray.model.gaussian import Gaussians
-from diki_ray.model.methods import Method
+from diki_ray.model.methods import METHODS, Method
 from diki_ray.model.module import TaskModule
 from diki_ray.model.predictor import Candidates, Predictor
 from diki_ray.model.routing import NO_TASK, Calibration, Published, Validated
@@ -66,7 +66,7 @@ def build_calibration(
     config: Config, embed_dim: int, gaussians: Gaussians | None, modules: Sequence[TaskModule]
 ) -> Calibration:
     c = config.calibration
-    if c.form == "published" or gaussians is None:
+    if c.form == "published" or gaussians is None or METHODS[config.method.name].answering != "routed":
         return Published(scale=c.scale or float(embed_dim), bias=-1.0 if c.bias is None else c.bias)
     features = [torch.from_numpy(m.validation_features.astype("float32")) for m in modules]
     try:
@@ -83,7 +83,7 @@ class Answer:
     confidence: float
     """Softmax probability among the candidate classes."""
     task: str | None
-    """Whose module answered; None: the frozen model alone."""
+    """Whose module answered; None: the frozen model alone, or all modules together (a method that answers jointly)."""
     weight: float
     """The image's integration weight, 0 to 1."""
     log_densities: Mapping[str, float]
@@ -125,8 +125,7 @@ class RunPredictor:
         frozen = predictor.frozen_features(images)
         densities = predictor.log_density(frozen)
         routes = predictor.route(densities, "image")
-        features = predictor.image_features(images, frozen, routes)
-        logits = torch.cat([predictor.logits_of_features(features, routes, c) for c in self.candidates], dim=1)
+        logits = predictor.answer_logits(images, frozen, routes, self.candidates)
         confidence, best = logits.softmax(1).max(1)
         names = [name for c in self.candidates for name in c.names]
         for n in range(len(images)):

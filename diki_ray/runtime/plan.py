@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -55,6 +55,13 @@ class Plan:
         """The tasks whose module keys are not among those committed, in stream order."""
         return [task for task in self.tasks if task.key not in committed]
 
+    def in_order(self, order: Sequence[int]) -> Plan:
+        """The stream with its tasks in another order: the same modules, or, where they build on each other, others."""
+        tasks: list[PlannedTask] = []
+        for t in (self.tasks[n] for n in order):
+            tasks.append(_planned(self.config, self.backbone_digest, t.name, t.index, t.templates, tasks))
+        return replace(self, tasks=tuple(tasks))
+
 
 def device_of(config: Config) -> str:
     """`cuda` or `cpu`, as configured; `auto` asks this process's machine. On a cluster whose driver has no GPU,
@@ -81,6 +88,17 @@ def load_backbone(config: Config) -> Backbone:
 def build_method(config: Config, backbone: Backbone) -> Method:
     settings = config.method.model_dump(exclude={"name"})
     return METHODS[config.method.name](backbone, **settings)
+
+
+def is_sequential(config: Config) -> bool:
+    """Whether the modules of another order of the tasks are other modules."""
+    return METHODS[config.method.name].sequential
+
+
+def answered_along(config: Config) -> bool:
+    """Whether what an image is answered with after some tasks is computed along the stream, instead of looked up in a
+    table of routes."""
+    return config.evaluate.routing == "batch" or METHODS[config.method.name].answering == "joint"
 
 
 def recipe_of(config: Config) -> Recipe:

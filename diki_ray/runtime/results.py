@@ -16,6 +16,7 @@ import numpy as np
 from rich.table import Table
 
 from diki_ray.config import Config
+from diki_ray.model.methods import METHODS
 from diki_ray.model.module import TaskModule
 from diki_ray.runtime.plan import Plan
 
@@ -76,6 +77,7 @@ def build_results(
 
 def _task(plan: Plan, evaluation: Evaluation, j: int, module: TaskModule, digest: str) -> dict[str, Any]:
     planned, part = plan.tasks[j], evaluation.test_sets[j]
+    method = METHODS[plan.config.method.name]
     last = evaluation.predictions[j][-1]
     counts = np.bincount(last.routed + 1, minlength=len(plan.tasks) + 1)
     return {
@@ -87,7 +89,8 @@ def _task(plan: Plan, evaluation: Evaluation, j: int, module: TaskModule, digest
         "module": {
             "key": planned.key,
             "digest": digest,
-            "num_parameters": sum(p.size for p in module.parameters.values()),
+            "num_parameters": sum(p.size for name, p in module.parameters.items() if method.is_trained(name)),
+            "num_bytes": len(module.to_bytes()),
         },
         "num_train": module.moments.count,
         "num_test": len(part.answers.labels),

@@ -19,7 +19,7 @@ from diki_ray.model.module import TaskModule
 from diki_ray.model.routing import NO_TASK
 from diki_ray.runtime.evaluation_report import Evaluated, TestSet
 from diki_ray.runtime.evaluator import Cache, Evaluating, Part, num_batches_of
-from diki_ray.runtime.plan import Plan, PlannedTask, load_backbone, make_plan
+from diki_ray.runtime.plan import Plan, PlannedTask, answered_along, is_sequential, load_backbone, make_plan
 from diki_ray.runtime.results import protocol_id
 from diki_ray.runtime.store import RunStore
 from diki_ray.runtime.stored_run import check_backbone, config_of, open_learnt
@@ -59,8 +59,14 @@ def evaluate_stored(
     check_backbone(store, backbone.name, whole.backbone_digest)
     plan, digests, notes = _learnt(store, whole)
     order = _order([t.name for t in plan.tasks], asked.order, run)
-    if config.evaluate.routing == "batch":
-        # The voted answers come along the plan's own order: so the plan is put into the order that is asked for.
+    if is_sequential(config) and order != list(range(len(order))):
+        raise ConfigError(
+            f"--order: each module of run {run!r} was trained from the one before it ({config.method.name}), so "
+            "another order is other modules; train it with the tasks in that order, or ask for the first tasks of "
+            f"{', '.join(t.name for t in plan.tasks)}."
+        )
+    if answered_along(config):
+        # These answers come along the plan's own order: so the plan is put into the order that is asked for.
         arranged = [*order, *(t for t in range(len(plan.tasks)) if t not in order)]
         plan = replace(plan, tasks=tuple(plan.tasks[t] for t in arranged))
         digests, order = [digests[t] for t in arranged], list(range(len(order)))
@@ -180,8 +186,8 @@ def _test_set(plan: Plan, order: Sequence[int], j: int, part: Part, split: str) 
         candidates = candidate_tasks(space, j, learnt, num_tasks)
         return part.answers.predict(learnt, candidates, [block_of.index(t) for t in candidates])
 
-    voted = part.batch_routed[: len(order)]
-    along = [after(()), *(voted or (after(order[:n]) for n in range(1, len(order) + 1)))]
+    computed = part.along[: len(order)]
+    along = [after(()), *(computed or (after(order[:n]) for n in range(1, len(order) + 1)))]
     place = {NO_TASK: NO_TASK} | {task: n for n, task in enumerate(order)}
     return TestSet(
         name=plan.tasks[j].name,

@@ -52,8 +52,9 @@ def how_it_was_made(document: Mapping[str, Any]) -> str:
     by = {t["validation"]["orders_by"] for t in document["trials"] if t["validation"]}
     said = {
         frozenset({"indexing"}): "every order by indexing into one table of answers",
-        frozenset({"evaluation"}): "batch routing: every order evaluated directly",
-    }.get(frozenset(by), "image routing: orders by indexing; batch routing: every order evaluated directly")
+        frozenset({"evaluation"}): "every order evaluated directly",
+        frozenset({"training"}): "modules that build on each other: every order trained",
+    }.get(frozenset(by), "orders by indexing where that is exact, evaluated or trained directly elsewhere")
     parts = {
         part: sum(t["validation"]["seconds"][part] for t in document["trials"] if t["validation"])
         for part in ("train", "tables", "orders")

@@ -3,7 +3,8 @@
 A module is trained once however many settings, orders, processes or repetitions need it. Trials that could need the
 same modules take turns by the lease of one run in the storage, named after all that their keys have in common: who
 comes second finds the modules in the library. Under `image` routing the accuracy matrix of every order follows from one
-table for each test set (diki_ray.model.orders). `batch` routing is not exact that way and is evaluated order by order.
+table for each test set (diki_ray.model.orders). `batch` routing and methods that answer jointly are not exact that way
+and are evaluated order by order; a method whose tasks build on each other is also trained order by order.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ from diki_ray.runtime.evaluator import Cache, Evaluating, Part, accuracy_of, num
 from diki_ray.runtime.plan import (
     Plan,
     PlannedTask,
+    answered_along,
     build_method,
     device_of,
+    is_sequential,
     load_backbone,
     make_plan,
     precision_of,
@@ -86,17 +89,31 @@ def judge(
         clock = time.monotonic()
         seeded = varied(config, {**setting, "run.seed": seed})
         plan = make_plan(seeded, load_backbone(seeded))
-        digests = modules_of(plan, epochs)
-        seconds["train"] += time.monotonic() - clock
-        for name, ordered in matrices_of_orders(plan, digests, orders, split, seconds).items():
-            values.append({"order": name, "seed": seed} | ordered.metrics())
+        for ordered_plan, its_orders in _plans(plan, orders):
+            digests = modules_of(ordered_plan, epochs)
+            seconds["train"] += time.monotonic() - clock
+            for name, ordered in matrices_of_orders(ordered_plan, digests, its_orders, split, seconds).items():
+                values.append({"order": name, "seed": seed} | ordered.metrics())
+            clock = time.monotonic()
     judged: dict[str, Any] = {m: spread([v[m] for v in values]) for m in METRICS}
     return judged | {
         "objective": spread([sweep.objective.of(v) for v in values]),
         "values": values,
-        "orders_by": "evaluation" if varied(config, setting).evaluate.routing == "batch" else "indexing",
+        "orders_by": _orders_by(varied(config, setting)),
         "seconds": {part: round(value, 2) for part, value in seconds.items()},
     }
+
+
+def _plans(plan: Plan, orders: Mapping[str, Sequence[int]]) -> list[tuple[Plan, Mapping[str, Sequence[int]]]]:
+    """Plans with the orders that one plan's modules answer: all of them, or, where modules build on each other, each
+    order in a plan of its own (orders that begin alike share the modules of what they have in common)."""
+    if not is_sequential(plan.config):
+        return [(plan, orders)]
+    return [(plan.in_order(order), {name: range(len(order))}) for name, order in orders.items()]
+
+
+def _orders_by(config: Config) -> str:
+    return "training" if is_sequential(config) else "evaluation" if answered_along(config) else "indexing"
 
 
 def modules_of(plan: Plan, epochs: Epochs | None = None) -> list[str]:
@@ -197,7 +214,7 @@ def matrices_of_orders(
 ) -> dict[str, Ordered]:
     """What each order gives, by its name. seconds: the time that tables and orders took is added to it."""
     started = time.monotonic()
-    if plan.config.evaluate.routing == "batch":
+    if answered_along(plan.config):
         found = {name: _directly(plan, digests, order, split) for name, order in orders.items()}
         tabled = started
     else:

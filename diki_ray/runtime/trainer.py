@@ -28,7 +28,7 @@ from diki_ray.data.transfer import on_device
 from diki_ray.errors import UserError
 from diki_ray.model.collective import all_reduce_sum, rank, world_size
 from diki_ray.model.gaussian import Moments
-from diki_ray.model.methods import Method
+from diki_ray.model.methods import Method, TrainingBatch
 from diki_ray.model.module import NUM_VALIDATION_FEATURES, TaskModule, read_tensors, write_tensors
 from diki_ray.model.recomputation import recompute_activations
 from diki_ray.model.residual import Parameters
@@ -234,7 +234,19 @@ class TaskWorker:
         """Trains, takes the statistics of, and commits one task; nothing when its module is already there."""
         if _from_rank_zero(lambda: task.key in {entry.key for entry in self.store.modules()}):
             return
-        trainer, resumed = self._start(task)
+        trainer, ledger = self._start(task)
+        skipped = 0
+        if trainer.parameters:
+            ledger, skipped = self._train(task, trainer, ledger)
+        moments, parameters = self._statistics(task, trainer)
+        validation = self._validation_features(task)
+        consumed = _sum(ledger)
+        if rank() == 0:
+            self._commit(task, trainer, parameters, moments, validation, consumed, skipped)
+        _barrier()  # nobody starts the next task before this one is durable: a crash then leaves at most one open
+
+    def _train(self, task: PlannedTask, trainer: TaskTrainer, ledger: int) -> tuple[int, int]:
+        """All epochs that are left; returns this rank's part of the ledger and how many samples all ranks skipped."""
         stream = TrainStream(
             task.index,
             "train",
@@ -247,17 +259,10 @@ class TaskWorker:
             num_threads=self.config.data.num_threads,
             ledger=self._ledger(task, "train"),
         )
-        ledger = resumed
         first_epoch, first_batch = divmod(trainer.progress.step, stream.num_batches)
         for epoch in range(first_epoch, self.config.train.epochs):
             ledger = self._epoch(task, trainer, stream, epoch, first_batch if epoch == first_epoch else 0, ledger)
-        moments = self._statistics(task)
-        validation = self._validation_features(task)
-        skipped = _sum(stream.ledger.total)
-        consumed = _sum(ledger)
-        if rank() == 0:
-            self._commit(task, trainer, moments, validation, consumed, skipped)
-        _barrier()  # nobody starts the next task before this one is durable: a crash then leaves at most one open
+        return ledger, _sum(stream.ledger.total)
 
     def _start(self, task: PlannedTask) -> tuple[TaskTrainer, int]:
         """The trainer at its newest good checkpoint or at the beginning, and this rank's part of the ledger."""
@@ -270,6 +275,7 @@ class TaskWorker:
             recipe_of(self.config),
             num_steps=self.config.train.epochs * num_batches,
             parameters=self.method.initial(generator, predecessor),
+            seed=task.seed,
         )
         saved = _from_rank_zero(lambda: self.store.load_checkpoint(task.key))
         if saved is None:
@@ -281,8 +287,8 @@ class TaskWorker:
     def _predecessor(self, task: PlannedTask) -> Parameters | None:
         if task.predecessor is None:
             return None
-        digests = {entry.key: entry.digest for entry in self.store.modules()}
-        module = TaskModule.from_bytes(self.store.read_module(digests[task.predecessor]))
+        # Of the run's, else of the library's: in a sweep another run may have trained the tasks before.
+        module = TaskModule.from_bytes(self.store.module_by_key(task.predecessor))
         return {name: torch.from_numpy(np.array(p)) for name, p in module.parameters.items()}
 
     def _epoch(
@@ -355,13 +361,19 @@ class TaskWorker:
             yield torch.zeros(0, 3, 1, 1), torch.zeros(0, dtype=torch.long)
 
     @torch.no_grad()
-    def _statistics(self, task: PlannedTask) -> Moments:
-        """Moments of the frozen features of the training images, merged over ranks in rank order."""
-        backbone = self.method.backbone
-        own = Moments.empty(backbone.embed_dim)
-        for images, _ in self._share_of(task, "train"):
-            own = own.merge(Moments.of(backbone.encode_image(images).cpu()))
-        return Moments.merged(_gathered(own))
+    def _statistics(self, task: PlannedTask, trainer: TaskTrainer) -> tuple[Moments, Parameters]:
+        """Moments of the frozen features of the training images, and what the module holds with the method's own sums
+        over them; both merged over ranks in rank order."""
+        method, tokens = self.method, trainer.class_tokens
+        own, sums = Moments.empty(method.backbone.embed_dim), Sums()
+        for images, labels in self._share_of(task, "train"):
+            features = method.backbone.encode_image(images)
+            own = own.merge(Moments.of(features.cpu()))
+            sums.add(method.sums(trainer.best, TrainingBatch(images, labels, features, tokens)))
+        merged = Sums()
+        for parts in _gathered(sums.tensors):
+            merged.add(parts)
+        return Moments.merged(_gathered(own)), method.finish(trainer.best, merged.tensors)
 
     @torch.no_grad()
     def _validation_features(self, task: PlannedTask) -> np.ndarray:
@@ -388,6 +400,7 @@ class TaskWorker:
         self,
         task: PlannedTask,
         trainer: TaskTrainer,
+        parameters: Parameters,
         moments: Moments,
         validation: np.ndarray,
         consumed: int,
@@ -400,7 +413,7 @@ class TaskWorker:
             class_names=task.class_names,
             templates=task.templates,
             method=self.config.method.name,
-            parameters={name: p.cpu().numpy() for name, p in trainer.best.items()},
+            parameters={name: p.cpu().numpy() for name, p in parameters.items()},
             moments=moments,
             validation_features=validation,
             provenance={
@@ -409,7 +422,7 @@ class TaskWorker:
                 "method": self.config.method.model_dump(),
                 "train": self.config.train.model_dump(exclude=NOT_IN_A_MODULE)
                 | {"num_threads": torch.get_num_threads()},
-                "best_epoch": progress.best_epoch,
+                "best_epoch": progress.best_epoch if progress.history else None,
                 "history": progress.history,
                 "num_steps": progress.step,
                 "world_sizes": progress.world_sizes,
@@ -425,6 +438,18 @@ class TaskWorker:
         self.store.commit_module(task.key, task.name, module.to_bytes(), metadata)
         faults.at("committed", task.name, 0, progress.step)
         self.store.drop_checkpoints(task.key)
+
+
+class Sums:
+    """Sums of a method's tensors over batches, float64 on the CPU."""
+
+    def __init__(self) -> None:
+        self.tensors: Parameters = {}
+
+    def add(self, tensors: Parameters) -> None:
+        for name, tensor in tensors.items():
+            term = tensor.detach().to("cpu", torch.float64)
+            self.tensors[name] = self.tensors[name] + term if name in self.tensors else term
 
 
 class _Meter:

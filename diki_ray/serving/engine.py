@@ -99,6 +99,9 @@ class Engine:
             rows, candidates = torch.tensor(group), questions[group[0]].candidates
             ours = self._logits(snapshot, features[rows], task[rows], routes.weight[rows], candidates)
             alone = self._logits(snapshot, frozen[rows], torch.full((len(group),), NO_TASK), None, candidates)
+            if predictor.method.answering == "joint":
+                names = [name for block in candidates for name in block.names]
+                ours = predictor.joint_logits(frozen[rows], alone, names, range(len(snapshot.tasks)))
             for i, n in enumerate(group):
                 logits[n], plain[n] = ours[i], alone[i]
         return [

@@ -15,7 +15,7 @@ from diki_ray.model.answers import (
     block_tasks,
     candidate_tasks,
     needed_routes,
-    predict_batch_routed,
+    predict_along,
 )
 from diki_ray.model.gaussian import Gaussians
 from diki_ray.model.orders import Orders
@@ -125,7 +125,7 @@ def test_batch_routing_along_the_stream_equals_each_prefix_alone(space: str) -> 
         block_of = block_tasks(space, task, T)
         after = [candidate_tasks(space, task, range(n), T) for n in range(1, T + 1)]
         columns = [[block_of.index(t) for t in c] for c in after]
-        along = predict_batch_routed(whole, images, frozen, [BLOCKS[t] for t in block_of], after, columns)
+        along = predict_along(whole, images, frozen, [BLOCKS[t] for t in block_of], after, columns)
         for n, (candidates, prediction) in enumerate(zip(after, along, strict=True), start=1):
             alone = make_predictor(tuple(range(n)))
             routes = alone.route(alone.log_density(frozen), "batch")

@@ -9,6 +9,8 @@ import yaml
 
 from diki_ray.config import Config, load, parse
 from diki_ray.errors import ConfigError, UserError
+from diki_ray.method_config import METHOD_SECTIONS
+from diki_ray.model.methods import METHODS
 
 GOOD = {"run": {"name": "r"}, "tasks": [{"data": "embedded:digits"}]}
 
@@ -46,6 +48,18 @@ TABLE = [
     ("more workers than streams", changed(train={"num_workers": 30}), r"num_workers=30 is more than num_streams=24"),
     ("decay without adamw", changed(train={"weight_decay": 0.1}), r"weight_decay is for optimizer=adamw"),
     ("nothing to train", changed(method={"image_depth": 0, "text_depth": 0}), r"there would be nothing to train"),
+    (
+        "unknown method",
+        changed(method={"name": "dikki"}),
+        r"^configuration: method\.name: there is no method 'dikki'; .*diki",
+    ),
+    (
+        "a setting of another method",
+        changed(method={"name": "zero_shot", "image_depth": 2}),
+        r"^configuration: method\.image_depth: there is no such field; there are name$",
+    ),
+    ("a method's wrong setting", changed(method={"text_depth": -1}), r"^configuration: method\.text_depth: .*-1"),
+    ("no method at all", changed(method=3), r"method\.name: there is no method 3"),
     ("a grid of one point", changed(evaluate={"text_grid": 1}), r"1 point is no grid"),
     ("port out of range", changed(telemetry={"port": 70000}), r"telemetry\.port: .*65535"),
     ("not a tree", ["a"], r"configuration: "),
@@ -94,9 +108,13 @@ def test_resolved_tree_comes_back_and_digest_is_of_what_decides_the_numbers() ->
 
 def test_every_field_that_is_not_plain_has_a_docstring_or_comment() -> None:
     """The reference in docs/ is made from the types: sections must say what they are."""
-    for field in Config.model_fields.values():
-        section = field.annotation
+    sections = [field.annotation for name, field in Config.model_fields.items() if name != "method"]
+    for section in [*sections, *METHOD_SECTIONS.values()]:
         assert getattr(section, "__doc__", None), section
+
+
+def test_every_method_has_a_section_and_every_section_a_method() -> None:
+    assert set(METHOD_SECTIONS) == set(METHODS)
 
 
 PLAN_ERRORS = [

@@ -1,8 +1,24 @@
 """What learns a task. `method.name` in the configuration chooses one; everything around it stays the same."""
 
-from diki_ray.model.methods.base import Method
+from diki_ray.model.methods.base import Method, Step, TrainingBatch
+from diki_ray.model.methods.c_ada import CAda
+from diki_ray.model.methods.concat_prompts import ConcatPrompts
 from diki_ray.model.methods.diki import Diki
+from diki_ray.model.methods.dpw import Dpw
+from diki_ray.model.methods.residual import ResidualMethod
+from diki_ray.model.methods.zero_shot import ZeroShot
 
-METHODS: dict[str, type[Method]] = {"diki": Diki}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (ZeroShot, Diki, ConcatPrompts, Dpw, CAda)}
 
-__all__ = ["METHODS", "Diki", "Method"]
+__all__ = [
+    "METHODS",
+    "CAda",
+    "ConcatPrompts",
+    "Diki",
+    "Dpw",
+    "Method",
+    "ResidualMethod",
+    "Step",
+    "TrainingBatch",
+    "ZeroShot",
+]

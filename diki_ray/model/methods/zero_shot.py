@@ -1,0 +1,27 @@
+"""Nothing is trained: the frozen CLIP answers (Radford et al., ICML 2021, arXiv 2103.00020). No hyperparameters.
+
+Its row is what every other method is to be read against; its modules hold the statistics of the tasks alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diki_ray.model.methods.base import Method
+from diki_ray.model.residual import Parameters
+
+
+class ZeroShot(Method):
+    name = "zero_shot"
+    version = 1
+    answering = "frozen"
+
+    def initial(self, generator: torch.Generator, predecessor: Parameters | None = None) -> Parameters:
+        return {}
+
+    def image_features(self, images: Tensor, parameters: Parameters, weight: float | Tensor = 1.0) -> Tensor:
+        return self.backbone.encode_image(images)
+
+    def text_features(self, tokens: Tensor, parameters: Parameters, weight: float | Tensor = 1.0) -> Tensor:
+        return self.backbone.encode_text(tokens)

@@ -1,0 +1,180 @@
+"""The interface between a method and the platform: every kind of method is learnt, resumed, evaluated and answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from learning import KilledError, MemoryStore, evaluated, learnt, modules, planned
+from torch import Tensor
+from torch.nn import functional as F
+
+from diki_ray.model.methods import METHODS, Diki, Method, Step, TrainingBatch
+from diki_ray.model.residual import Parameters
+
+DIKI = {"image_depth": 1, "image_length": 2, "text_depth": 1, "text_length": 2}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("prepared")
+
+
+class Everything(Diki):
+    """A sequential method with one of everything that a method may keep, draw, add or sum."""
+
+    sequential = True
+    answering = "latest"
+
+    def initial(self, generator: torch.Generator, predecessor: Parameters | None = None) -> Parameters:
+        if predecessor is not None:
+            return {n: p for n, p in predecessor.items() if n != "count"}
+        own = super().initial(generator)
+        return own | {f"average.{n}": p.clone() for n, p in own.items()}
+
+    @staticmethod
+    def is_trained(name: str) -> bool:
+        return not name.startswith(("average.", "count"))
+
+    def effective(self, parameters: Parameters, step: Step | None = None) -> Parameters:
+        if step is None:
+            return {n.removeprefix("average."): p for n, p in parameters.items() if n.startswith("average.")}
+        return {n: p for n, p in parameters.items() if self.is_trained(n)}
+
+    def extra_loss(self, parameters: Parameters, step: Step) -> Tensor:
+        drawn = torch.randn(7, generator=step.generator())[step.share(7)]
+        return step.mean(drawn**2 * parameters["image.layer0.values"].square().sum(), 7)
+
+    def after_step(self, parameters: Parameters, gradients: Parameters, step: Step) -> None:
+        for name in gradients:
+            parameters[f"average.{name}"].lerp_(parameters[name], 0.5)
+
+    def sums(self, parameters: Parameters, batch: TrainingBatch) -> Parameters:
+        return {"count": F.one_hot(batch.labels, len(batch.class_tokens)).sum(0)}
+
+
+class ClassMeans(Method):
+    """A closed-form method: nothing is trained; images are answered by the nearest of all class means learnt."""
+
+    name, version, answering = "diki", 1, "joint"
+
+    def __init__(self, backbone: Any, **settings: Any):
+        super().__init__(backbone)
+
+    def initial(self, generator: torch.Generator, predecessor: Parameters | None = None) -> Parameters:
+        return {}
+
+    def image_features(self, images: Tensor, parameters: Parameters, weight: float | Tensor = 1.0) -> Tensor:
+        return self.backbone.encode_image(images)
+
+    def text_features(self, tokens: Tensor, parameters: Parameters, weight: float | Tensor = 1.0) -> Tensor:
+        return self.backbone.encode_text(tokens)
+
+    def sums(self, parameters: Parameters, batch: TrainingBatch) -> Parameters:
+        return {"sum": F.one_hot(batch.labels, len(batch.class_tokens)).double().T @ batch.features.double()}
+
+    def join(self, learnt: Any) -> dict[str, Tensor]:
+        return {
+            name: F.normalize(torch.from_numpy(m.parameters["sum"][c].astype("float32")), dim=0)
+            for m in learnt
+            for c, name in enumerate(m.class_names)
+        }
+
+    def joint_logits(self, joined: Any, features: Tensor, zero_shot: Tensor, names: Any) -> Tensor:
+        known = torch.tensor([name in joined for name in names])
+        means = torch.stack([joined.get(name, torch.zeros(features.shape[1])) for name in names])
+        return torch.where(known, 100 * features @ means.T, zero_shot)
+
+
+def test_nothing_trained_is_the_zero_shot_row_after_every_task(prepared: Path) -> None:
+    plan = planned(prepared, {"name": "zero_shot"})
+    store = learnt(plan)
+    assert all(m.parameters == {} and m.provenance["history"] == [] for m in modules(plan, store))
+    assert all(m.moments.count > 0 for m in modules(plan, store))
+    evaluation = evaluated(plan, store)
+    np.testing.assert_array_equal(evaluation.accuracy, [evaluation.zero_shot] * 2)
+
+
+def test_a_sequential_method_is_answered_by_its_latest_module(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "diki", Everything)
+    plan = planned(prepared, DIKI, "train.epochs=2", "train.lr=20")
+    store = learnt(plan)
+    first, second = modules(plan, store)
+    assert first.parameters["count"].tolist() == [4.0] * len(first.class_names)  # four shots a class
+    assert set(second.parameters) == set(first.parameters)
+    assert not np.array_equal(first.parameters["image.layer0.keys"], second.parameters["image.layer0.keys"])
+    evaluation = evaluated(plan, store)
+    for j in range(2):
+        for i in range(2):
+            assert set(evaluation.predictions[j][i].routed.tolist()) == {i}
+            assert set(evaluation.predictions[j][i].weight.tolist()) == {1.0}
+
+
+def test_a_sequential_method_killed_between_any_steps_is_bit_equal(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "diki", Everything)
+    plan = planned(prepared, DIKI, "train.epochs=2", "train.lr=20", "train.checkpoint_every_steps=1")
+    undisturbed = learnt(plan)
+    store = MemoryStore()
+    for task, step in ((0, 2), (1, 1)):
+        store.kill_after_checkpoint_at = (plan.tasks[task].key, step)
+        with pytest.raises(KilledError):
+            learnt(plan, store)
+    assert learnt(plan, store).blobs == undisturbed.blobs
+
+
+def test_a_closed_form_method_answers_from_all_that_is_learnt(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "diki", ClassMeans)
+    plan = planned(prepared, DIKI)
+    store = learnt(plan)
+    evaluation = evaluated(plan, store)
+    assert evaluation.accuracy[0, 1] == evaluation.zero_shot[1]  # not learnt yet
+    assert evaluation.accuracy[0, 0] == evaluation.accuracy[1, 0] > evaluation.zero_shot[0]
+    turned = evaluated(plan.in_order((1, 0)), store)
+    assert turned.accuracy[0, 1] == evaluation.zero_shot[0]
+    assert turned.accuracy[1].tolist() == evaluation.accuracy[1, ::-1].tolist()  # order-independent at the end
+
+
+def test_the_documents_example_of_a_method_is_trained_and_answers(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = (Path(__file__).parent.parent.parent / "docs" / "methods.md").read_text()
+    code = document.split("```python\n")[1].split("```")[0]
+    assert 20 <= len([line for line in code.splitlines() if line.strip()]) <= 35
+    defined: dict[str, Any] = {}
+    exec(code, defined)
+    method = defined["FeatureAdapter"]
+    monkeypatch.setitem(
+        METHODS, "diki", type("Chosen", (method,), {"__init__": lambda self, b, **_: method.__init__(self, b)})
+    )
+    plan = planned(
+        prepared, DIKI, "train.epochs=3", "train.optimizer=adamw", "train.lr=0.01", "statistics.shrinkage=oas"
+    )
+    store = learnt(plan)
+    losses = [line["loss"] for line in modules(plan, store)[0].provenance["history"]]
+    assert losses[-1] < losses[0]
+    evaluation = evaluated(plan, store)
+    assert any(
+        (p[-1].best != z.best).any()
+        for p, z in zip(evaluation.predictions, evaluation.zero_shot_predictions, strict=True)
+    )
+    assert any((p[-1].routed == 1).any() for p in evaluation.predictions)
+
+
+@pytest.mark.parametrize("method", [
+    {"name": "concat_prompts", "image_depth": 1, "image_length": 2, "text_depth": 1, "text_length": 2},
+    {"name": "dpw", "image_depth": 1, "image_length": 2, "text_depth": 1, "text_length": 2, "rank": 2},
+    {"name": "c_ada", "image_depth": 1, "text_depth": 1, "rank": 2},
+], ids=lambda m: m["name"])  # fmt: skip
+def test_methods_learn_a_stream_and_are_bit_equal_after_a_kill(prepared: Path, method: dict[str, Any]) -> None:
+    plan = planned(prepared, method, "train.lr=0.5", "train.checkpoint_every_steps=1")
+    undisturbed = learnt(plan)
+    store = MemoryStore(kill_after_checkpoint_at=(plan.tasks[1].key, 1))
+    with pytest.raises(KilledError):
+        learnt(plan, store)
+    assert learnt(plan, store).blobs == undisturbed.blobs
+    assert evaluated(plan, store).accuracy.shape == (2, 2)
