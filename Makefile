@@ -6,6 +6,7 @@
 # make gpu         parity and benchmark on a CUDA card; says loudly when there is none
 # make browser      report.html and the server's page in a real Chromium, where there is one; screenshots in build/
 # make load         clients side by side on a server of the quickstart's run: throughput, latency, nothing mixed up
+# make audit        known vulnerabilities of what is installed; fails, too, where their list cannot be reached
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -35,6 +36,11 @@ load: quickstart
 gpu: env-test
 	$(BIN)/python -m pytest -rs -m "long or not long" tests/gpu tests/unit/test_benchmark.py tests/unit/test_transfer.py
 	$(BIN)/python jobs/benchmark.py --model ViT-B-16 --device cuda
+
+.PHONY: audit
+audit: env
+	$(BIN)/pip install --quiet pip-audit
+	$(BIN)/pip-audit --local --skip-editable --strict
 
 .PHONY: chaos soak
 chaos: env-test
