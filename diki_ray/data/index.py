@@ -287,6 +287,14 @@ def read_bytes(uri: str, start: int = 0, stop: int | None = None) -> bytes:
         raise StorageError(f"cannot read {uri}: {error}") from error
 
 
+def list_files(folder: str) -> list[str]:
+    """Names of everything below a folder in object storage, relative to it; StorageError if it cannot be listed."""
+    try:
+        return [entry["path"] for entries in obstore.list(_store(folder.rstrip("/"))) for entry in entries]
+    except Exception as error:  # obstore raises its own, OSError and ValueError, by store
+        raise StorageError(f"cannot list {folder}: {error}") from error
+
+
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a file whole or not at all (temporary name, fsync, rename; one put in object storage)."""
     if scheme_of(uri):
@@ -310,6 +318,12 @@ def write_bytes(uri: str, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(f"cannot write {uri}: {error}") from error
+
+
+def open_writer(uri: str) -> Any:
+    """A binary file in object storage that is written as it comes and exists once it is closed."""
+    folder, _, file_name = uri.rpartition("/")
+    return obstore.open_writer(_store(folder), file_name)
 
 
 def delete(uri: str) -> None:

@@ -42,6 +42,9 @@ MAX_MEMBER_BYTES = 256 * 2**20
 MAX_KEY_LENGTH = 90
 """A plain tar header holds names of 100 bytes."""
 
+NO_LABEL = -1
+"""Of a sample whose label was not read."""
+
 _END_OF_ARCHIVE = bytes(2 * TAR_BLOCK_BYTES)
 _KEY = re.compile(r"[\w-]+(/[\w-]+)*", re.ASCII)
 _UNSAFE_NAME = re.compile(r"^/|^[A-Za-z]:|(^|/)\.\.(/|$)|[\x00-\x1f\x7f\\]|^.{256}")
@@ -87,6 +90,12 @@ class SkipLedger:
         """Distinct samples skipped so far, by reason."""
         with self._lock:
             return dict(Counter(self._reasons.values()))
+
+    @property
+    def skipped(self) -> list[tuple[str, str, str]]:
+        """Shard, key and reason of every distinct sample, in the order they were met."""
+        with self._lock:
+            return [(shard, key, reason) for (shard, key), reason in self._reasons.items()]
 
     def skip(self, shard: str, key: str, reason: str) -> None:
         """Count one sample; DataError that names shard, key and the counts when that is one too many."""
@@ -214,13 +223,15 @@ def _members(tar: IO[bytes], where: str, ledger: SkipLedger) -> Iterator[dict[st
             raise tarfile.ReadError("damaged header")
 
 
-def _to_sample(group: dict[str, Any], num_classes: int | None) -> Sample:
+def _to_sample(group: dict[str, Any], num_classes: int | None, labelled: bool = True) -> Sample:
     key = group["__key__"]
     images = [extension for extension in group if extension in EXTENSIONS]
-    if "cls" not in group:
+    if labelled and "cls" not in group:
         raise BadSampleError("no label", key)
     if len(images) != 1:
         raise BadSampleError("no image" if not images else "more than one image", key)
+    if not labelled:
+        return Sample(key=key, image=group[images[0]], extension=images[0], label=NO_LABEL)
     text = group["cls"]
     if len(text) > 9 or not text.strip().isdigit():
         raise BadSampleError("label is not a number", key)
@@ -230,8 +241,11 @@ def _to_sample(group: dict[str, Any], num_classes: int | None) -> Sample:
     return Sample(key=key, image=group[images[0]], extension=images[0], label=label)
 
 
-def read_shard(uri: str, *, num_classes: int | None = None, ledger: SkipLedger | None = None) -> Iterator[Sample]:
-    """Every readable sample of any WebDataset tar, front to back, without an index.
+def read_shard(
+    uri: str, *, num_classes: int | None = None, ledger: SkipLedger | None = None, labelled: bool = True
+) -> Iterator[Sample]:
+    """Every readable sample of any WebDataset tar, front to back, without an index; not `labelled`: labels are neither
+    asked for nor read.
 
     Members that are neither images nor labels are passed over unread. What is damaged is counted in `ledger` (default:
     a budget of 0, so the first bad sample is an error); reading ends where the tar stops making sense.
@@ -250,7 +264,7 @@ def read_shard(uri: str, *, num_classes: int | None = None, ledger: SkipLedger |
         groups = group_by_keys(_until_damage(_members(tar, uri, ledger), uri, ledger), handler=count)
         for group in groups:
             try:
-                sample = _to_sample(group, num_classes)
+                sample = _to_sample(group, num_classes, labelled)
                 if sample.key in seen:
                     raise BadSampleError("duplicate key", sample.key)
             except BadSampleError as error:

@@ -6,8 +6,10 @@ Shapes: B images, C candidate classes, K templates a class, E embedding dimensio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diki_ray.model.backbone import Backbone
+from diki_ray.model.class_table import ClassTable, FeatureCache
 from diki_ray.model.coarse import CoarseGaussians
 from diki_ray.model.gaussian import Gaussians
 from diki_ray.model.methods.base import Method
@@ -56,12 +59,18 @@ class Predictor:
     text_grid: int = 33
     skip_weight: float = 0.0
     text_batch: int = 1024
-    _tables: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    always_tabulated: bool = False
+    """Also where all images of a task in a batch have one weight: an answer does not depend on what shares its batch,
+    and a task's only image in a batch costs no text pass."""
+    table_bytes: float = math.inf
+    """Of class features kept in tables; the longest unused are computed again beyond it."""
+    _tables: dict[tuple[int, str], ClassTable] = field(default_factory=dict)
     _parameters: list[Parameters] = field(default_factory=list)
     _fixed: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     _joined: dict[tuple[int, ...], Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._kept = FeatureCache(self.table_bytes)
         if self.method.answering not in ("routed", "latest"):
             return
         device = self.method.backbone.device
@@ -175,7 +184,9 @@ class Predictor:
 
     def _logits_of_task(self, features: Tensor, task: int, weight: Tensor, candidates: Candidates) -> Tensor:
         distinct = weight.unique()
-        if task == NO_TASK or len(distinct) == 1:  # frozen, or one text weight for all (batch routing): exact
+        tabulated = self.always_tabulated and self.text_grid and self.method.answering == "routed"
+        if task == NO_TASK or (len(distinct) == 1 and not tabulated):
+            # Frozen, or one text weight for all (batch routing): exact.
             text = self._fixed_features(task, float(distinct[0]), candidates)
             return self.backbone.logits(features, text.cpu())
         if not self.text_grid:
@@ -217,12 +228,12 @@ class Predictor:
             out[rows] = mixed / norm
         return out
 
-    def _table(self, task: int, candidates: Candidates) -> Tensor:
-        """[G, C, E] class features at G weights from 0 to 1, on the CPU, computed once."""
+    def _table(self, task: int, candidates: Candidates) -> ClassTable:
+        """[G, C, E] class features at G weights from 0 to 1, on the CPU."""
         key = (task, candidates.key)
         if key not in self._tables:
-            grid = torch.linspace(0, 1, self.text_grid).tolist()
-            self._tables[key] = torch.stack([self.class_features(task, w, candidates).cpu() for w in grid])
+            at = partial(self.class_features, task, candidates=candidates)
+            self._tables[key] = ClassTable(self.text_grid, self._kept, key, at)
         return self._tables[key]
 
     @torch.no_grad()
@@ -245,7 +256,7 @@ class Predictor:
     def interpolation_error(self, task: int, candidates: Candidates) -> float:
         """The largest absolute error of an interpolated class feature, at the middle of every grid cell, where the
         error of a linear interpolation is greatest."""
-        table = self._table(task, candidates)
+        table = torch.stack(list(self._table(task, candidates)))
         middle = F.normalize((table[1:] + table[:-1]) / 2, dim=-1)
         weights = [(g + 0.5) / (len(table) - 1) for g in range(len(middle))]
         exact = torch.stack([self.class_features(task, w, candidates).cpu() for w in weights])

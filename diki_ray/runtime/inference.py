@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from math import inf
+from typing import Any
 
 import torch
 from PIL import Image
@@ -34,12 +35,17 @@ COARSE_FROM_TASKS = 64
 
 
 def build_predictor(
-    config: Config, method: Method, modules: Sequence[TaskModule], coarse_from: int | None = None
+    config: Config,
+    method: Method,
+    modules: Sequence[TaskModule],
+    coarse_from: int | None = None,
+    **tables: Any,
 ) -> Predictor:
     """The predictor over these modules, in their order.
 
     coarse_from: with so many modules or more, only the densities that decide an image's route are computed, and the
         others are minus infinity; every density by default, as tables of answers need them.
+    tables: the predictor's `always_tabulated` and `table_bytes`.
 
     Raises:
         ConfigError: the calibration needs what a module does not have.
@@ -59,6 +65,7 @@ def build_predictor(
         build_calibration(config, method.backbone.embed_dim, gaussians, modules),
         text_grid=config.evaluate.text_grid,
         skip_weight=config.evaluate.skip_weight,
+        **tables,
     )
 
 
@@ -118,9 +125,10 @@ class RunPredictor:
         """An answer for each RGB image, in order; computed `IMAGES_PER_PASS` at a time, whatever shares a pass."""
         ready = map(self.predictor.backbone.preprocess, images)  # one full-size image in memory at a time
         while chunk := list(islice(ready, IMAGES_PER_PASS)):
-            yield from self._answered(torch.stack(chunk))
+            yield from self.answer_pixels(torch.stack(chunk))
 
-    def _answered(self, images: torch.Tensor) -> Iterator[Answer]:
+    def answer_pixels(self, images: torch.Tensor) -> Iterator[Answer]:
+        """An answer for each of one pass of preprocessed images [B, 3, H, W]."""
         predictor = self.predictor
         frozen = predictor.frozen_features(images)
         densities = predictor.log_density(frozen)
@@ -158,40 +166,55 @@ def load_predictor(storage: str, run: str, config: Config | None = None) -> RunP
     """The predictor over everything a run has learnt, from its storage alone.
 
     config: the run's own by default, which is stored with its results. Class features are computed at each image's own
-    weight and not interpolated, so that an answer does not depend on what else was asked.
+    weight and not interpolated: right for a few images, slow for many.
 
     Raises:
         ConfigError: no such run, nothing learnt yet, no configuration, or a backbone that is not the run's.
     """
     store = open_learnt(storage, run)
     config, method = load_method(store, config)
+    return predictor_over(config, method, read_modules(store))
+
+
+def read_modules(store: RunStore) -> list[TaskModule]:
+    """Every module that the run has learnt, verified."""
+    return [TaskModule.from_bytes(store.read_module(entry.digest)) for entry in store.modules()]
+
+
+def predictor_over(config: Config, method: Method, modules: Sequence[TaskModule], **tables: Any) -> RunPredictor:
+    """The predictor over modules that are at hand, among all classes learnt; `tables` as for `build_predictor`.
+
+    Raises:
+        ConfigError: a module of a backbone of other dimensions.
+    """
     backbone = method.backbone
-    modules = [TaskModule.from_bytes(store.read_module(entry.digest)) for entry in store.modules()]
     for module in modules:
         if len(module.moments.mean) != backbone.embed_dim:
             raise ConfigError(
                 f"task {module.task!r} was learnt on a backbone of {len(module.moments.mean)} dimensions and "
                 f"{config.backbone.name!r} has {backbone.embed_dim}: give the configuration it was learnt with."
             )
-    predictor = build_predictor(config, method, modules, COARSE_FROM_TASKS)
+    predictor = build_predictor(config, method, modules, COARSE_FROM_TASKS, **tables)
     return RunPredictor(predictor, tuple(Candidates.of(backbone, m.class_names, m.templates) for m in modules))
 
 
 def load_method(store: RunStore, config: Config | None = None) -> tuple[Config, Method]:
-    """A run's configuration as it answers on this machine, and its method on its backbone, on the device.
+    """A run's configuration as it answers on this machine, with exact class features, and its method on its backbone,
+    on the device.
 
     Raises:
         ConfigError: no configuration, or a backbone that is not the run's.
     """
-    config = _on_this_machine(config_of(store, config))
+    config = on_this_machine(config_of(store, config))
+    config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"text_grid": 0})})
     backbone = load_backbone(config)
     check_backbone(store, backbone.name, backbone.digest())
     backbone.to(device_of(config), precision_of(config))
     return config, build_method(config, backbone)
 
 
-def _on_this_machine(config: Config) -> Config:
-    """Exact class features; and a run that was trained on GPUs answers on a machine that has none."""
-    cpu_only = config.train.device == "cuda" and not torch.cuda.is_available()
-    train = config.train.model_copy(update={"device": "cpu"}) if cpu_only else config.train
-    return config.model_copy(update={"train": train, "evaluate": config.evaluate.model_copy(update={"text_grid": 0})})
+def on_this_machine(config: Config) -> Config:
+    """A run that was trained on GPUs answers on a machine that has none, too."""
+    if config.train.device != "cuda" or torch.cuda.is_available():
+        return config
+    return config.model_copy(update={"train": config.train.model_copy(update={"device": "cpu"})})

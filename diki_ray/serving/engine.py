@@ -1,9 +1,8 @@
 """Many questions at once, of any mixture of requests, tasks, candidates and snapshots, each answered for itself.
 
-Class features are kept at the points of a grid of weights, each computed when an image first needs it, and interpolated
-in between: a new task or vocabulary costs two text passes at first, not one for every image and not a whole table. An
-answer is the same whatever shares its pass and whatever is kept already (to float32 rounding), because it is always
-interpolated between the same two points.
+Class features are interpolated between the points of a grid of weights (model/class_table.py). An answer is the same
+whatever shares its pass and whatever is kept already (to float32 rounding), because it is always interpolated between
+the same two points.
 
 Shapes: B images, C candidate classes, E embedding dimensions.
 """
@@ -11,14 +10,14 @@ Shapes: B images, C candidate classes, E embedding dimensions.
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 
 import torch
 from torch import Tensor
 
+from diki_ray.model.class_table import ClassTable, FeatureCache
 from diki_ray.model.predictor import Candidates
 from diki_ray.model.routing import NO_TASK, Routes
 from diki_ray.serving.schema import Choice, ImageAnswer
@@ -37,25 +36,6 @@ class Question:
     candidates: tuple[Candidates, ...]
     deadline: float
     """By time.monotonic(): nobody waits for the answer any more."""
-
-
-class FeatureCache:
-    """Class features [C, E] by key, the longest unused dropped beyond a number of bytes. For one thread."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self.num_bytes = 0
-        self._max_bytes = max_bytes
-        self._kept: OrderedDict[tuple[str, int, str], Tensor] = OrderedDict()
-
-    def get(self, key: tuple[str, int, str], compute: Callable[[], Tensor]) -> Tensor:
-        found = self._kept.get(key)
-        if found is None:
-            found = self._kept[key] = compute().cpu()
-            self.num_bytes += found.nbytes
-        self._kept.move_to_end(key)
-        while self.num_bytes > self._max_bytes and len(self._kept) > 1:
-            self.num_bytes -= self._kept.popitem(last=False)[1].nbytes
-        return found
 
 
 class Engine:
@@ -124,7 +104,7 @@ class Engine:
             rows = (task == t).nonzero().flatten()
             parts = []
             for block in candidates:
-                points = _Points(self, snapshot, t, block, self._num_points)
+                points = self._table(snapshot, t, block)
                 if t == NO_TASK or weight is None:
                     parts.append(predictor.backbone.logits(features[rows], points[0]))
                 else:
@@ -132,25 +112,14 @@ class Engine:
             out[rows] = torch.cat(parts, dim=1)
         return out
 
-
-class _Points(Sequence[Tensor]):
-    """Class features [C, E] of some candidates under a task at the grid's weights, from 0 to 1; kept, or computed."""
-
-    def __init__(self, engine: Engine, snapshot: Snapshot, task: int, candidates: Candidates, num_points: int) -> None:
-        self._snapshot, self._task, self._candidates = snapshot, task, candidates
-        self._num_points = num_points
+    def _table(self, snapshot: Snapshot, task: int, candidates: Candidates) -> ClassTable:
         is_learnt = any(block.key == candidates.key for block in snapshot.learnt)
-        self._cache = engine.learnt if is_learnt else engine.named
-
-    def __len__(self) -> int:
-        return self._num_points
-
-    def __getitem__(self, point: int) -> Tensor:  # type: ignore[override]
-        snapshot, task = self._snapshot, self._task
-        weight = point / (self._num_points - 1)
-        return self._cache.get(
-            ("" if task == NO_TASK else snapshot.digests[task], point, self._candidates.key),
-            lambda: snapshot.predictor.class_features(task, weight, self._candidates),
+        digest = "" if task == NO_TASK else snapshot.digests[task]
+        return ClassTable(
+            self._num_points,
+            self.learnt if is_learnt else self.named,
+            (digest, candidates.key),
+            lambda weight: snapshot.predictor.class_features(task, weight, candidates),
         )
 
 
