@@ -7,6 +7,7 @@
 # make browser      report.html and the server's page in a real Chromium, where there is one; screenshots in build/
 # make load         clients side by side on a server of the quickstart's run: throughput, latency, nothing mixed up
 # make audit        known vulnerabilities of what is installed; fails, too, where their list cannot be reached
+# make docs        the site in build/site, every link checked; make tutorial runs its commands, about 3 minutes
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -45,6 +46,15 @@ audit: env
 .PHONY: chaos soak
 chaos: env-test
 	$(BIN)/python -m pytest -m "long or not long" --durations=0 tests/chaos
+
+.PHONY: docs tutorial
+docs: env
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	$(BIN)/python docs/generate_reference.py
+	$(BIN)/mkdocs build --strict
+
+tutorial: env-test
+	$(BIN)/python -m pytest -m "long or not long" tests/ray/test_tutorial.py
 
 KILLS ?= 50
 soak: env-test

@@ -1,0 +1,142 @@
+"""Writes docs/configuration.md from the types of the configuration: python docs/generate_reference.py"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from diki_ray.config import Config
+from diki_ray.serving.settings import Settings
+from diki_ray.sweep_config import SweepConfig
+
+PAGE = Path(__file__).parent / "configuration.md"
+COMMAND = "python docs/generate_reference.py"
+HEAD = f"""\
+# Configuration
+
+<!-- Generated from the types by `{COMMAND}`: change the text there, below the field it is about. -->
+
+A run is one YAML file. Every field can be overridden on the command line, as in `train.epochs=3 run.name=second`. An
+unknown field, a wrong type or a value out of range is an error that names the field, its value and what is allowed. A
+default of – means that the field must be given; `null` is *not set*.
+"""
+ROOTS = (
+    (Config, "A run", "`jobs/continual.py --config FILE [section.field=value …]`. Examples are in `configs/`."),
+    (SweepConfig, "A sweep", "`jobs/sweep.py --config FILE`, see [sweeps](sweeps.md)."),
+    (Settings, "A server", "Options of `jobs/serve.py`, written `--max-images 8`."),
+)
+
+
+def page() -> str:
+    """The page as the types give it."""
+    parts = [HEAD]
+    for root, title, about in ROOTS:
+        parts += [f"## {title}", about, *_tables(root, "")]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _tables(model: type[BaseModel], path: str) -> Iterator[str]:
+    """A section's table, then those of the sections in it."""
+    if path:
+        yield f"### {path}"
+        yield _text(inspect.cleandoc(model.__doc__ or ""))
+    told, inner, rows = _documented(model), [], []
+    for name, info in model.model_fields.items():
+        sections = list(_sections(info.annotation))
+        for section in sections:
+            label = f"{path}.{name}" if path else name
+            variant = f" ({_discriminator(section)})" if len(sections) > 1 else ""
+            inner.append((section, f"`{label}`{variant}" if not path.startswith("`") else label))
+        if not sections:
+            rows.append(f"| `{name}` | {_type(info)} | {_default(info)} | {_text(told.get(name, ''))} |")
+        elif told.get(name):
+            rows.append(f"| `{name}` | below | | {_text(told[name])} |")
+    if rows:
+        yield "\n".join(["| field | type | default | |", "|---|---|---|---|", *rows])
+    for section, label in inner:
+        yield from _tables(section, label)
+
+
+def _documented(model: type[BaseModel]) -> dict[str, str]:
+    """The string below each field of the class and of those it inherits from."""
+    found: dict[str, str] = {}
+    for cls in reversed([c for c in model.__mro__ if issubclass(c, BaseModel) and c is not BaseModel]):
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+        assert isinstance(definition, ast.ClassDef)
+        for field, text in zip(definition.body, definition.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                told = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+                found[field.target.id] = inspect.cleandoc(text.value.value) if told else ""
+    return found
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections that a field holds: one, one of several, or a list of them."""
+    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+        yield annotation
+    else:
+        for part in get_args(annotation):
+            yield from _sections(part)
+
+
+def _discriminator(section: type[BaseModel]) -> str:
+    """What tells this section from the others that may stand in its place: the values of its first fixed field."""
+    for name, info in section.model_fields.items():
+        if get_origin(info.annotation) is Literal:
+            return f"{name}: {', '.join(map(str, get_args(info.annotation)))}"
+    return section.__name__
+
+
+def _type(info: FieldInfo) -> str:
+    limits = []
+    for bound, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<")):
+        limits += [f"{sign} {getattr(m, bound):g}" for m in info.metadata if getattr(m, bound, None) is not None]
+    limits += [f"`{_cell(m.pattern)}`" for m in info.metadata if getattr(m, "pattern", None)]
+    return ", ".join([_named(info.annotation), *limits])
+
+
+def _named(annotation: Any) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in arguments)
+    if origin in (Union, UnionType):
+        return " or ".join(_named(a) for a in arguments if a is not NoneType)
+    if origin in (tuple, list):
+        return f"list of {_named(arguments[0])}"
+    if origin is dict:
+        return f"{_named(arguments[0])} → {_named(arguments[1])}"
+    if annotation is Any:
+        return "any value"
+    return {"str": "text", "int": "whole number", "float": "number", "bool": "true, false"}.get(
+        getattr(annotation, "__name__", ""), str(annotation)
+    )
+
+
+def _default(info: FieldInfo) -> str:
+    default = info.get_default(call_default_factory=True)
+    if default is PydanticUndefined:
+        return "–"
+    if default is None or isinstance(default, bool):
+        return "`null`" if default is None else f"`{str(default).lower()}`"
+    return f"`{_cell(list(default) if isinstance(default, tuple) else default)}`"
+
+
+def _text(text: str) -> str:
+    return _cell(" ".join(text.split()))
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
