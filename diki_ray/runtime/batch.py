@@ -12,7 +12,7 @@ import logging
 import pickle
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -144,7 +144,7 @@ def answer_parts(
         rows = [{"part": pickle.dumps(part)} for part in parts]
         answered = (
             ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS))
-            .map_batches(read_parts, batch_size=1, num_cpus=0, concurrency=2 * num)
+            .map_batches(read_parts, batch_size=1, num_cpus=0, concurrency=max(2, num))
             .map_batches(
                 Worker,
                 fn_constructor_args=[reference],
@@ -155,12 +155,9 @@ def answer_parts(
                 num_gpus=workers.gpus,
             )
         )
-        try:
-            for table in answered.iter_batches(batch_size=None, batch_format="pyarrow"):
-                tally.add(table)
-                yield table
-        except ray.exceptions.RayError as error:
-            raise _told(error) from error
+        for table in _or_told(answered.iter_batches(batch_size=None, batch_format="pyarrow")):
+            tally.add(table)
+            yield table
         if learnt.config.evaluate.text_grid and tally.tasks:
             measure = ray.remote(num_cpus=workers.cpus, num_gpus=workers.gpus)(interpolation_error)
             tally.interpolation_error = ray.get(measure.remote(reference, tuple(tally.tasks)))
@@ -196,13 +193,19 @@ def _quiet() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
-def _told(error: BaseException) -> UserError:
-    """The sentence of a worker's error, where it is one for users."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, UserError):
-            return type(cause)(str(cause).strip().splitlines()[-1])
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reasons = [line for line in lines if "Error: " in line]
-    return DataError(f"a worker could not go on: {(reasons or lines or ['no reason given'])[-1]}")
+def _or_told(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The tables; what a worker raised is told in its own sentence."""
+    try:
+        yield from tables
+    except Exception as error:  # Ray Data raises its own types around the one that says why
+        chain: list[BaseException] = []
+        inner: BaseException | None = error
+        while inner is not None:
+            chain.append(inner)
+            inner = getattr(inner, "cause", None) or inner.__cause__
+        for found in reversed(chain):
+            if isinstance(found, UserError) and not isinstance(found, ray.exceptions.RayError):
+                raise found from error
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reasons = [line for line in lines if "Error: " in line]
+        raise DataError(f"a worker could not go on: {(reasons or lines or [repr(error)])[-1]}") from error

@@ -94,8 +94,9 @@ class Worker:
     """A Ray Data actor: undecoded images in, answers out, one row for each."""
 
     def __init__(self, learnt: Any) -> None:
-        self._predictor = ray.get(learnt).predictor()
-        self._threads = ThreadPoolExecutor(ray.get(learnt).config.data.num_threads)
+        run: Learnt = ray.get(learnt)
+        self._predictor = run.predictor()
+        self._threads = ThreadPoolExecutor(run.config.data.num_threads)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         found = list(self._threads.map(self._pixels, rows["data"].to_pylist(), rows["error"].to_pylist()))
