@@ -23,6 +23,7 @@ import ray
 from diki_ray.config import Config
 from diki_ray.data.inputs import Part
 from diki_ray.errors import ConfigError, DataError, UserError
+from diki_ray.model.methods import METHODS
 from diki_ray.runtime.batch_output import open_output
 from diki_ray.runtime.batch_worker import IMAGES_PER_PASS, Learnt, Worker, interpolation_error, read_parts
 from diki_ray.runtime.cluster import cluster
@@ -158,7 +159,8 @@ def answer_parts(
         for table in _or_told(answered.iter_batches(batch_size=None, batch_format="pyarrow")):
             tally.add(table)
             yield table
-        if learnt.config.evaluate.text_grid and tally.tasks:
+        routed = METHODS[learnt.config.method.name].answering == "routed"
+        if routed and learnt.config.evaluate.text_grid and tally.tasks:
             measure = ray.remote(num_cpus=workers.cpus, num_gpus=workers.gpus)(interpolation_error)
             tally.interpolation_error = ray.get(measure.remote(reference, tuple(tally.tasks)))
 
