@@ -143,9 +143,10 @@ def answer_parts(
         _quiet()
         reference = ray.put(learnt)
         rows = [{"part": pickle.dumps(part)} for part in parts]
+        num_blocks = min(len(rows), MAX_BLOCKS)
         answered = (
-            ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS))
-            .map_batches(read_parts, batch_size=1, num_cpus=0, concurrency=max(2, num))
+            ray.data.from_items(rows, override_num_blocks=num_blocks)
+            .map_batches(read_parts, batch_size=1, num_cpus=0, concurrency=min(max(2, num), num_blocks))
             .map_batches(
                 Worker,
                 fn_constructor_args=[reference],
