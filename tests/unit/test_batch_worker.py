@@ -1,0 +1,45 @@
+"""A worker of batch prediction, in this process: the answers of one-by-one prediction, and a row for everything."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from PIL import Image
+from served_run import ServedRun, picture
+
+from diki_ray.data.inputs import parts_of
+from diki_ray.runtime import batch_worker
+from diki_ray.runtime.batch_worker import ANSWERED, Learnt, Worker, interpolation_error, read_parts
+from diki_ray.runtime.inference import load_predictor
+
+
+def test_answers_are_those_of_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = ServedRun(tmp_path, "warm", "cold", "lush")
+    for n, task in enumerate(("warm", "warm", "cold", "lush")):  # the only image of a task in its batch, too
+        picture(task, 500 + n).save(tmp_path / f"{n}.png")
+    (tmp_path / "words.png").write_bytes(b"words")
+    Image.new("RGB", (2000, 1)).save(tmp_path / "line.png")
+    learnt = Learnt.of(run.storage, "colours", None, None, "a photo of a {}.")
+    monkeypatch.setattr(batch_worker.ray, "get", lambda reference: reference)
+    worker = Worker(pickle.loads(pickle.dumps(learnt)))
+    parts = parts_of([str(tmp_path / "*.png"), str(tmp_path / "gone.png")])
+    tables = [worker(table) for table in read_parts({"part": [pickle.dumps(part) for part in parts]})]
+    assert all(table.schema == ANSWERED for table in tables)
+    rows = pa.concat_tables(tables).to_pylist()
+    assert [(Path(row["image"]).stem, row["error"]) for row in rows] == [
+        *((str(n), None) for n in range(4)),
+        ("line", "too long and thin"),
+        ("words", "not an image"),
+        ("gone", "no such file"),
+    ]
+    expected = load_predictor(run.storage, "colours").answer(Image.open(row["image"]) for row in rows[:4])
+    error = interpolation_error(learnt, ["warm", "cold", "lush"])
+    assert 0 < error < 0.01
+    for row, answer in zip(rows, expected, strict=False):
+        assert (row["class_name"], row["task"]) == (answer.class_name, answer.task)
+        assert row["confidence"] == pytest.approx(answer.confidence, abs=2e-3)
+        assert row["weight"] == pytest.approx(answer.weight, abs=1e-6)
+        assert dict(row["log_densities"]) == pytest.approx(dict(answer.log_densities), rel=1e-5)
