@@ -130,17 +130,20 @@ class Soak:
         next_kill = time.monotonic() + self.moments.uniform(*self.pause_s)
         while job.poll() is None:
             time.sleep(0.05)
-            if sum(self.killed.values()) < num_kills and time.monotonic() >= next_kill:
+            if sum(self.killed.values()) < num_kills and time.monotonic() >= next_kill and self.kill_one(job):
                 next_kill = time.monotonic() + self.moments.uniform(*self.pause_s)
-                self.kill_one(job)
 
-    def kill_one(self, job: subprocess.Popen[bytes]) -> None:
+    def kill_one(self, job: subprocess.Popen[bytes]) -> bool:
+        """False while a driver only starts: on a slow machine nothing but such drivers would be killed."""
         victims = {kind: self.children(pattern) for kind, pattern in VICTIMS.items()} | {"driver": [job.pid]}
+        if not victims["store"]:
+            return False
         kinds = sorted(kind for kind, pids in victims.items() if pids)
         kind = self.moments.choices(kinds, [WEIGHTS[kind] for kind in kinds])[0]
         os.kill(self.moments.choice(sorted(victims[kind])), signal.SIGKILL)
         self.killed[kind] += 1
         print(f"kill {sum(self.killed.values())}: {kind}", flush=True)
+        return True
 
     def children(self, pattern: str) -> list[int]:
         """The raylet's worker processes with such a name."""
