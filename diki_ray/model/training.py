@@ -7,7 +7,7 @@ of summed gradients makes the result independent of the number of workers but fo
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -157,7 +157,7 @@ class TaskTrainer:
         finite = bool(torch.isfinite(flat).all())
         count = int(num_samples)
         if finite and count:
-            self._apply(flat[:-3] / count, step)
+            self._apply(flat[:-3] / count, replace(step, num_samples=count))
             self.nonfinite_in_a_row = 0
             self.progress.loss_sum += loss_sum
             self.progress.num_correct += num_correct

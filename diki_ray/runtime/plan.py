@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -19,9 +20,10 @@ from diki_ray.data.sources import benchmark_folder
 from diki_ray.errors import ConfigError
 from diki_ray.model import backbone as backbones
 from diki_ray.model.backbone import Backbone
-from diki_ray.model.methods import METHODS, Method
+from diki_ray.model.methods import METHODS, Method, Zscl
 from diki_ray.model.module import module_key, task_seed
 from diki_ray.model.training import Recipe
+from diki_ray.runtime.reference import reference_digest, reference_of
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,11 @@ def load_backbone(config: Config) -> Backbone:
 
 
 def build_method(config: Config, backbone: Backbone) -> Method:
-    settings = config.method.model_dump(exclude={"name"})
-    return METHODS[config.method.name](backbone, **settings)
+    settings = config.method.model_dump(exclude={"name", "reference", "num_reference"})
+    method = METHODS[config.method.name](backbone, **settings)
+    if isinstance(method, Zscl):
+        method.reference = partial(reference_of, config, backbone)
+    return method
 
 
 def is_sequential(config: Config) -> bool:
@@ -130,7 +135,9 @@ def make_plan(config: Config, backbone: Backbone) -> Plan:
     Raises:
         ConfigError, DataError: two tasks of one name, data that is missing or not valid.
     """
-    build_method(config, backbone)  # refuses depths that the backbone does not have, before anything is prepared
+    # Depths that the backbone does not have and missing reference data are refused before anything is prepared.
+    build_method(config, backbone)
+    reference_digest(config)
     digest = backbone.digest()
     tasks: list[PlannedTask] = []
     for section in tasks_of(config):
@@ -164,9 +171,17 @@ def with_absolute_paths(config: Config) -> Config:
         value = tree["backbone"][field]
         if value is not None and os.path.exists(value):
             tree["backbone"][field] = _absolute(value)
+    if tree["method"].get("reference") is not None:
+        tree["method"]["reference"] = _absolute(tree["method"]["reference"])
     for task in tree["tasks"]:
         task["data"] = _absolute(task["data"])
     return Config.model_validate(tree)
+
+
+def _method_of_keys(config: Config) -> dict[str, object]:
+    """The method's settings as module keys have them: of reference data what they hold, not where they are."""
+    settings = config.method.model_dump()
+    return settings | {"reference": reference_digest(config)} if "reference" in settings else settings
 
 
 def _absolute(place: str) -> str:
@@ -193,7 +208,7 @@ def _planned(
         data=data_digest,
         class_names=index.class_names,
         template=templates[0],
-        method=config.method.model_dump(),
+        method=_method_of_keys(config),
         method_version=method.version,
         recipe=recipe_of(config),
         epochs=train.epochs,

@@ -5,10 +5,15 @@ from diki_ray.model.methods.c_ada import CAda
 from diki_ray.model.methods.concat_prompts import ConcatPrompts
 from diki_ray.model.methods.diki import Diki
 from diki_ray.model.methods.dpw import Dpw
+from diki_ray.model.methods.rail import Rail
 from diki_ray.model.methods.residual import ResidualMethod
+from diki_ray.model.methods.sequential_lora import SequentialLora
 from diki_ray.model.methods.zero_shot import ZeroShot
+from diki_ray.model.methods.zscl import Zscl
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (ZeroShot, Diki, ConcatPrompts, Dpw, CAda)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (ZeroShot, Diki, ConcatPrompts, Dpw, CAda, SequentialLora, Zscl, Rail)
+}
 
 __all__ = [
     "METHODS",

@@ -30,6 +30,8 @@ class Step:
     lr: float
     seed: int
     """The task's own."""
+    num_samples: int = 0
+    """Images of the global batch, over all ranks; known in `after_step`."""
 
     def generator(self) -> torch.Generator:
         """Random numbers of this step, equal on every rank: a function of the task's seed and the step alone, so that

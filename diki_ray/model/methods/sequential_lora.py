@@ -1,0 +1,71 @@
+"""Low-rank fine-tuning, task after task: what every method against forgetting is to be read against.
+
+Two families of remedies on top, each in its own file or lines:
+* `against_forgetting`: `ewc` (ewc.py) or `badam` (badam.py) change the training;
+* `wise_ft` (Wortsman et al., CVPR 2022, arXiv 2109.01903) changes only the answer: weights (1 − a) θ_0 + a θ, θ_0 the
+  pre-trained ones, θ those fine-tuned so far; training goes on from θ. Their code has a from 0 to 1 in steps of 0.1 and
+  recommends 0.5 where nothing is known (unverified).
+
+Published for ViT-B/16: rank and learning rate as in low_rank.py; for a stream of tasks there are none.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from diki_ray.model.backbone import Backbone
+from diki_ray.model.methods.badam import BAdam
+from diki_ray.model.methods.base import Step, TrainingBatch
+from diki_ray.model.methods.ewc import Ewc
+from diki_ray.model.methods.low_rank import LowRankMethod, trained
+from diki_ray.model.methods.regulariser import Regulariser
+from diki_ray.model.residual import Parameters
+
+
+class SequentialLora(LowRankMethod):
+    name = "sequential_lora"
+    version = 1
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        rank: int,
+        alpha: float,
+        image_depth: int | None,
+        text_depth: int | None,
+        against_forgetting: Literal["none", "ewc", "badam"],
+        wise_ft: float,
+        ewc_lambda: float,
+        badam_std: float,
+    ):
+        super().__init__(backbone, rank, alpha, image_depth, text_depth)
+        self.wise_ft = wise_ft
+        self.regulariser: Regulariser = {"none": Regulariser(), "ewc": Ewc(ewc_lambda), "badam": BAdam(badam_std)}[
+            against_forgetting
+        ]
+
+    def initial(self, generator: torch.Generator, predecessor: Parameters | None = None) -> Parameters:
+        start = super().initial(generator, predecessor)
+        return start | self.regulariser.kept(start, predecessor)
+
+    def effective(self, parameters: Parameters, step: Step | None = None) -> Parameters:
+        factors = trained(parameters)
+        if step is not None:
+            return self.regulariser.drawn(factors, parameters, step)
+        # B times a is the whole change times a: weights that are interpolated, not features.
+        return {name: p * self.wise_ft if name.endswith("_up") else p for name, p in factors.items()}
+
+    def extra_loss(self, parameters: Parameters, step: Step) -> Tensor | None:
+        return self.regulariser.penalty(parameters)
+
+    def after_step(self, parameters: Parameters, gradients: Parameters, step: Step) -> None:
+        self.regulariser.after_step(parameters, gradients, step)
+
+    def sums(self, parameters: Parameters, batch: TrainingBatch) -> Parameters:
+        return self.regulariser.sums(self, parameters, batch)
+
+    def finish(self, parameters: Parameters, sums: Parameters) -> Parameters:
+        return trained(parameters) | self.regulariser.finish(parameters, sums)
