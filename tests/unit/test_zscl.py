@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,11 @@ def moved(method: Zscl) -> Parameters:
     generator = torch.Generator().manual_seed(1)
     parameters = method.initial(generator)
     return parameters | {n: torch.randn(p.shape, generator=generator) * 0.3 for n, p in trained(parameters).items()}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("prepared")
 
 
 @pytest.fixture
@@ -143,9 +149,9 @@ def test_two_workers_share_the_reference_images_and_get_the_gradient_of_one(tiny
 ZSCL = {"name": "zscl", "average_every": 2, "num_reference": 16, "reference_batch": 8}
 
 
-def test_a_stream_killed_between_any_steps_is_bit_equal(tmp_path: Path) -> None:
-    shots = ["tasks.0.shots=2", "tasks.1.shots=2", "train.epochs=2", "train.checkpoint_every_steps=1"]
-    plan = planned(tmp_path, ZSCL, *shots, "train.optimizer=adamw", "train.lr=0.01")
+def test_a_stream_killed_between_any_steps_is_bit_equal(prepared: Path) -> None:
+    training = ["train.epochs=2", "train.checkpoint_every_steps=1", "train.optimizer=adamw", "train.lr=0.01"]
+    plan = planned(prepared, ZSCL, *training)
     undisturbed = learnt(plan)
     store = MemoryStore()
     for task, step in ((0, 1), (1, 1)):
@@ -168,16 +174,15 @@ def test_the_embedded_reference_is_what_its_clip_was_pre_trained_on() -> None:
     np.testing.assert_array_equal(images[3], backbone.preprocess(picture))
 
 
-def test_a_prepared_data_set_serves_as_reference_and_its_content_is_in_the_keys(tmp_path: Path) -> None:
-    digits, gems = (task.index.uri for task in planned(tmp_path, {"name": "zero_shot"}).tasks)
-    plan = planned(tmp_path, ZSCL | {"reference": gems})
+def test_a_prepared_data_set_serves_as_reference_and_its_content_is_in_the_keys(prepared: Path, tmp_path: Path) -> None:
+    digits, gems = (task.index.uri for task in planned(prepared, {"name": "zero_shot"}).tasks)
+    plan = planned(prepared, ZSCL | {"reference": gems})
     images, captions = build_method(plan.config, load_backbone(plan.config)).reference()  # type: ignore[attr-defined]
     assert len(images) == 16
     assert captions[0] == "a ruby on velvet."
-    assert plan.tasks[0].key != planned(tmp_path, ZSCL | {"reference": digits}).tasks[0].key
-    moved_to = tmp_path / "elsewhere"
-    Path(gems).rename(moved_to)
-    again = planned(tmp_path, ZSCL | {"reference": str(moved_to)})
+    assert plan.tasks[0].key != planned(prepared, ZSCL | {"reference": digits}).tasks[0].key
+    elsewhere = shutil.copytree(gems, tmp_path / "elsewhere")
+    again = planned(prepared, ZSCL | {"reference": str(elsewhere)})
     assert again.tasks[0].key == plan.tasks[0].key
 
 
