@@ -84,6 +84,9 @@ class SweepConfig(Section):
     """The configuration that is varied; a path relative to this file."""
     parameters: dict[str, list[Any] | Range] = Field(default_factory=dict)
     """Dotted field of the configuration -> its values, or a range."""
+    cases: list[dict[str, Any]] = Field(default_factory=list)
+    """Fields that vary together, as a method with the learning rate that suits it; each case with every combination of
+    `parameters`. With search=grid."""
     seeds: tuple[int, ...] = (0,)
     orders: OrdersSection = OrdersSection()
     search: Literal["grid", "random", "optuna"] = "grid"
@@ -112,6 +115,8 @@ class SweepConfig(Section):
         empty = [name for name, values in self.parameters.items() if isinstance(values, list) and not values]
         if empty:
             raise ValueError(f"{empty[0]} has no values")
+        if self.search != "grid" and self.cases:
+            raise ValueError(f"cases go with search=grid, not with {self.search}")
         if self.search != "grid" and not self.parameters:
             raise ValueError(f"search={self.search} without parameters: there would be nothing to search")
         if self.scheduler == "asha" and "train.epochs" in self.parameters:
@@ -123,7 +128,8 @@ class SweepConfig(Section):
         names, found = list(self.parameters), []
         if self.search == "grid":
             lists = [values for values in self.parameters.values() if isinstance(values, list)]
-            found = [dict(zip(names, values, strict=True)) for values in itertools.product(*lists)]
+            combinations = [dict(zip(names, values, strict=True)) for values in itertools.product(*lists)]
+            found = [case | values for case in self.cases or [{}] for values in combinations]
         elif self.search == "random":
             rng = random.Random(self.search_seed)
             for _ in range(self.num_samples):
@@ -134,6 +140,8 @@ class SweepConfig(Section):
 
     def covers(self, setting: Mapping[str, Any]) -> bool:
         """Whether the sweep, as it is now, could try a setting."""
+        if self.cases:
+            return setting in self.settings()
         return setting.keys() == self.parameters.keys() and all(
             values.low <= setting[n] <= values.high if isinstance(values, Range) else setting[n] in values
             for n, values in self.parameters.items()
@@ -166,7 +174,7 @@ def _check_values(sweep: SweepConfig, config: Config) -> None:
     refused: dict[tuple[str, str], ConfigError] = {}
     valid: set[tuple[str, str]] = set()
     for setting in sweep.model_copy(update={"search": "random"} if sweep.search == "optuna" else {}).settings():
-        values = {(n, "" if isinstance(sweep.parameters[n], Range) else repr(v)) for n, v in setting.items()}
+        values = {(n, "" if isinstance(sweep.parameters.get(n), Range) else repr(v)) for n, v in setting.items()}
         try:
             varied(config, setting)
             valid |= values

@@ -39,6 +39,7 @@ def setting_rows(document: dict[str, Any]) -> list[dict[str, Any]]:
         for metric in ("objective", *METRICS):
             spread = trial["validation"][metric] if trial["validation"] else {"mean": None, "std": None}
             row |= {metric: spread["mean"], f"{metric}_std": spread["std"]}
+        row |= (trial["validation"] or {}).get("cost", {})
         row |= {
             "orders_by": trial["validation"] and trial["validation"]["orders_by"],
             "pareto": bool(trial["validation"]) and trial["setting"] in document["pareto"],
@@ -63,10 +64,11 @@ def value_rows(document: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def as_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
-    """A column whose values have no common type (a number or a word) becomes text."""
+    """A column whose values have no common type (a number or a word) becomes text; so do whole sections."""
     columns = {}
-    for name in rows[0]:
-        values = [row[name] for row in rows]
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [row.get(name) for row in rows]
+        values = [json.dumps(v, sort_keys=True) if isinstance(v, dict) else v for v in values]
         try:
             columns[name] = pa.array(values)
         except (pa.ArrowInvalid, pa.ArrowTypeError):

@@ -19,8 +19,9 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from diki_ray.config import Config
+from diki_ray.runtime.sweep_cost import COSTS, costs
 from diki_ray.runtime.sweep_results import plain, setting_text
-from diki_ray.runtime.sweep_table import COLUMNS, TEST_COLUMNS, best_first, how_it_was_made, outcome, percent
+from diki_ray.runtime.sweep_table import COLUMNS, TEST_COLUMNS, beside, best_first, how_it_was_made, outcome, percent
 
 AXES = ("weight_auroc", "transfer", "average", "last", "objective")
 MAX_BOXES = 12
@@ -37,6 +38,7 @@ def render(document: Document) -> str:
         "pareto": pareto(document),
         "orders": over_orders(document),
         "effects": effects(document),
+        "cost": cost(document),
     }
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string((files("diki_ray.runtime") / "sweep_report.html.j2").read_text("utf-8"))
@@ -47,6 +49,9 @@ def render(document: Document) -> str:
         columns=COLUMNS,
         test_columns=TEST_COLUMNS,
         made=how_it_was_made(document),
+        beside=beside(document),
+        cost_columns=list(COSTS.values()),
+        costs=costs,
         text=setting_text,
         percent=percent,
         outcome=outcome,
@@ -96,6 +101,24 @@ def pareto(document: Document) -> go.Figure:
             text=[_safe(setting_text(t["setting"])) for t in group],
             hovertemplate="%{text}<br>Transfer %{x:.2f} %, Last %{y:.2f} %<extra></extra>",
         )
+    return figure
+
+
+def cost(document: Document) -> go.Figure:
+    """Seconds that training a stream takes against Average; points are larger with more trained parameters."""
+    trials = [t for t in best_first(document) if "cost" in t["validation"]]
+    costs_of = [t["validation"]["cost"] for t in trials]
+    figure = go.Figure(layout=LAYOUT | {"xaxis_title": COSTS["train_s"], "yaxis_title": "Average, %"})
+    figure.add_scatter(
+        x=[c["train_s"] for c in costs_of],
+        y=[_mean(t, "average") for t in trials],
+        error_y={"array": [_std(t, "average") for t in trials], "thickness": 0.5},
+        mode="markers",
+        marker={"size": [8 + 2 * math.log10(1 + c["num_parameters"]) for c in costs_of]},
+        text=[_safe(setting_text(t["setting"])) for t in trials],
+        customdata=[[f"{c['num_parameters']:,}"] for c in costs_of],
+        hovertemplate="%{text}<br>%{x:.1f} s, Average %{y:.2f} %, %{customdata[0]} parameters<extra></extra>",
+    )
     return figure
 
 

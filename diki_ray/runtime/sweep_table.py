@@ -8,6 +8,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from diki_ray.runtime.sweep_cost import COSTS, costs
 from diki_ray.runtime.sweep_results import setting_text
 
 COLUMNS = ("objective", "transfer", "average", "last", "forgetting", "weight_auroc")
@@ -24,10 +25,15 @@ def sweep_tables(document: Mapping[str, Any]) -> list[Table]:
     settings.add_column("setting")
     for column in COLUMNS:
         settings.add_column(column.replace("_", " "), justify="right")
+    for cost in COSTS.values():
+        settings.add_column(cost, justify="right")
     settings.add_column("Pareto")
     for t in best_first(document):
         mark = "*" if t["setting"] in document["pareto"] else ""
-        settings.add_row(escape(setting_text(t["setting"])), *(percent(t["validation"][c]) for c in COLUMNS), mark)
+        settings.add_row(
+            escape(setting_text(t["setting"])), *(percent(t["validation"][c]) for c in COLUMNS), *costs(t), mark
+        )
+    settings.caption = beside(document)
     test = Table(title=f"chosen on validation: {setting_text(document['chosen']['setting'])}", title_justify="left")
     test.add_column("test, %")
     for column in TEST_COLUMNS:
@@ -35,6 +41,13 @@ def sweep_tables(document: Mapping[str, Any]) -> list[Table]:
     test.add_row("chosen", *(percent(document["chosen"]["test"][c]) for c in TEST_COLUMNS))
     test.caption = how_it_was_made(document)
     return [settings, *_without_result(document), test]
+
+
+def beside(document: Mapping[str, Any]) -> str:
+    """What every setting is to be read against: the frozen model and guessing, over the same columns."""
+    best = best_first(document)[0]["validation"]
+    chance = f", chance {100 * best['chance']:.1f}" if "chance" in best else ""
+    return f"beside them, mean over all test sets: zero-shot {percent(best['zero_shot'])}{chance}"
 
 
 def best_first(document: Mapping[str, Any]) -> list[dict[str, Any]]:

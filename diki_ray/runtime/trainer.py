@@ -289,7 +289,9 @@ class TaskWorker:
             return None
         # Of the run's, else of the library's: in a sweep another run may have trained the tasks before.
         module = TaskModule.from_bytes(self.store.module_by_key(task.predecessor))
-        return {name: torch.from_numpy(np.array(p)) for name, p in module.parameters.items()}
+        # By name: safetensors gives tensors in another order in each process, and optimiser states and gradients of
+        # all ranks are matched by it.
+        return {name: torch.from_numpy(np.array(p)) for name, p in sorted(module.parameters.items())}
 
     def _epoch(
         self, task: PlannedTask, trainer: TaskTrainer, stream: TrainStream, epoch: int, first_batch: int, ledger: int

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from diki_ray.config import parse
 from diki_ray.errors import ConfigError
+from diki_ray.model.methods import METHODS
 from diki_ray.sweep_config import (
     ObjectiveSection,
     OrdersSection,
@@ -19,6 +21,7 @@ from diki_ray.sweep_config import (
     varied,
 )
 
+ROOT = Path(__file__).parents[2]
 BASE = {"run": {"name": "r"}, "tasks": [{"data": "embedded:digits"}]}
 NAMES = ["a", "b", "c", "d"]
 
@@ -33,7 +36,7 @@ def write(folder: Path, **sweep: object) -> Path:
 @pytest.mark.parametrize(
     ("sweep", "says"),
     [
-        ({"parameter": {}}, "parameter: there is no such field; there are base, concurrent_trials"),
+        ({"parameter": {}}, "parameter: there is no such field; there are base, cases, concurrent_trials"),
         ({"parameters": {"train.epochz": [1]}}, r"train\.epochz: there is no such field"),
         ({"parameters": {"trian.epochs": [1]}}, "no section 'trian'"),
         ({"parameters": {"train.lr": []}}, "train.lr has no values"),
@@ -122,3 +125,20 @@ def test_a_grid_is_the_product_and_a_random_search_the_same_every_time() -> None
     assert not drawn.covers(settings[0] | {"depth": 4})
     assert not drawn.covers({"lr": 0.1})
     assert sweep(search="optuna", parameters=ranges).settings() == []
+
+
+def test_each_case_is_tried_with_every_combination_of_the_parameters() -> None:
+    cases = [{"method": {"name": "zero_shot"}}, {"method": {"name": "rail"}, "train.lr": 0.1}]
+    sweep = SweepConfig.model_validate(
+        {"name": "s", "base": "b", "cases": cases, "parameters": {"train.epochs": [1, 2]}}
+    )
+    assert sweep.settings() == [case | {"train.epochs": n} for case in cases for n in (1, 2)]
+    assert sweep.covers(cases[1] | {"train.epochs": 2})
+    assert not sweep.covers(cases[1])
+    with pytest.raises(ValidationError, match="cases go with search=grid"):
+        SweepConfig.model_validate({"name": "s", "base": "b", "cases": cases, "search": "random"})
+
+
+def test_the_comparison_of_methods_is_valid() -> None:
+    sweep, _ = load_sweep(ROOT / "configs/compare_embedded.yaml")
+    assert {case["method"]["name"] for case in sweep.cases} == set(METHODS)

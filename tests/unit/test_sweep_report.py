@@ -17,7 +17,7 @@ from sample_sweep import HOSTILE, ROOT, judged, sample_sweep, trial
 
 from diki_ray.config import load, parse
 from diki_ray.runtime.sweep_files import CHOSEN, DOCUMENT, REPORT, write_files
-from diki_ray.runtime.sweep_report import effects, over_orders, parallel_coordinates, pareto
+from diki_ray.runtime.sweep_report import cost, effects, over_orders, parallel_coordinates, pareto
 from diki_ray.runtime.sweep_results import SweepResults
 from diki_ray.runtime.sweep_table import sweep_tables
 from diki_ray.sweep_config import varied
@@ -74,7 +74,7 @@ def test_the_page_needs_nothing_and_runs_nothing_of_others(document: dict[str, A
     page = (written(document, tmp_path) / REPORT).read_text()
     head, _, body = page.partition("<body>")
     assert "default-src 'none'" in head
-    assert body.count("Plotly.newPlot") == 4
+    assert body.count("Plotly.newPlot") == 5
     assert "<img" not in body
     assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=", head[:2000] + body)
     assert "stopped early, after 1.5 epochs" in body
@@ -126,3 +126,26 @@ def test_the_console_says_it_too(document: dict[str, Any]) -> None:
     text = console.export_text()
     assert "41.5 ± 1.3" in text
     assert "without a result" in text
+
+
+def test_costs_and_what_to_read_them_against_are_beside_every_setting(document: dict[str, Any], tmp_path: Path) -> None:
+    page = (written(document, tmp_path) / REPORT).read_text()
+    assert "<td>1,234</td><td>56,789</td><td>0.5</td><td>0.25</td>" in page
+    assert "zero-shot 50.0 ± 0.0, chance 12.5" in page
+    points = cost(document).data[0]
+    assert list(points.x) == [0.5, 0.5]
+    assert len(points.y) == 2
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "sweeps/hand/settings.csv").read_text())))
+    assert rows[0]["num_parameters"] == "1234"
+
+
+def test_cases_with_fields_of_their_own_have_rows_and_a_page(document: dict[str, Any], tmp_path: Path) -> None:
+    document["sweep"]["parameters"] = {}
+    cases = [{"method": {"name": "zero_shot"}}, {"method": {"name": "rail", "hidden_dim": 8}, "train.lr": 0.1}]
+    document["trials"] = [trial(case, validation=judged(0.3, 0.9)) for case in cases]
+    document["chosen"]["setting"], document["pareto"] = cases[0], [cases[0]]
+    folder = written(document, tmp_path)
+    rows = list(csv.DictReader(io.StringIO((folder / "settings.csv").read_text())))
+    assert [row["train.lr"] for row in rows] == ["", "0.1"]
+    assert "hidden_dim" in rows[1]["method"]
+    assert "rail" in (folder / REPORT).read_text()
