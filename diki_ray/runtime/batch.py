@@ -168,7 +168,8 @@ def answer_parts(
 
 def _on_cluster(config: Config, workers: Workers) -> Config:
     """What `cluster` checks: that there is room for these workers, whatever the run was trained with."""
-    train = config.train.model_copy(update={"num_workers": 1, "cpus_per_worker": workers.cpus, "device": "cpu"})
+    nothing = {"num_workers": 1, "cpus_per_worker": 1e-3, "device": "cpu"}  # is trained
+    train = config.train.model_copy(update=nothing)
     evaluate = config.evaluate.model_copy(update={"num_workers": workers.num or 1, "cpus_per_worker": workers.cpus})
     joined = config.cluster.model_copy(update={"address": workers.address or config.cluster.address})
     return config.model_copy(update={"train": train, "evaluate": evaluate, "cluster": joined})
