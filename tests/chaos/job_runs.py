@@ -23,7 +23,7 @@ OVERRIDES = (
     "train.checkpoint_every_steps=1",
     "train.collective_timeout_s=15",
 )
-JOB_TIMEOUT_S = 280.0
+JOB_TIMEOUT_S = 500.0
 GONE_WITHIN_S = 120.0
 """Ray's processes end by themselves once their driver or raylet is gone; its agents first ask the head for a minute."""
 RAY_IN_TESTS = {"RAY_AUTH_MODE": "disabled", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}

@@ -16,7 +16,7 @@ from job_runs import Run, wait_until
 from diki_ray.model.module import TaskModule
 from diki_ray.runtime.store import RunStore
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)
 ELASTIC = ("train.num_workers=3", "train.min_workers=1", "train.resize_every_s=2", "train.cpus_per_worker=1")
 
 
