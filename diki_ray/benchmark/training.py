@@ -182,7 +182,7 @@ def scaling(model: str, num_classes: int, batch: int, rounds: int) -> Row:
     classes. The two take turns."""
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(_scaling_worker, (model, num_classes, batch, rounds, folder), nprocs=2, start_method="spawn")
-        seconds: dict[str, list[float]] = torch.load(Path(folder) / "seconds.pt")
+        seconds: dict[str, list[float]] = torch.load(Path(folder) / "seconds.pt", weights_only=True)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     return {
         "classes": num_classes,

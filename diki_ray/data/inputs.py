@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from diki_ray.data.images import EXTENSIONS
 from diki_ray.data.index import INDEX_FILE, DatasetIndex, Shard, join, list_files, read_bytes, scheme_of
 from diki_ray.data.shards import BadSampleError, SkipLedger, decode_sample, read_encoded, read_shard
@@ -104,6 +106,16 @@ class Tar:
 
 
 Part = Files | PreparedShard | Tar
+_AS_JSON: TypeAdapter[Part] = TypeAdapter(Part)
+
+
+def to_json(part: Part) -> bytes:
+    """How a part travels to the process that reads it."""
+    return _AS_JSON.dump_json(part)
+
+
+def from_json(data: bytes) -> Part:
+    return _AS_JSON.validate_json(data)
 
 
 def parts_of(places: Iterable[str]) -> list[Part]:

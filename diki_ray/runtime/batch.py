@@ -9,7 +9,6 @@ at each image's own weight would cost a text pass over all classes for every ima
 from __future__ import annotations
 
 import logging
-import pickle
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -21,7 +20,7 @@ import pyarrow as pa
 import ray
 
 from diki_ray.config import Config
-from diki_ray.data.inputs import Part
+from diki_ray.data.inputs import Part, to_json
 from diki_ray.errors import ConfigError, DataError, UserError
 from diki_ray.model.methods import METHODS
 from diki_ray.runtime.batch_output import open_output
@@ -142,7 +141,7 @@ def answer_parts(
         num = workers.num or _room(workers)
         _quiet()
         reference = ray.put(learnt)
-        rows = [{"part": pickle.dumps(part)} for part in parts]
+        rows = [{"part": to_json(part)} for part in parts]
         num_blocks = min(len(rows), MAX_BLOCKS)
         answered = (
             ray.data.from_items(rows, override_num_blocks=num_blocks)

@@ -6,7 +6,6 @@ them.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ import torch
 
 from diki_ray.config import Config
 from diki_ray.data.images import UndecodableImageError, decode_image
+from diki_ray.data.inputs import from_json
 from diki_ray.errors import ConfigError
 from diki_ray.model.module import TaskModule
 from diki_ray.model.predictor import Candidates
@@ -126,9 +126,9 @@ def _row(image: str, answer: Answer) -> dict[str, Any]:
 
 
 def read_parts(rows: dict[str, Any]) -> Iterator[pa.Table]:
-    """The inputs of pickled parts, a few at a time."""
-    for pickled in rows["part"]:
-        inputs = pickle.loads(pickled).read()  # made by this job's driver, out of its arguments
+    """The inputs of parts in JSON, a few at a time."""
+    for part in rows["part"]:
+        inputs = from_json(part).read()
         while some := [asdict(row) for row in islice(inputs, ROWS_PER_BLOCK)]:
             yield pa.Table.from_pylist(some, READ)
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from served_run import ServedRun, picture
 
-from diki_ray.data.inputs import parts_of
+from diki_ray.data.inputs import parts_of, to_json
 from diki_ray.runtime import batch_worker
 from diki_ray.runtime.batch_worker import ANSWERED, Learnt, Worker, interpolation_error, read_parts
 from diki_ray.runtime.inference import load_predictor
@@ -26,7 +26,7 @@ def test_answers_are_those_of_one_by_one(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(batch_worker.ray, "get", lambda reference: reference)
     worker = Worker(pickle.loads(pickle.dumps(learnt)))
     parts = parts_of([str(tmp_path / "*.png"), str(tmp_path / "gone.png")])
-    tables = [worker(table) for table in read_parts({"part": [pickle.dumps(part) for part in parts]})]
+    tables = [worker(table) for table in read_parts({"part": [to_json(part) for part in parts]})]
     assert all(table.schema == ANSWERED for table in tables)
     rows = pa.concat_tables(tables).to_pylist()
     assert [(Path(row["image"]).stem, row["error"]) for row in rows] == [

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from diki_ray.data import prepare
-from diki_ray.data.inputs import Row, is_collection, parts_of
+from diki_ray.data.inputs import Row, from_json, is_collection, parts_of, to_json
 from diki_ray.errors import DataError
 
 
@@ -31,6 +31,7 @@ def tar(path: Path, members: dict[str, bytes]) -> Path:
 
 def rows(*places: Path | str) -> list[Row]:
     parts = parts_of(map(str, places))
+    assert [from_json(to_json(part)) for part in parts] == parts  # as they travel to the process that reads them
     found = [row for part in parts for row in part.read()]
     assert all(part.num_images in (None, len(list(part.read()))) for part in parts)
     return found
