@@ -45,7 +45,7 @@ audit: env
 
 .PHONY: chaos soak
 chaos: env-test
-	$(BIN)/python -m pytest -m "long or not long" --durations=0 tests/chaos
+	$(BIN)/python -m pytest -m "long or not long" --durations=0 tests/chaos tests/ray/test_many_nodes.py
 
 .PHONY: docs tutorial
 docs: env

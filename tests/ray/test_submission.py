@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,13 +38,13 @@ class Head:
         )
 
     def submit(
-        self, submission_id: str, storage: Path, *overrides: str, wait: bool = True
+        self, submission_id: str, storage: Path | str, *overrides: str, wait: bool = True, data: Path | str = ""
     ) -> subprocess.CompletedProcess:
         return self.ray(
             *("job", "submit", "--working-dir", ".", "--submission-id", submission_id),
             *([] if wait else ["--no-wait"]),
             *("--", "python", "jobs/continual.py", "--config", "configs/debug.yaml"),
-            *(f"run.storage={storage}", f"data.root={storage}/prepared", *overrides),
+            *(f"run.storage={storage}", f"data.root={data or storage}/prepared", *overrides),
         )
 
     def status(self, submission_id: str) -> str:
@@ -51,36 +52,51 @@ class Head:
         return done.stdout + done.stderr
 
 
-@pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    folder = tmp_path_factory.mktemp("head")
+def token_environment(folder: Path) -> dict[str, str]:
+    """What a process needs to join, or to ask, a cluster whose token lies in `folder`."""
     (folder / "token").write_text("a-token-of-this-test-alone-0123456789abcdef")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
+    return {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
         "RAY_USAGE_STATS_ENABLED": "0",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
+
+
+@contextmanager
+def running_head(
+    folder: Path, environment: dict[str, str], *options: str, ports: dict[str, int] = PORTS
+) -> Iterator[Head]:
+    """A head of `ray start`, ended by its own process id."""
     ray = str(Path(sys.executable).parent / "ray")
     short = Path("/tmp") / f"diki-{os.getpid()}"  # the paths of Ray's sockets must stay below 107 characters
-    command = [ray, "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats", f"--temp-dir={short}"]
+    command = [ray, "start", "--head", "--block", "--disable-usage-stats", f"--temp-dir={short}", *options]
     process = subprocess.Popen(
-        [*command, *(f"{name}={port}" for name, port in PORTS.items())],
+        [*command, *(f"{name}={port}" for name, port in ports.items())],
         cwd=folder,
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    head = Head(environment | {"RAY_ADDRESS": f"http://127.0.0.1:{PORTS['--dashboard-port']}"})
+    head = Head(environment | {"RAY_ADDRESS": f"http://127.0.0.1:{ports['--dashboard-port']}"})
     deadline = time.monotonic() + 120
-    while head.ray("job", "list").returncode != 0:
-        assert process.poll() is None, "the head ended"
-        assert time.monotonic() < deadline, "the head did not answer"
-        time.sleep(1)
-    yield head
-    process.send_signal(signal.SIGTERM)
-    process.wait(60)
-    shutil.rmtree(short, ignore_errors=True)
+    try:
+        while head.ray("job", "list").returncode != 0:
+            assert process.poll() is None, "the head ended"
+            assert time.monotonic() < deadline, "the head did not answer"
+            time.sleep(1)
+        yield head
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+        shutil.rmtree(short, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    folder = tmp_path_factory.mktemp("head")
+    with running_head(folder, token_environment(folder), "--num-cpus=2") as head:
+        yield head
 
 
 @pytest.mark.timeout(600)
