@@ -316,6 +316,9 @@ def decode_sample(encoded: bytes, shard: Shard, number: int, where: str, num_cla
         raise BadSampleError("truncated shard")
     if zlib.crc32(encoded) != shard.crc32[number]:
         raise BadSampleError("corrupt tar")
+    group = _as_written(encoded)
+    if group is not None:
+        return _to_sample(group, num_classes)
     try:
         groups = list(group_by_keys(_members(io.BytesIO(encoded), where, SkipLedger(budget=0))))
     except Exception as error:  # the checksum agrees, so whoever wrote index and shard wrote this on purpose
@@ -323,3 +326,34 @@ def decode_sample(encoded: bytes, shard: Shard, number: int, where: str, num_cla
     if len(groups) != 1:
         raise BadSampleError("not a sample", detail=f"{len(groups)} keys where the index has one")
     return _to_sample(groups[0], num_classes)
+
+
+_BLANK_HEADER = _member("", b"")[:TAR_BLOCK_BYTES]
+
+
+def _member_as_written(encoded: bytes, start: int) -> tuple[str, bytes, int] | None:
+    """Name, content and end of the member at `start`, None unless its header is, byte for byte, one of `_member`."""
+    header = encoded[start : start + TAR_BLOCK_BYTES]
+    checksum = sum(header) - sum(header[148:156]) + 8 * ord(" ")
+    fixed = (slice(100, 124), slice(135, 148), slice(156, None))  # all but name, size and checksum
+    if header[148:156] != b"%06o\0 " % checksum or any(header[part] != _BLANK_HEADER[part] for part in fixed):
+        return None
+    try:
+        name, size = header[:100].rstrip(b"\0").decode("ascii"), int(header[124:135], 8)
+    except ValueError:
+        return None
+    content = start + TAR_BLOCK_BYTES
+    end = content + -(-size // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
+    return (name, encoded[content : content + size], end) if size >= 0 and end <= len(encoded) else None
+
+
+def _as_written(encoded: bytes) -> dict[str, Any] | None:
+    """What webdataset's grouping finds in a sample that lies as `encode_sample` lays it, None for any other layout.
+
+    Opening each sample as an archive of its own took a fifth of the time that decoding a small image takes.
+    """
+    if (image := _member_as_written(encoded, 0)) is None or (label := _member_as_written(encoded, image[2])) is None:
+        return None
+    key, _, extension = image[0].partition(".")
+    as_laid = extension in EXTENSIONS and _KEY.fullmatch(key) and label[0] == f"{key}.cls" and label[2] == len(encoded)
+    return {"__key__": key, extension: image[1], "cls": label[1]} if as_laid else None

@@ -74,11 +74,12 @@ class _Decoded:
 
 @dataclass(frozen=True)
 class _UnderWay:
-    """A batch being made: `known` has what memory had, `groups` fill the places it had not."""
+    """A batch being made: threads fill `images` place by place; `found` has key and label of what is there."""
 
     plan: PlannedBatch
-    known: list[_Decoded | None]
-    groups: list[tuple[list[int], Future[list[_Decoded | None]]]]
+    images: Tensor
+    found: list[tuple[str, int] | None]
+    groups: list[Future[None]]
 
 
 class _SplitReader:
@@ -128,15 +129,14 @@ class _SplitReader:
 
             def start(plan: PlannedBatch) -> _UnderWay:
                 samples = plan.samples.tolist()
-                known = [self._cache.get(sample) for sample in samples]
-                missing = [place for place, decoded in enumerate(known) if decoded is None]
-                size = max(1, min(_MAX_GROUP, len(missing) // (4 * self.num_threads)))
-                groups = []
-                for first in range(0, len(missing), size):
-                    places = missing[first : first + size]
-                    wanted = [(read(*plan.reads[place]), samples[place]) for place in places]
-                    groups.append((places, decoding.submit(self._decode_group, wanted)))
-                return _UnderWay(plan, known, groups)
+                images = self._blank.new_empty((len(samples), *self._blank.shape))
+                batch = _UnderWay(plan, images, [None] * len(samples), [])
+                size = max(1, min(_MAX_GROUP, len(samples) // (4 * self.num_threads)))
+                for first in range(0, len(samples), size):
+                    places = range(first, min(first + size, len(samples)))
+                    reads_of = {p: read(*plan.reads[p]) for p in places if samples[p] not in self._cache}
+                    batch.groups.append(decoding.submit(self._fill, batch, places, reads_of))
+                return batch
 
             under_way: deque[_UnderWay] = deque()
             try:
@@ -168,8 +168,13 @@ class _SplitReader:
                 sample += count
         return found
 
-    def _decode_group(self, wanted: list[tuple[Future[dict[int, bytes]], int]]) -> list[_Decoded | None]:
-        return [self._decode(read, sample) for read, sample in wanted]
+    def _fill(self, batch: _UnderWay, places: range, reads: dict[int, Future[dict[int, bytes]]]) -> None:
+        for place in places:
+            sample = int(batch.plan.samples[place])
+            decoded = self._decode(reads[place], sample) if place in reads else self._cache[sample]
+            if decoded is not None:
+                batch.images[place] = decoded.image
+                batch.found[place] = (decoded.key, decoded.label)
 
     def _decode(self, read: Future[dict[int, bytes]], sample: int) -> _Decoded | None:
         """The decoded sample, or None after counting why not."""
@@ -191,20 +196,19 @@ class _SplitReader:
             self._cache[sample] = decoded
         return decoded
 
-    def _assemble(self, epoch: int, started: _UnderWay) -> Batch:
-        plan, results = started.plan, started.known
-        for places, group in started.groups:
-            for place, decoded in zip(places, group.result(), strict=True):
-                results[place] = decoded
-        kept = [(position, d) for position, d in zip(plan.positions.tolist(), results, strict=True) if d is not None]
+    def _assemble(self, epoch: int, batch: _UnderWay) -> Batch:
+        for group in batch.groups:
+            group.result()
+        kept = [place for place, found in enumerate(batch.found) if found is not None]
+        keys_and_labels = [found for found in batch.found if found is not None]
         return Batch(
             epoch=epoch,
-            step=plan.step,
-            images=torch.stack([d.image for _, d in kept]) if kept else self._blank.new_empty((0, *self._blank.shape)),
-            labels=torch.tensor([d.label for _, d in kept], dtype=torch.int64),
-            keys=tuple(d.key for _, d in kept),
-            positions=tuple(position for position, _ in kept),
-            global_size=plan.global_size,
+            step=batch.plan.step,
+            images=batch.images if len(kept) == len(batch.found) else batch.images[kept],
+            labels=torch.tensor([label for _, label in keys_and_labels], dtype=torch.int64),
+            keys=tuple(key for key, _ in keys_and_labels),
+            positions=tuple(batch.plan.positions[kept].tolist()),
+            global_size=batch.plan.global_size,
         )
 
 

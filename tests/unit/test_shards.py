@@ -16,12 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from diki_ray.data import shards
 from diki_ray.data.index import Shard
 from diki_ray.data.shards import (
     BadSampleError,
     Sample,
     SkipLedger,
     decode_sample,
+    encode_sample,
     read_encoded,
     read_shard,
     write_split,
@@ -291,6 +293,27 @@ def test_any_run_of_samples_is_read_by_itself(tmp_path):
     assert whole(tmp_path, shard) == some_samples()
     parts = read_encoded(f"{tmp_path}/{shard.file}", shard, 3, 5)
     assert [decode_sample(p, shard, 3 + i, "x", NUM_CLASSES) for i, p in enumerate(parts)] == some_samples()[3:5]
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None)
+def test_the_short_way_to_a_sample_finds_what_tarfile_finds_or_nothing(data):
+    """Whatever the bytes: samples as we lay them are not opened as archives, and that shows in nothing but time."""
+    sample = data.draw(st.sampled_from(some_samples()))
+    encoded = bytearray(encode_sample(sample, NUM_CLASSES))
+    assert shards._as_written(bytes(encoded)) is not None
+    header = data.draw(st.sampled_from([0, len(encoded) - 1024]))  # of the image, of the label
+    for _ in range(data.draw(st.integers(0, 3))):
+        encoded[header + data.draw(st.integers(0, 511))] = data.draw(st.integers(0, 255))
+    if data.draw(st.booleans()):  # a header that somebody wrote on purpose
+        fields = encoded[header : header + 512]
+        encoded[header + 148 : header + 156] = b"%06o\0 " % (sum(fields) - sum(fields[148:156]) + 256)
+    changed = bytes(encoded[: data.draw(st.sampled_from([len(encoded), len(encoded) - 512, 700, 0]))])
+    found = shards._as_written(changed)
+    if found is not None:
+        members = shards._members(io.BytesIO(changed), "x", SkipLedger(budget=0))
+        (group,) = shards.group_by_keys(members)
+        assert {name: value for name, value in group.items() if name in found} == found
 
 
 def test_a_checksum_that_agrees_does_not_excuse_a_bad_sample(tmp_path):
