@@ -106,7 +106,8 @@ def test_a_trial_that_keeps_failing_is_shown_and_the_others_finish(sweep: Sweep)
 def test_no_trial_reads_a_test_split(sweep: Sweep) -> None:
     """Test shards are away: every setting gets its result, and only the chosen one's test numbers are missing."""
     fields = {"parameters": {"calibration.bias": [-1.0, 1.0]}, "orders": {"all": True}}
-    assert sweep.run(name="prepare", parameters={}).returncode == 0
+    elsewhere = Sweep(sweep.folder / "elsewhere", sweep.prepared)  # nothing computed there is found here
+    assert elsewhere.run(parameters={}).returncode == 0
     shards = list(sweep.prepared.rglob("test-*"))
     assert shards
     for shard in shards:
@@ -128,20 +129,20 @@ def test_no_trial_reads_a_test_split(sweep: Sweep) -> None:
 
 
 def test_two_sweeps_at_once_train_each_module_once(sweep: Sweep) -> None:
-    """The second meets the first in the middle of a module that both need. Were it trained twice, the second fault
-    would strike as well."""
-    waiting = fault("wait", "digits", 1)
-    first = sweep.begin(name="one", faults=[waiting, waiting], parameters={"calibration.bias": [-1.0]})
+    """The second meets the first in the middle of a module that both need. Were it to train it, its fault would
+    strike."""
+    first = sweep.begin(name="one", faults=[fault("wait", "digits", 1)], parameters={"calibration.bias": [-1.0]})
     wait_until(lambda: sweep.num_fired() == 1, 200, "the first sweep to train")
-    second = sweep.begin(name="two", parameters={"calibration.bias": [1.0]})
-    other = sweep.storage / "tune"
-    wait_until(lambda: any(p.name.startswith("two-") for p in other.iterdir()), 200, "the second sweep to begin")
-    for number in range(2):
-        (sweep.folder / f"go.{number}").touch()
+    other = Sweep(sweep.folder / "other", sweep.prepared)
+    other.storage = sweep.storage
+    second = other.begin(name="two", faults=[fault("nan", "digits", 1)], parameters={"calibration.bias": [1.0]})
+    started = sweep.storage / "tune"
+    wait_until(lambda: any(started.glob("two-*/*/")), 200, "the second sweep's trial to begin")
+    (sweep.folder / "go.0").touch()
     for job in (first, second):
         ended = job.wait()
         assert ended.returncode == 0, ended.stderr
-    assert sweep.num_fired() == 1
+    assert other.num_fired() == 0
     assert len(sweep.keys()) == 2
     (run,) = [name for name in RunStore.runs(str(sweep.storage)) if name.startswith("modules-")]
     assert sorted(e.task for e in RunStore.open(str(sweep.storage), run).modules()) == ["digits", "gems"]
