@@ -46,10 +46,15 @@ class SweepResults:
         error: str | None = None,
         stopped_at_epoch: float | None = None,
     ) -> None:
-        """Keeps what became of a setting; durable when it returns."""
+        """Keeps what became of a setting; durable when it returns.
+
+        A result outlives what becomes of the setting later: Optuna may draw it again, and ASHA stop it then.
+        """
         path = f"{self._folder}/trials/{self.question}/{digest(setting)}.json"
         objects = Objects.open(self.storage)
         before = json.loads(objects.get(path) or b"{}")
+        if validation is None and before.get("validation"):
+            validation, error, stopped_at_epoch = before["validation"], None, None
         trial = {
             "setting": setting,
             "validation": validation,

@@ -108,12 +108,14 @@ def test_no_trial_reads_a_test_split(sweep: Sweep) -> None:
     fields = {"parameters": {"calibration.bias": [-1.0, 1.0]}, "orders": {"all": True}}
     elsewhere = Sweep(sweep.folder / "elsewhere", sweep.prepared)  # nothing computed there is found here
     assert elsewhere.run(parameters={}).returncode == 0
+    # Named by their folders: of an embedded task a missing shard would be painted again.
+    tasks = f"tasks={json.dumps([{'data': str(index.parent)} for index in sorted(sweep.prepared.rglob('index.json'))])}"
     shards = list(sweep.prepared.rglob("test-*"))
     assert shards
     for shard in shards:
         shard.rename(shard.with_name(f"away.{shard.name}"))
     try:
-        done = sweep.run(**fields)
+        done = sweep.run(tasks, **fields)
     finally:
         for shard in shards:
             shard.with_name(f"away.{shard.name}").rename(shard)
@@ -122,7 +124,7 @@ def test_no_trial_reads_a_test_split(sweep: Sweep) -> None:
     assert "failed" not in done.stdout
     assert "test-" in done.stderr
 
-    again = sweep.run(**fields)
+    again = sweep.run(tasks, **fields)
     assert again.returncode == 0, again.stderr
     assert "known already: 2 of 2 settings" in again.stdout
     assert sweep.document()["chosen"]["test"]["last"]["mean"] is not None
@@ -163,8 +165,8 @@ def test_asha_stops_what_falls_behind(sweep: Sweep, num_workers: int) -> None:
     assert done.returncode == 0, done.stderr
     trials = {t["setting"]["train.lr"]: t for t in sweep.document()["trials"]}
     stopped = {lr for lr, t in trials.items() if t["stopped_at_epoch"] is not None}
-    assert stopped
-    assert stopped < {1e-7, 2e-7, 0.04}
+    assert set(trials) - stopped <= {0.05, 0.04}  # of the two that learn, the second may fall behind as well
+    assert stopped & {1e-7, 2e-7}
     assert all(t["stopped_at_epoch"] < 3 for lr, t in trials.items() if lr in stopped)
     assert "stopped early, after" in done.stdout
     assert sweep.document()["chosen"]["setting"]["train.lr"] >= 0.04

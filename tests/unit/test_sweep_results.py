@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from diki_ray.runtime.sweep_results import SweepResults
 from diki_ray.sweep_config import SweepConfig
 
@@ -38,3 +40,13 @@ def test_a_setting_that_failed_and_then_ran_has_a_result(tmp_path: Path) -> None
     results.record({"z": 1, "a": "x"}, stopped_at_epoch=1.5)
     (trial,) = results.trials(sweep())
     assert (trial["error"], trial["stopped_at_epoch"], trial["num_tried"]) == (None, 1.5, 1)
+
+
+@pytest.mark.parametrize("later", [{"stopped_at_epoch": 1.0}, {"error": "it broke"}])
+def test_a_result_outlives_a_second_draw_of_its_setting(tmp_path: Path, later: dict) -> None:
+    results = SweepResults(str(tmp_path), "s", "q")
+    results.record({"z": 1, "a": "x"}, validation={"values": VALUES})
+    results.record({"z": 1, "a": "x"}, **later)
+    (trial,) = results.trials(sweep())
+    assert (trial["error"], trial["stopped_at_epoch"], trial["num_tried"]) == (None, None, 2)
+    assert trial["validation"]["objective"]["mean"] == 0.5
