@@ -160,7 +160,9 @@ def test_asha_stops_what_falls_behind(sweep: Sweep, num_workers: int) -> None:
         "num_samples": 5,
         "parameters": {"train.lr": [0.05, 1e-7] if num_workers == 2 else [0.05, 0.04, 1e-7, 2e-7]},
     }
-    recipe = ("train.optimizer=adamw", "train.epochs=3", f"train.num_workers={num_workers}")
+    # The stones come first: one epoch tells who learns them, which it does not of the digits.
+    tasks = json.dumps([{"data": "embedded:gems", "shots": 4}, {"data": "embedded:digits", "shots": 4}])
+    recipe = (f"tasks={tasks}", "train.optimizer=adamw", "train.epochs=3", f"train.num_workers={num_workers}")
     done = sweep.run(*recipe, "train.cpus_per_worker=0.5", **fields)
     assert done.returncode == 0, done.stderr
     trials = {t["setting"]["train.lr"]: t for t in sweep.document()["trials"]}
