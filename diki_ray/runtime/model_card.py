@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from diki_ray.model.methods import METHODS
+
 MAX_CLASSES_SHOWN = 30
 METRICS = {
     "transfer": "mean accuracy on tasks not learnt yet",
@@ -18,20 +20,19 @@ def model_card(content: Mapping[str, Any], num_bytes: int, results: Mapping[str,
     """Markdown of a bundle's header, with the figures of the run's results.json where there is one."""
     config, backbone = content["config"], content["backbone"]
     headers = [m["header"] for m in content["modules"]]
+    method = METHODS[config["method"]["name"]]
     classes = sum(len(h["class_names"]) for h in headers)
     parts = [
         "---",
         "library_name: diki_ray",
         "pipeline_tag: zero-shot-image-classification",
-        "tags: [clip, continual-learning, diki]",
+        f"tags: [clip, continual-learning, {headers[0]['method']}]",
         "---",
         "",
         f"# {_text(content['run'])}",
         "",
         f"A frozen CLIP (`{_code(backbone['name'])}`) that has learnt {len(headers)} tasks with {classes} classes, one "
-        f"after another, with {_text(headers[0]['method'].upper())} (arXiv 2407.05342): residual prompt attention, "
-        "switched on for an image as far as it looks like something learnt; for everything else the model is the "
-        "pre-trained one.",
+        f"after another, with {method.described(config['method'])}.",
         "",
         "## Use",
         "",
@@ -68,7 +69,11 @@ def model_card(content: Mapping[str, Any], num_bytes: int, results: Mapping[str,
         "## Limits",
         "",
         "* It chooses among the classes it is asked about; an image of none of them gets one of them all the same.",
-        "* Routing is by the look of an image. Tasks that look alike are confused with each other.",
+        *(
+            ["* Routing is by the look of an image. Tasks that look alike are confused with each other."]
+            if method.answering == "routed"
+            else []
+        ),
         "* What the backbone has learnt from its pre-training data, biases included, is all still there.",
         "",
     ]

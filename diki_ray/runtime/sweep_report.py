@@ -26,6 +26,7 @@ from diki_ray.runtime.sweep_table import COLUMNS, TEST_COLUMNS, beside, best_fir
 AXES = ("weight_auroc", "transfer", "average", "last", "objective")
 MAX_BOXES = 12
 """Settings whose distribution over orders is shown, best first."""
+MAX_NUMBERED = 30
 LAYOUT = {"template": "plotly_white", "margin": {"l": 60, "r": 30, "t": 30, "b": 50}, "height": 420}
 
 Document = Mapping[str, Any]
@@ -95,11 +96,11 @@ def pareto(document: Document) -> go.Figure:
             y=[_mean(t, "last") for t in group],
             error_x={"array": [_std(t, "transfer") for t in group], "thickness": 0.5},
             error_y={"array": [_std(t, "last") for t in group], "thickness": 0.5},
-            mode="markers",
+            **_numbered(document, group),
             name=name,
             marker={"size": 11, "symbol": symbol},
-            text=[_safe(setting_text(t["setting"])) for t in group],
-            hovertemplate="%{text}<br>Transfer %{x:.2f} %, Last %{y:.2f} %<extra></extra>",
+            hovertext=[_safe(setting_text(t["setting"])) for t in group],
+            hovertemplate="%{hovertext}<br>Transfer %{x:.2f} %, Last %{y:.2f} %<extra></extra>",
         )
     return figure
 
@@ -113,11 +114,11 @@ def cost(document: Document) -> go.Figure:
         x=[c["train_s"] for c in costs_of],
         y=[_mean(t, "average") for t in trials],
         error_y={"array": [_std(t, "average") for t in trials], "thickness": 0.5},
-        mode="markers",
+        **_numbered(document, trials),
         marker={"size": [8 + 2 * math.log10(1 + c["num_parameters"]) for c in costs_of]},
-        text=[_safe(setting_text(t["setting"])) for t in trials],
+        hovertext=[_safe(setting_text(t["setting"])) for t in trials],
         customdata=[[f"{c['num_parameters']:,}"] for c in costs_of],
-        hovertemplate="%{text}<br>%{x:.1f} s, Average %{y:.2f} %, %{customdata[0]} parameters<extra></extra>",
+        hovertemplate="%{hovertext}<br>%{x:.1f} s, Average %{y:.2f} %, %{customdata[0]} parameters<extra></extra>",
     )
     return figure
 
@@ -208,6 +209,15 @@ def _are_numbers(values: Sequence[Any]) -> bool:
 def _rank(value: Any) -> tuple[bool, Any]:
     """Numbers first, then everything else as text."""
     return (False, value) if _are_numbers([value]) else (True, str(value))
+
+
+def _numbered(document: Document, trials: Sequence[Document]) -> dict[str, Any]:
+    """Points with the settings' numbers in the table of all, where there are not too many to be read."""
+    if len(best_first(document)) > MAX_NUMBERED:
+        return {"mode": "markers"}
+    numbers = [t["setting"] for t in best_first(document)]
+    text = [str(numbers.index(t["setting"]) + 1) for t in trials]
+    return {"mode": "markers+text", "text": text, "textposition": "top right"}
 
 
 def _mean(trial: Document, metric: str) -> float:

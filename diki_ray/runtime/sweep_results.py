@@ -30,7 +30,7 @@ class SweepResults:
         for info in objects.list(f"{self._folder}/trials/{self.question}"):
             trial = json.loads(objects.get(info.path) or b"{}")
             if trial and sweep.covers(trial["setting"]):
-                trial["setting"] = {n: trial["setting"][n] for n in sweep.parameters}
+                trial["setting"] = _as_configured(trial["setting"], sweep)
                 if validation := trial["validation"]:  # its weights may be others now
                     validation["objective"] = spread([sweep.objective.of(v) for v in validation["values"]])
                 found.append(trial)
@@ -93,6 +93,14 @@ class SweepResults:
 
     def _put(self, path: str, document: dict[str, Any]) -> None:
         Objects.open(self.storage).put(path, json.dumps(document, indent=1, sort_keys=True).encode())
+
+
+def _as_configured(setting: Mapping[str, Any], sweep: SweepConfig) -> dict[str, Any]:
+    """With its fields in the order in which the sweep has them, which JSON here does not keep."""
+    for known in sweep.settings():
+        if known == setting:
+            return known
+    return {name: setting[name] for name in sweep.parameters}
 
 
 def setting_text(setting: Mapping[str, Any]) -> str:

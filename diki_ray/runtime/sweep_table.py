@@ -16,8 +16,8 @@ TEST_COLUMNS = ("zero_shot", *COLUMNS[1:])
 
 
 def sweep_tables(document: Mapping[str, Any]) -> list[Table]:
-    """Settings best first with mean ± standard deviation over orders and seeds, then those without a result and why,
-    and the chosen setting's test numbers beside zero-shot."""
+    """Settings best first with mean ± standard deviation over orders and seeds, their costs, those without a
+    result and why, and the chosen setting's test numbers beside zero-shot."""
     name, orders, seeds = document["sweep"]["name"], document["orders"], document["sweep"]["seeds"]
     settings = Table(
         title=f"{name}: validation, % over {len(orders)} orders and {len(seeds)} seeds", title_justify="left"
@@ -25,14 +25,15 @@ def sweep_tables(document: Mapping[str, Any]) -> list[Table]:
     settings.add_column("setting")
     for column in COLUMNS:
         settings.add_column(column.replace("_", " "), justify="right")
-    for cost in COSTS.values():
-        settings.add_column(cost, justify="right")
     settings.add_column("Pareto")
+    cost = Table(title="what they cost", title_justify="left")
+    cost.add_column("setting")
+    for column in COSTS.values():
+        cost.add_column(column, justify="right")
     for t in best_first(document):
-        mark = "*" if t["setting"] in document["pareto"] else ""
-        settings.add_row(
-            escape(setting_text(t["setting"])), *(percent(t["validation"][c]) for c in COLUMNS), *costs(t), mark
-        )
+        mark, text = "*" if t["setting"] in document["pareto"] else "", escape(setting_text(t["setting"]))
+        settings.add_row(text, *(percent(t["validation"][c]) for c in COLUMNS), mark)
+        cost.add_row(text, *costs(t))
     settings.caption = beside(document)
     test = Table(title=f"chosen on validation: {setting_text(document['chosen']['setting'])}", title_justify="left")
     test.add_column("test, %")
@@ -40,7 +41,7 @@ def sweep_tables(document: Mapping[str, Any]) -> list[Table]:
         test.add_column(column.replace("_", " "), justify="right")
     test.add_row("chosen", *(percent(document["chosen"]["test"][c]) for c in TEST_COLUMNS))
     test.caption = how_it_was_made(document)
-    return [settings, *_without_result(document), test]
+    return [settings, cost, *_without_result(document), test]
 
 
 def beside(document: Mapping[str, Any]) -> str:

@@ -43,7 +43,7 @@ from diki_ray.runtime.plan import (
 from diki_ray.runtime.progress import following
 from diki_ray.runtime.store import RunStore
 from diki_ray.runtime.store_actor import StoreClient
-from diki_ray.runtime.sweep_cost import cost_of
+from diki_ray.runtime.sweep_cost import Stream, cost_of
 from diki_ray.runtime.trainer import TaskWorker, train
 from diki_ray.sweep_config import SweepConfig, varied
 
@@ -84,7 +84,7 @@ def judge(
     seconds: training (or waiting for another who trains), the tables of answers, and the orders from them. cost: see
     `cost_of`.
     """
-    num_streams = 0
+    streams: list[Stream] = []
     values: list[dict[str, Any]] = []
     seconds = dict.fromkeys(("train", "tables", "orders"), 0.0)
     epochs = None if report is None else Epochs(report, len(sweep.seeds), config.train.epochs)
@@ -95,7 +95,7 @@ def judge(
         for ordered_plan, its_orders in _plans(plan, orders):
             digests = modules_of(ordered_plan, epochs)
             seconds["train"] += time.monotonic() - clock
-            num_streams += 1
+            streams.append(Stream(ordered_plan, digests))
             for name, ordered in matrices_of_orders(ordered_plan, digests, its_orders, split, seconds).items():
                 values.append({"order": name, "seed": seed} | ordered.metrics())
             clock = time.monotonic()
@@ -105,7 +105,7 @@ def judge(
         "values": values,
         "orders_by": _orders_by(varied(config, setting)),
         "seconds": {part: round(value, 2) for part, value in seconds.items()},
-        "cost": cost_of(ordered_plan, digests, seconds, num_streams, len(values)),
+        "cost": cost_of(streams, (seconds["tables"] + seconds["orders"]) / len(values), split),
         "chance": float(np.mean([1 / len(t.class_names) for t in plan.tasks])),
     }
 

@@ -45,6 +45,7 @@ from diki_ray.runtime.plan import (
     with_absolute_paths,
 )
 from diki_ray.runtime.store_actor import StoreClient
+from diki_ray.runtime.training_cost import Cost, CostMeter, merged
 
 REPORT_EVERY_S = 0.5
 DRAIN_CHECK_EVERY_STEPS = 4
@@ -234,15 +235,16 @@ class TaskWorker:
         """Trains, takes the statistics of, and commits one task; nothing when its module is already there."""
         if _from_rank_zero(lambda: task.key in {entry.key for entry in self.store.modules()}):
             return
+        meter = CostMeter(self.method.backbone.device)
         trainer, ledger = self._start(task)
         skipped = 0
         if trainer.parameters:
             ledger, skipped = self._train(task, trainer, ledger)
         moments, parameters = self._statistics(task, trainer)
         validation = self._validation_features(task)
-        consumed = _sum(ledger)
+        consumed, cost = _sum(ledger), merged(_gathered(meter.read()))
         if rank() == 0:
-            self._commit(task, trainer, parameters, moments, validation, consumed, skipped)
+            self._commit(task, trainer, parameters, moments, validation, consumed, skipped, cost)
         _barrier()  # nobody starts the next task before this one is durable: a crash then leaves at most one open
 
     def _train(self, task: PlannedTask, trainer: TaskTrainer, ledger: int) -> tuple[int, int]:
@@ -407,6 +409,7 @@ class TaskWorker:
         validation: np.ndarray,
         consumed: int,
         skipped: int,
+        cost: Cost,
     ) -> None:
         progress = trainer.progress
         module = TaskModule(
@@ -434,7 +437,12 @@ class TaskWorker:
                 "versions": {"diki_ray": diki_ray.__version__, "torch": torch.__version__},
             },
         )
-        metadata = {"task": task.name, "num_classes": len(task.class_names), "method": self.config.method.name}
+        metadata = {
+            "task": task.name,
+            "num_classes": len(task.class_names),
+            "method": self.config.method.name,
+            "cost": cost,  # of the attempt that committed it
+        }
         faults = Faults(self.store)
         faults.at("commit", task.name, 0, progress.step)
         self.store.commit_module(task.key, task.name, module.to_bytes(), metadata)

@@ -145,6 +145,37 @@ def test_bad_data_on_one_rank_ends_all_of_them_with_its_sentence(tmp_path: Path,
     job.assert_nothing_is_left()
 
 
+@pytest.mark.long
+def test_a_sequential_method_killed_in_the_middle_of_tasks_goes_on_bit_equal(tmp_path: Path, undisturbed: Run) -> None:
+    """Each task starts where the one before ended, and the second is held back by the Fisher information of the
+    first: a worker is lost in the first, the driver and all of its cluster in the second."""
+    config = yaml.safe_load(Path("configs/debug.yaml").read_text())
+    config["method"] = {"name": "sequential_lora", "image_depth": 1, "text_depth": 1, "against_forgetting": "ewc"}
+    config["train"] |= {"optimizer": "adamw", "lr": 0.01}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    path = str(tmp_path / "config.yaml")
+    expected = Run(tmp_path / "expected", undisturbed.prepared)
+    done = expected.start(config=path)
+    assert done.returncode == 0, done.stderr
+
+    run = Run(tmp_path / "killed", undisturbed.prepared)
+    faults = [
+        {"kind": "kill-worker", "task": "digits", "rank": 1, "step": 4},
+        {"kind": "kill-driver", "task": "gems", "rank": 0, "step": 3},
+    ]
+    assert run.start("train.max_failures=1", faults=faults, config=path).returncode == -9
+    assert list(run.digests()) == ["digits"]
+    done = run.start(faults=faults, config=path)
+    assert done.returncode == 0, done.stderr
+    assert run.results()["trained"] == ["gems"]
+    assert run.num_fired() == 2
+    assert_equal(run, expected)
+    store = RunStore.open(f"{tmp_path}/killed/storage", "debug")
+    first, second = (TaskModule.from_bytes(store.read_module(digest)) for digest in run.digests().values())
+    assert any(name.startswith("fisher/") for name in second.parameters)
+    assert not np.array_equal(first.parameters["image.layer0.q_up"], second.parameters["image.layer0.q_up"])
+
+
 def damage(file: Path) -> None:
     blob = bytearray(file.read_bytes())
     blob[len(blob) // 2] ^= 1

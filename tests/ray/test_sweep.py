@@ -130,3 +130,44 @@ def test_optuna_goes_on_from_the_settings_that_it_knows(config: Config, local_cl
     again = swept(config, said := [], num_samples=5, **fields)
     assert again["trials"] == more["trials"]
     assert again["chosen"] == more["chosen"]
+
+
+def test_methods_of_every_kind_side_by_side(config: Config, local_cluster: None) -> None:
+    """Independent, sequential and joint ones in one sweep: each order's numbers are those of a run in that order, and
+    costs are known. A repeated sweep reads."""
+    config = config.model_copy(update={"tasks": config.tasks[:2]})
+    cases = [
+        {"method": {"name": "zero_shot"}},
+        {"method": {"name": "sequential_lora", "rank": 1, "against_forgetting": "ewc"}, "train.lr": 0.01},
+        {"method": {"name": "rail", "hidden_dim": 16}},
+    ]
+    fields = {"name": "methods", "cases": cases, "orders": {"num_random": 1}}
+    document = swept(config, [], **fields)
+    by_name = {t["setting"]["method"]["name"]: t["validation"] for t in document["trials"]}
+    assert {n: v["orders_by"] for n, v in by_name.items()} == {
+        "zero_shot": "indexing",
+        "sequential_lora": "training",
+        "rail": "evaluation",
+    }
+    assert document["modules_trained"] == 2 + 2 * 2 + 2  # sequential: both orders
+    costs = {n: v["cost"] for n, v in by_name.items()}
+    assert costs["zero_shot"]["num_parameters"] == costs["rail"]["num_parameters"] == 0
+    assert costs["sequential_lora"]["num_parameters"] > 0
+    for cost in costs.values():
+        assert min(cost[c] for c in ("num_bytes", "train_s", "train_cpu_s", "evaluate_s", "images_per_s")) > 0
+        assert 100 < cost["peak_mb"] < 100_000
+
+    for setting in cases[1:]:
+        values = {v["order"]: v for v in by_name[setting["method"]["name"]]["values"]}
+        for name, order in document["orders"].items():
+            one = varied(config, setting).model_copy(update={"tasks": tuple(config.tasks[t] for t in order)})
+            plan = make_plan(one, load_backbone(one))
+            digests = modules_of(plan)  # all in the library
+            (alone,) = matrices_of_orders(plan, digests, {"given": range(len(order))}, "val").values()
+            assert values[name]["last"] == pytest.approx(alone.metrics()["last"], abs=1e-6)
+            assert values[name]["average"] == pytest.approx(alone.metrics()["average"], abs=1e-6)
+
+    again = swept(config, said := [], **fields)
+    assert said[0] == "known already: 3 of 3 settings"
+    assert again["trials"] == document["trials"]
+    assert again["modules_trained"] == 0

@@ -18,7 +18,7 @@ class OpenStore:
         self.run = RunStore.open(str(folder), RUN)
         self.epoch = self.run.acquire(this_process("test"), 60.0, take_over=True)
         self.modules, self.load_checkpoint = self.run.modules, self.run.load_checkpoint
-        self.read_module = self.run.read_module
+        self.read_module, self.module_by_key = self.run.read_module, self.run.module_by_key
 
     def save_checkpoint(self, *args: object) -> None:
         self.run.save_checkpoint(self.epoch, *args)  # type: ignore[arg-type]
@@ -35,6 +35,10 @@ class OpenStore:
 
 def the_module(folder: Path) -> TaskModule:
     """The only module of the run that is stored there."""
+    (module,) = the_modules(folder)
+    return module
+
+
+def the_modules(folder: Path) -> list[TaskModule]:
     store = RunStore.open(str(folder), RUN)
-    (entry,) = store.modules()
-    return TaskModule.from_bytes(store.read_module(entry.digest))
+    return [TaskModule.from_bytes(store.read_module(entry.digest)) for entry in store.modules()]

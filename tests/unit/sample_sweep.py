@@ -23,7 +23,15 @@ def judged(transfer: float, last: float) -> dict[str, Any]:
         "objective": {"mean": mean, "std": 0.01},
         "values": values,
         "orders_by": "indexing",
-        "cost": {"num_parameters": 1234, "num_bytes": 56789, "train_s": 0.5, "evaluate_s": 0.25},
+        "cost": {
+            "num_parameters": 1234,
+            "num_bytes": 56789,
+            "train_s": 0.5,
+            "train_cpu_s": 0.75,
+            "peak_mb": 321,
+            "evaluate_s": 0.25,
+            "images_per_s": 98.5,
+        },
         "chance": 0.125,
         "seconds": {"train": 1.0, "tables": 2.0, "orders": 0.1},
     }

@@ -24,6 +24,7 @@ from diki_ray.errors import ConfigError, CorruptError, DataError
 from diki_ray.model.gaussian import Moments
 from diki_ray.model.module import TaskModule
 from diki_ray.runtime.bundle import export_bundle
+from diki_ray.runtime.model_card import model_card
 from diki_ray.runtime.plan import build_method, load_backbone
 from diki_ray.runtime.store import RunStore
 from diki_ray.runtime.store_lease import this_process
@@ -162,6 +163,48 @@ def test_the_card_says_what_is_inside_and_nothing_in_a_name_is_markup(bundle: Pa
     assert "| warm | 25.0 | 30.0 | 75.0 |" in card
     assert "| last | 80.0 |" in card
     assert 'diki_ray.load("' in card
+    assert "with DIKI (Tang et al., ECCV 2024, arXiv 2407.05342)" in card
+    assert "Routing is by the look of an image." in card
+
+
+@pytest.mark.parametrize(
+    ("settings", "paper"),
+    [
+        ({"name": "zero_shot"}, "2103.00020"),
+        ({"name": "concat_prompts"}, "2204.04799"),
+        ({"name": "dpw"}, "2604.18075"),
+        ({"name": "c_ada"}, "2407.10281"),
+        ({"name": "rail"}, "2406.18868"),
+        ({"name": "zscl"}, "2303.06628"),
+        ({"name": "sequential_lora"}, "2106.09685"),
+        ({"name": "sequential_lora", "against_forgetting": "ewc"}, "1612.00796"),
+        ({"name": "sequential_lora", "against_forgetting": "badam"}, "2309.08546"),
+        ({"name": "sequential_lora", "wise_ft": 0.5}, "2109.01903"),
+    ],
+)
+def test_the_card_names_the_paper_of_the_method_in_use(settings: dict[str, Any], paper: str) -> None:
+    header = {
+        "method": settings["name"],
+        "task": "a",
+        "class_names": ["x"],
+        "templates": ["{}"],
+        "count": 1,
+        "provenance": {},
+    }
+    config = parse({"run": {"name": "one"}, "tasks": [{"data": "embedded:digits"}], "method": settings}).model_dump(
+        mode="json"
+    )
+    content = {
+        "run": "one",
+        "config": config,
+        "backbone": {"name": "embedded", "embed_dim": 4, "digest": "0" * 64},
+        "modules": [{"header": header, "digest": "0" * 64}],
+        "diki_ray": "0",
+    }
+    card = model_card(content, 1, None)
+    assert f"arXiv {paper}" in card
+    assert ("arXiv 2407.05342" in card) == (settings["name"] == "concat_prompts")  # whose routing is DIKI's
+    assert ("Routing is by the look" in card) == (settings["name"] in ("concat_prompts", "dpw"))
 
 
 def test_figures_of_other_modules_are_not_on_the_card(storage: Path, tmp_path: Path) -> None:

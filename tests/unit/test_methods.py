@@ -12,8 +12,13 @@ from learning import KilledError, MemoryStore, evaluated, learnt, modules, plann
 from torch import Tensor
 from torch.nn import functional as F
 
+from diki_ray.errors import ConfigError
 from diki_ray.model.methods import METHODS, Diki, Method, Step, TrainingBatch
 from diki_ray.model.residual import Parameters
+from diki_ray.runtime.evaluation_report import report
+from diki_ray.runtime.store import RunStore
+from diki_ray.runtime.store_lease import this_process
+from diki_ray.runtime.stored_evaluation import Asked, evaluate_stored
 
 DIKI = {"image_depth": 1, "image_length": 2, "text_depth": 1, "text_length": 2}
 
@@ -137,6 +142,24 @@ def test_a_closed_form_method_answers_from_all_that_is_learnt(prepared: Path, mo
     turned = evaluated(plan.in_order((1, 0)), store)
     assert turned.accuracy[0, 1] == evaluation.zero_shot[0]
     assert turned.accuracy[1].tolist() == evaluation.accuracy[1, ::-1].tolist()  # order-independent at the end
+
+
+def test_another_order_of_a_sequential_run_is_refused_and_its_first_tasks_are_not(
+    prepared: Path, tmp_path: Path
+) -> None:
+    plan = planned(prepared, {"name": "sequential_lora", "rank": 1}, f"run.storage={tmp_path}")
+    memory, run = learnt(plan), plan.config.run.name
+    store = RunStore.open(str(tmp_path), run)
+    epoch = store.acquire(this_process("test"))
+    for task in plan.tasks:
+        store.commit_module(epoch, task.key, task.name, memory.blobs[task.key])
+    store.put_document(epoch, "config.yaml", plan.config.to_yaml())
+    store.release(epoch)
+    first, second = (task.name for task in plan.tasks)
+    with pytest.raises(ConfigError, match=r"--order: each module .* was trained from the one before it"):
+        evaluate_stored(str(tmp_path), run, Asked(order=(second, first)))
+    alone = report(evaluate_stored(str(tmp_path), run, Asked(order=(first,))))
+    np.testing.assert_allclose(alone["accuracy"][0], evaluated(plan, memory).accuracy[0], atol=1e-6)
 
 
 def test_the_documents_example_of_a_method_is_trained_and_answers(

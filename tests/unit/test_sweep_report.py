@@ -125,18 +125,27 @@ def test_the_console_says_it_too(document: dict[str, Any]) -> None:
         console.print(table)
     text = console.export_text()
     assert "41.5 ± 1.3" in text
+    assert "what they cost" in text
+    assert "56,789" in text
     assert "without a result" in text
 
 
 def test_costs_and_what_to_read_them_against_are_beside_every_setting(document: dict[str, Any], tmp_path: Path) -> None:
     page = (written(document, tmp_path) / REPORT).read_text()
-    assert "<td>1,234</td><td>56,789</td><td>0.5</td><td>0.25</td>" in page
+    assert "<td>1,234</td><td>56,789</td><td>0.5</td><td>0.75</td><td>321</td><td>0.25</td><td>98.5</td>" in page
     assert "zero-shot 50.0 ± 0.0, chance 12.5" in page
     points = cost(document).data[0]
     assert list(points.x) == [0.5, 0.5]
-    assert len(points.y) == 2
+    assert list(points.text) == ["1", "2"]  # the numbers of the table
     rows = list(csv.DictReader(io.StringIO((tmp_path / "sweeps/hand/settings.csv").read_text())))
-    assert rows[0]["num_parameters"] == "1234"
+    assert (rows[0]["num_parameters"], rows[0]["images_per_s"], rows[0]["peak_mb"]) == ("1234", "98.5", "321")
+
+
+def test_a_cost_that_is_not_known_is_a_dash(document: dict[str, Any], tmp_path: Path) -> None:
+    """Of modules that an earlier version trained nobody measured the training."""
+    document["trials"][0]["validation"]["cost"] |= {"train_s": None, "train_cpu_s": None, "peak_mb": None}
+    page = (written(document, tmp_path) / REPORT).read_text()
+    assert "<td>56,789</td><td>–</td><td>–</td><td>–</td><td>0.25</td>" in page
 
 
 def test_cases_with_fields_of_their_own_have_rows_and_a_page(document: dict[str, Any], tmp_path: Path) -> None:
@@ -148,4 +157,6 @@ def test_cases_with_fields_of_their_own_have_rows_and_a_page(document: dict[str,
     rows = list(csv.DictReader(io.StringIO((folder / "settings.csv").read_text())))
     assert [row["train.lr"] for row in rows] == ["", "0.1"]
     assert "hidden_dim" in rows[1]["method"]
-    assert "rail" in (folder / REPORT).read_text()
+    page = (folder / REPORT).read_text()
+    assert "rail" in page
+    assert "Effect of each field" not in page

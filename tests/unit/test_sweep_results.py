@@ -34,6 +34,15 @@ def test_results_are_in_the_sweeps_order_and_under_its_question(tmp_path: Path) 
     assert [t["setting"]["z"] for t in optuna] == [2, 1]  # as they were found
 
 
+def test_results_of_cases_are_found_again(tmp_path: Path) -> None:
+    cases = [{"method": {"name": "rail", "hidden_dim": 8}, "z": 1}, {"method": {"name": "diki"}}]
+    results = SweepResults(str(tmp_path), "s", "q")
+    for case in reversed(cases):
+        results.record(case | {"a": "x"}, validation={"values": VALUES})
+    trials = results.trials(sweep(cases=cases, parameters={"a": ["x"]}))
+    assert [list(t["setting"].items()) for t in trials] == [list((case | {"a": "x"}).items()) for case in cases]
+
+
 def test_a_setting_that_failed_and_then_ran_has_a_result(tmp_path: Path) -> None:
     results = SweepResults(str(tmp_path), "s", "q")
     results.record({"z": 1, "a": "x"}, error="it broke")

@@ -6,7 +6,7 @@ Shapes: B images, b this rank's images, C texts or classes, L tokens, E embeddin
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -68,6 +68,8 @@ class Method(ABC):
     name: ClassVar[str]
     version: ClassVar[int]
     """Part of the module key: raise it when the same inputs would train another module."""
+    summary: ClassVar[str] = ""
+    """What it is, and its paper, in a phrase for people."""
     sequential: ClassVar[bool] = False
     """True: a task starts from its predecessor's parameters, and its module key includes the predecessor's key."""
     answering: ClassVar[Answering] = "routed"
@@ -76,6 +78,11 @@ class Method(ABC):
 
     def __init__(self, backbone: Backbone):
         self.backbone = backbone
+
+    @classmethod
+    def described(cls, settings: Mapping[str, Any]) -> str:
+        """The summary under a configuration's settings of the method."""
+        return cls.summary or cls.name
 
     @abstractmethod
     def initial(self, generator: torch.Generator, predecessor: Parameters | None = None) -> Parameters:

@@ -64,6 +64,10 @@ class CAda(ResidualMethod):
 
     name = "c_ada"
     version = 1
+    summary = (
+        "C-ADA (Gao et al., ECCV 2024, arXiv 2407.10281): an adapter that grew by a slice with each task; all of it "
+        "answers every image"
+    )
     sequential = True
     answering = "latest"
 

@@ -63,6 +63,10 @@ class ConcatPrompts(ResidualMethod):
 
     name = "concat_prompts"
     version = 1
+    summary = (
+        "prompts in the attention's own softmax (Wang et al., DualPrompt, ECCV 2022, arXiv 2204.04799), switched on "
+        "for an image as far as it looks like something learnt (Tang et al., ECCV 2024, arXiv 2407.05342)"
+    )
 
     def __init__(self, backbone: Backbone, image_depth: int, image_length: int, text_depth: int, text_length: int):
         super().__init__(

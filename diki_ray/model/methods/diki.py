@@ -16,6 +16,10 @@ class Diki(ResidualMethod):
 
     name = "diki"
     version = 1
+    summary = (
+        "DIKI (Tang et al., ECCV 2024, arXiv 2407.05342): residual prompt attention, switched on for an image as far "
+        "as it looks like something learnt; for everything else the model is the pre-trained one"
+    )
 
     def __init__(self, backbone: Backbone, image_depth: int, image_length: int, text_depth: int, text_length: int):
         super().__init__(

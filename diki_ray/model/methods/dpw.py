@@ -104,6 +104,10 @@ def capped(gates: Tensor) -> tuple[Tensor, Tensor]:
 class Dpw(ResidualMethod):
     name = "dpw"
     version = 1
+    summary = (
+        "DPW (Jang et al., CVPR 2026, arXiv 2604.18075): prompts weighted by a gate for each token and a low-rank "
+        "adapter, switched on for an image as far as it looks like something learnt"
+    )
 
     def __init__(
         self, backbone: Backbone, image_depth: int, image_length: int, text_depth: int, text_length: int, rank: int

@@ -40,6 +40,10 @@ class Regression(NamedTuple):
 class Rail(Method):
     name = "rail"
     version = 1
+    summary = (
+        "RAIL (Xu et al., NeurIPS 2024, arXiv 2406.18868): ridge regression on random features of the frozen ones for "
+        "images that zero-shot gives to a learnt class, zero-shot for all others"
+    )
     answering = "joint"
 
     def __init__(self, backbone: Backbone, hidden_dim: int, ridge: float, fusion: float, projection_seed: int):

@@ -11,7 +11,8 @@ Published for ViT-B/16: rank and learning rate as in low_rank.py; for a stream o
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +29,19 @@ from diki_ray.model.residual import Parameters
 class SequentialLora(LowRankMethod):
     name = "sequential_lora"
     version = 1
+    summary = "low-rank fine-tuning from task to task (LoRA, Hu et al., ICLR 2022, arXiv 2106.09685)"
+
+    @classmethod
+    def described(cls, settings: Mapping[str, Any]) -> str:
+        remedy = {
+            "ewc": " with elastic weight consolidation (Kirkpatrick et al., PNAS 2017, arXiv 1612.00796)",
+            "badam": " with Bayesian adaptive moment regularisation (Foster and Brintrup, 2023, arXiv 2309.08546)",
+        }.get(settings.get("against_forgetting", "none"), "")
+        if settings.get("wise_ft", 1.0) < 1:
+            remedy += (
+                ", interpolated with the pre-trained weights (WiSE-FT, Wortsman et al., CVPR 2022, arXiv 2109.01903)"
+            )
+        return f"{cls.summary}{remedy}; the latest weights answer every image"
 
     def __init__(
         self,

@@ -15,6 +15,10 @@ from diki_ray.model.residual import Parameters
 class ZeroShot(Method):
     name = "zero_shot"
     version = 1
+    summary = (
+        "zero-shot classification (Radford et al., ICML 2021, arXiv 2103.00020): nothing is trained, the pre-trained "
+        "model answers"
+    )
     answering = "frozen"
 
     def initial(self, generator: torch.Generator, predecessor: Parameters | None = None) -> Parameters:

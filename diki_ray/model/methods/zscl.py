@@ -33,6 +33,10 @@ from diki_ray.model.residual import Parameters
 class Zscl(LowRankMethod):
     name = "zscl"
     version = 1
+    summary = (
+        "ZSCL (Zheng et al., ICCV 2023, arXiv 2303.06628) on low-rank changes of the projections: distilled from the "
+        "pre-trained model while it learnt; the average of the weights answers every image"
+    )
 
     reference: Callable[[], tuple[Tensor, Sequence[str]]]
     """Gives reference images [N, 3, H, W] and captions; set where the data are known, called before training only."""

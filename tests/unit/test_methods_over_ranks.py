@@ -1,0 +1,76 @@
+"""Two workers learn what one does, whatever a method adds to a step or sums over images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from open_store import RUN, OpenStore, the_modules
+from tiny_backbone import write_tiny_backbone
+
+from diki_ray.config import parse
+from diki_ray.runtime.plan import Plan, build_method, load_backbone, make_plan
+from diki_ray.runtime.store import RunStore
+from diki_ray.runtime.trainer import TaskWorker
+
+TREE = {
+    "run": {"name": RUN},
+    "tasks": [{"data": f"embedded:{name}", "shots": 2} for name in ("digits", "gems")],  # 20 images each
+    "train": {"epochs": 1, "batch_size": 7, "num_workers": 2, "lr": 0.05},
+}
+BLOCK = {"image_depth": 1, "text_depth": 1}
+METHODS: dict[str, dict[str, Any]] = {
+    "rail": {"hidden_dim": 16},  # sums alone
+    "dpw": BLOCK | {"image_length": 2, "text_length": 2, "rank": 2},  # sums over what was trained
+    "c_ada": BLOCK | {"rank": 2, "scale": 1.0},  # a penalty, the same everywhere
+    "sequential_lora": BLOCK | {"against_forgetting": "ewc"},  # sums, and a penalty from the second task on
+    "zscl": BLOCK | {"num_reference": 15, "reference_batch": 5, "average_every": 2},  # a loss of shared rows
+}
+
+
+def plan_in(folder: Path, name: str) -> Plan:
+    """zscl distils on a third prepared set."""
+    data = {"root": str(folder / "prepared")}
+    tree = TREE | {"backbone": {"name": str(folder / "tiny_backbone.py")}, "data": data}
+    settings = METHODS[name]
+    if name == "zscl":
+        mist = parse(tree | {"method": {"name": "zero_shot"}, "tasks": [{"data": "embedded:mist", "shots": 2}]})
+        settings = settings | {"reference": make_plan(mist, load_backbone(mist)).tasks[0].index.uri}
+    config = parse(tree | {"method": {"name": name} | settings})
+    return make_plan(config, load_backbone(config))
+
+
+def learn(plan: Plan, folder: Path, rank: int = 0) -> None:
+    store = OpenStore(folder) if rank == 0 else RunStore.open(str(folder), RUN)  # which others only read
+    worker = TaskWorker(plan.config, build_method(plan.config, load_backbone(plan.config)), store)  # type: ignore[arg-type]
+    for task in plan.tasks:
+        worker.learn(task)
+
+
+def one_of_two(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    for name in METHODS:
+        dist.init_process_group("gloo", f"file://{folder}/group-{name}", world_size=2, rank=rank)
+        learn(plan_in(Path(folder), name), Path(folder) / f"two-{name}", rank)
+        dist.destroy_process_group()
+
+
+def test_two_workers_learn_the_modules_of_one(tmp_path: Path) -> None:
+    write_tiny_backbone(tmp_path)
+    plans = {name: plan_in(tmp_path, name) for name in METHODS}  # prepares, before two do at once
+    mp.start_processes(one_of_two, (str(tmp_path),), nprocs=2, start_method="spawn")
+    for name, plan in plans.items():
+        learn(plan, tmp_path / f"one-{name}")
+        alone, together = (the_modules(tmp_path / f"{number}-{name}") for number in ("one", "two"))
+        assert len(alone) == 2
+        for one, two in zip(alone, together, strict=True):
+            assert one.key == two.key
+            assert set(one.parameters) == set(two.parameters) != set()
+            for tensor, expected in one.parameters.items():
+                np.testing.assert_allclose(
+                    two.parameters[tensor], expected, atol=1e-5, rtol=1e-5, err_msg=f"{name} {tensor}"
+                )
