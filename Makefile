@@ -1,7 +1,7 @@
 # make quickstart   the embedded stream, from an empty folder to the accuracy matrix
 # make test         environment, lint, types, tests
 # make cluster      the files under cluster/ alone; needs kubectl and Prometheus' tools, and says loudly what it left out
-# make chaos      every test of recovery, of sweeps that fail or meet, and of tasks side by side on several nodes; more than 15 minutes
+# make chaos      every test of recovery, of sweeps that fail or meet, of several nodes and of shared-out weights; more than 15 minutes
 # make soak         KILLS (50) random kills over a long stream: bit-equal results and nothing left behind
 # make gpu         parity and benchmark on a CUDA card; says loudly when there is none
 # make browser      report.html and the server's page in a real Chromium, where there is one; screenshots in build/

@@ -20,6 +20,7 @@ from diki_ray.model import sharded
 from diki_ray.model.backbone import Backbone
 
 WORLD_SIZE = 2
+STRATEGIES = ("ddp", "deepspeed", "deepspeed, offload")
 
 
 def resident_mb(field: str) -> float:
@@ -34,8 +35,8 @@ def measure(rank: int, name: str, group: str, strategy: str) -> None:
     model = open_clip.create_model(name, pretrained=None, device="cpu").eval()
     backbone = Backbone(model, lambda image: image, open_clip.get_tokenizer(name), name).to("cpu")
     dist.init_process_group("gloo", f"file://{group}", world_size=WORLD_SIZE, rank=rank)
-    if strategy == "deepspeed":
-        sharded.shard(backbone)
+    if strategy != "ddp":
+        sharded.shard(backbone, offload=strategy.endswith("offload"))
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here: loading needs the whole model
     side = backbone.model.visual.image_size
     height, width = side if isinstance(side, tuple) else (side, side)
@@ -43,7 +44,7 @@ def measure(rank: int, name: str, group: str, strategy: str) -> None:
     with torch.no_grad():
         backbone.encode_image(torch.rand(1, 3, height, width))
     print(
-        f"{strategy:9}  rank {rank}  weights {sharded.resident_bytes(backbone) / 1e6:7.1f} MB  "
+        f"{strategy:18}  rank {rank}  weights {sharded.resident_bytes(backbone) / 1e6:7.1f} MB  "
         f"resident {before:7.1f} MB, at its peak {resident_mb('VmHWM'):7.1f} MB",
         flush=True,
     )
@@ -53,6 +54,6 @@ def measure(rank: int, name: str, group: str, strategy: str) -> None:
 
 if __name__ == "__main__":
     name = sys.argv[1] if len(sys.argv) > 1 else "ViT-B-16"
-    for strategy in ("ddp", "deepspeed"):
+    for strategy in STRATEGIES:
         with tempfile.TemporaryDirectory() as folder:
             mp.start_processes(measure, (name, f"{folder}/group", strategy), nprocs=WORLD_SIZE, start_method="spawn")

@@ -8,10 +8,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pytest
+
+from diki_ray.model.module import TaskModule
 from diki_ray.runtime.store import RunStore
 
 ROOT = Path(__file__).parents[2]
@@ -108,6 +114,10 @@ class Run:
     def digests(self) -> dict[str, str]:
         return {e.task: e.digest for e in RunStore.open(f"{self.folder}/storage", "debug").modules()}
 
+    def modules(self) -> dict[str, TaskModule]:
+        store = RunStore.open(f"{self.folder}/storage", "debug")
+        return {e.task: TaskModule.from_bytes(store.read_module(e.digest)) for e in store.modules()}
+
     def results(self) -> dict:
         return json.loads((self.folder / "storage/runs/debug/results/results.json").read_text())
 
@@ -124,6 +134,36 @@ def assert_equal(run: Run, undisturbed: Run) -> None:
     assert run.digests() == undisturbed.digests()
     assert run.results()["accuracy"] == undisturbed.results()["accuracy"]
     assert run.results()["zero_shot"] == undisturbed.results()["zero_shot"]
+
+
+def assert_same_modules(run: Run, undisturbed: Run, atol: float) -> None:
+    """From the same samples in the same global batches; parameters to `atol`."""
+    mine, expected = run.modules(), undisturbed.modules()
+    assert mine.keys() == expected.keys()
+    for task, module in expected.items():
+        assert mine[task].provenance["consumed"] == module.provenance["consumed"]
+        assert mine[task].provenance["num_steps"] == module.provenance["num_steps"]
+        for name, array in module.parameters.items():
+            np.testing.assert_allclose(mine[task].parameters[name], array, atol=atol, rtol=0, err_msg=f"{task} {name}")
+
+
+@contextmanager
+def cluster_of_nodes(faults: Path) -> Iterator[Any]:
+    """A cluster whose head has no CPU, and no other node yet; its nodes know the faults' file from their start."""
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIKI_FAULTS", str(faults))
+        cluster = Cluster(
+            initialize_head=True,
+            head_node_args={
+                "num_cpus": 0,
+                "include_dashboard": False,
+                "_system_config": {"health_check_period_ms": 500, "health_check_failure_threshold": 4},
+            },
+        )
+        yield cluster
+        cluster.shutdown()
 
 
 def wait_until(is_so: Callable[[], bool], timeout_s: float, what: str) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from job_runs import Run, assert_equal, wait_until
+from job_runs import Run, assert_equal, cluster_of_nodes, wait_until
 
 pytestmark = pytest.mark.timeout(600)
 ONE_WORKER_A_NODE = ("train.cpus_per_worker=1", "train.max_failures=1")
@@ -23,25 +23,13 @@ ONE_WORKER_A_NODE = ("train.cpus_per_worker=1", "train.max_failures=1")
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple]:
-    """(cluster, the run on it): the faults' file is known to the nodes from their start."""
-    from ray.cluster_utils import Cluster
-
+    """(cluster, the folder of the run on it)."""
     folder = tmp_path_factory.mktemp("nodes")
     (folder / "faults.json").write_text("[]")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DIKI_FAULTS", str(folder / "faults.json"))
-        cluster = Cluster(
-            initialize_head=True,
-            head_node_args={
-                "num_cpus": 0,
-                "include_dashboard": False,
-                "_system_config": {"health_check_period_ms": 500, "health_check_failure_threshold": 4},
-            },
-        )
+    with cluster_of_nodes(folder / "faults.json") as cluster:
         for _ in range(3):
             cluster.add_node(num_cpus=1)
         yield cluster, folder
-        cluster.shutdown()
 
 
 def run_on(cluster: tuple, prepared: Path) -> Run:

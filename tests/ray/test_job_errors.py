@@ -76,6 +76,24 @@ def test_a_port_that_is_taken(
     assert str(port) in said
 
 
+def test_deepspeed_that_is_not_installed(
+    tmp_path: Path,
+    prepared: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    local_cluster: None,
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "deepspeed" else find(name, *rest)
+    )
+    code, said = run_job(
+        monkeypatch, capsys, f"run.storage={tmp_path}/s", f"data.root={prepared}", "train.strategy=deepspeed"
+    )
+    assert code == 2
+    assert "DeepSpeed is not installed here; `DS_BUILD_OPS=0 pip install 'diki-ray[deepspeed]'` on every node" in said
+
+
 def test_a_shard_that_is_missing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -18,9 +18,13 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from cluster_overlays import tool
+from mlflow import MlflowClient
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_backbone import write_tiny_backbone
+from wandb_file import wandb_records, wandb_rows
 
 ROOT = Path(__file__).parent.parent.parent
 COLOURS = {"red": (200, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 210)}
@@ -35,6 +39,8 @@ class Run:
     output: str
     scraped: list[Samples]
     """Every scrape while it went on, the last one after its end."""
+    exposition: str
+    """The last scrape as it was served."""
 
     @property
     def results(self) -> dict[str, Any]:
@@ -67,19 +73,27 @@ def write_config(folder: Path) -> Path:
         "method": {"image_depth": 2, "image_length": 2, "text_depth": 2, "text_length": 2},
         "train": {"epochs": 2, "batch_size": 8},
         "statistics": {"shrinkage": "oas"},
-        "telemetry": {"port": number, "linger_s": 4},
+        "telemetry": {
+            "port": number,
+            "linger_s": 4,
+            "trackers": ["tensorboard", "mlflow", "wandb"],
+            "tracking_root": str(folder / "tracking"),
+        },
     }
     path = folder / "seen.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
 
 
-def scrape(port: int) -> Samples:
+def scrape(port: int) -> str:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as reply:
-        text = reply.read().decode()
+        return reply.read().decode()
+
+
+def samples(exposition: str) -> Samples:
     return {
         (sample.name, frozenset(sample.labels.items())): sample.value
-        for family in text_string_to_metric_families(text)
+        for family in text_string_to_metric_families(exposition)
         for sample in family.samples
     }
 
@@ -90,7 +104,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     path = write_config(folder)
     port = yaml.safe_load(path.read_text())["telemetry"]["port"]
     command = [sys.executable, "jobs/continual.py", "--config", str(path)]
-    scraped: list[Samples] = []
+    scraped: list[str] = []
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None:
             with contextlib.suppress(OSError):  # not up yet, or over
@@ -99,7 +113,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         output, errors = process.communicate()
     assert process.returncode == 0, errors
     assert scraped, "the metrics were never there"
-    return Run(folder / "storage", path, output, scraped)
+    return Run(folder / "storage", path, output, [samples(text) for text in scraped], scraped[-1])
 
 
 def value(samples: Samples, name: str, **labels: str) -> float:
@@ -149,6 +163,35 @@ def test_the_last_scrape_says_what_results_json_says(run: Run) -> None:
     assert value(last, "diki_store_bytes") == sum(blob.stat().st_size for blob in blobs)
     assert value(last, "diki_evaluation_progress_ratio") == 1
     assert abs(time.time() - value(last, "diki_last_progress_timestamp_seconds")) < 600
+
+
+def test_what_is_served_keeps_to_the_conventions_of_prometheus(run: Run) -> None:
+    promtool = tool("promtool", "the metrics of a real run were NOT checked (Debian: apt-get install prometheus)")
+    done = subprocess.run([promtool, "check", "metrics"], input=run.exposition, capture_output=True, text=True)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_every_tracker_has_the_runs_losses_and_its_matrix(run: Run) -> None:
+    """Read back with their own readers; tests/unit/test_tracking.py looks closer."""
+    losses = {task["name"]: [epoch["loss"] for epoch in task["history"]] for task in run.results["tasks"]}
+    first_column = [run.results["zero_shot"][0], *(row[0] for row in run.results["accuracy"])]
+    root = run.config.parent / "tracking"
+
+    events = EventAccumulator(str(root / "tensorboard" / "seen")).Reload()
+    assert [e.value for e in events.Scalars("matrix/bright")] == pytest.approx(first_column)
+    client = MlflowClient(tracking_uri=(root / "mlruns").as_uri())
+    (tracked,) = client.search_runs([client.get_experiment_by_name("diki_ray").experiment_id])
+    assert tracked.info.status == "FINISHED"
+    history = client.get_metric_history(tracked.info.run_id, "matrix/bright")
+    assert [metric.value for metric in sorted(history, key=lambda m: m.step)] == first_column
+    rows = wandb_rows(wandb_records(root))
+    assert [row["matrix/bright"] for row in rows if "matrix/bright" in row] == first_column
+
+    for task, expected in losses.items():
+        name = f"{task}/loss"
+        assert [e.value for e in events.Scalars(name)][-1] == pytest.approx(expected[-1])
+        assert tracked.data.metrics[name] == expected[-1]
+        assert [row[name] for row in rows if name in row][-1] == expected[-1]
 
 
 def test_the_report_is_beside_the_results_and_stands_alone(run: Run) -> None:

@@ -1,95 +1,18 @@
-"""`ray job submit` to a real local head that asks for a token: results, the same id twice, stop and submit again."""
+"""`ray job submit` to a real local head that asks for a token, as a RayJob's submitter does: results, the same id
+twice, stop and submit again, a sweep."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import signal
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import pytest
-
-ROOT = Path(__file__).parent.parent.parent
-PORTS = {
-    "--port": 26379,
-    "--dashboard-port": 28265,
-    "--dashboard-agent-listen-port": 28366,
-    "--metrics-export-port": 28081,
-    "--ray-client-server-port": 20002,
-}
-"""Outside the range of the workers' own ports (10002 to 19999)."""
-
-
-@dataclass(frozen=True)
-class Head:
-    environment: dict[str, str]
-
-    def ray(self, *arguments: str, timeout: float = 280) -> subprocess.CompletedProcess[str]:
-        ray = str(Path(sys.executable).parent / "ray")
-        return subprocess.run(
-            [ray, *arguments], cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=timeout
-        )
-
-    def submit(
-        self, submission_id: str, storage: Path | str, *overrides: str, wait: bool = True, data: Path | str = ""
-    ) -> subprocess.CompletedProcess:
-        return self.ray(
-            *("job", "submit", "--working-dir", ".", "--submission-id", submission_id),
-            *([] if wait else ["--no-wait"]),
-            *("--", "python", "jobs/continual.py", "--config", "configs/debug.yaml"),
-            *(f"run.storage={storage}", f"data.root={data or storage}/prepared", *overrides),
-        )
-
-    def status(self, submission_id: str) -> str:
-        done = self.ray("job", "status", submission_id)
-        return done.stdout + done.stderr
-
-
-def token_environment(folder: Path) -> dict[str, str]:
-    """What a process needs to join, or to ask, a cluster whose token lies in `folder`."""
-    (folder / "token").write_text("a-token-of-this-test-alone-0123456789abcdef")
-    return {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
-
-
-@contextmanager
-def running_head(
-    folder: Path, environment: dict[str, str], *options: str, ports: dict[str, int] = PORTS
-) -> Iterator[Head]:
-    """A head of `ray start`, ended by its own process id."""
-    ray = str(Path(sys.executable).parent / "ray")
-    short = Path("/tmp") / f"diki-{os.getpid()}"  # the paths of Ray's sockets must stay below 107 characters
-    command = [ray, "start", "--head", "--block", "--disable-usage-stats", f"--temp-dir={short}", *options]
-    process = subprocess.Popen(
-        [*command, *(f"{name}={port}" for name, port in ports.items())],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    head = Head(environment | {"RAY_ADDRESS": f"http://127.0.0.1:{ports['--dashboard-port']}"})
-    deadline = time.monotonic() + 120
-    try:
-        while head.ray("job", "list").returncode != 0:
-            assert process.poll() is None, "the head ended"
-            assert time.monotonic() < deadline, "the head did not answer"
-            time.sleep(1)
-        yield head
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
-        shutil.rmtree(short, ignore_errors=True)
+import yaml
+from token_head import PORTS, ROOT, Head, running_head, token_environment, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -99,39 +22,66 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         yield head
 
 
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("storage")
+
+
+def places(storage: Path) -> tuple[str, str]:
+    return f"run.storage={storage}", f"data.root={storage}/prepared"
+
+
 @pytest.mark.timeout(600)
-def test_submitted_stopped_and_submitted_again(head: Head, tmp_path: Path) -> None:
+def test_submitted_stopped_and_submitted_again(head: Head, storage: Path) -> None:
     slow = ("train.epochs=60", "train.checkpoint_every_steps=5")  # long enough to be stopped in the middle
-    assert head.submit("first", tmp_path, *slow, wait=False).returncode == 0
-    twice = head.submit("first", tmp_path, *slow, wait=False)
+    job = ("jobs/continual.py", "--config", "configs/debug.yaml", *places(storage), *slow)
+    run = storage / "runs/debug"
+    assert head.submit("first", *job, wait=False).returncode == 0
+    twice = head.submit("first", *job, wait=False)
     assert twice.returncode != 0  # the same id does not run twice
     assert "first" in twice.stdout + twice.stderr
-    checkpoints = tmp_path / "runs/debug/checkpoints"
-    deadline = time.monotonic() + 200
-    while not list(checkpoints.rglob("*.json")):
-        assert time.monotonic() < deadline, head.ray("job", "logs", "first").stdout
-        time.sleep(1)
+    wait_until(lambda: bool(list((run / "checkpoints").rglob("*.json"))), "a checkpoint of the first job")
     assert head.ray("job", "stop", "first").returncode == 0
-    assert "was stopped" in head.status("first")
+    status = head.ray("job", "status", "first")
+    assert "was stopped" in status.stdout + status.stderr
 
-    done = head.submit("second", tmp_path, *slow)
+    done = head.submit("second", *job)
     assert done.returncode == 0, done.stdout + done.stderr
-    logs = head.ray("job", "logs", "second").stdout
+    logs = head.logs("second")
     assert "digits  epoch 1/60" not in logs  # it went on where the first was stopped
     assert "epoch 60/60" in logs
     assert "nothing: zero-shot" in logs
-    results = json.loads((tmp_path / "runs/debug/results/results.json").read_text())
+    results = json.loads((run / "results/results.json").read_text())
     assert len(results["accuracy"]) == 2
 
-    again = head.submit("third", tmp_path, *slow)
+    again = head.submit("third", *job)
     assert again.returncode == 0
-    assert "nothing to train or evaluate" in head.ray("job", "logs", "third").stdout
+    assert "nothing to train or evaluate" in head.logs("third")
+
+
+@pytest.mark.timeout(400)
+def test_a_sweep_is_submitted_and_its_retry_runs_nothing_twice(head: Head, storage: Path, tmp_path: Path) -> None:
+    sweep = {"name": "tiny", "base": str(ROOT / "configs/debug.yaml"), "parameters": {"calibration.bias": [-1.0, 1.0]}}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(sweep))
+    job = ("jobs/sweep.py", "--config", str(tmp_path / "tiny.yaml"), *places(storage), "evaluate.text_grid=3")
+    done = head.submit("sweep", *job)
+    assert done.returncode == 0, done.stdout + done.stderr
+    logs = head.logs("sweep")
+    assert "[2/2] calibration.bias=1" in logs
+    assert "chosen on validation" in logs
+    path = storage / "sweeps/tiny/sweep.json"
+    document = json.loads(path.read_text())
+    assert document["modules_trained"] == 2
+    assert document["chosen"]["test"]["last"]["mean"] > 0
+
+    # What KubeRay does after a lost head: the same command under another id.
+    retry = head.submit("sweep-retry", *job)
+    assert retry.returncode == 0, retry.stdout + retry.stderr
+    assert "known already: 2 of 2 settings" in head.logs("sweep-retry")
+    assert json.loads(path.read_text())["modules_trained"] == 0
 
 
 def test_without_the_token_nobody_gets_in(head: Head) -> None:
-    from urllib.error import HTTPError
-    from urllib.request import urlopen
-
     with pytest.raises(HTTPError) as error:
         urlopen(f"http://127.0.0.1:{PORTS['--dashboard-port']}/api/jobs/", timeout=10)
     assert error.value.code == 401

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import struct
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sample_results import sample_results
+from wandb_file import wandb_records, wandb_rows
 
 from diki_ray.config import Config, parse
 from diki_ray.errors import ConfigError
@@ -101,43 +100,14 @@ def test_mlflow_reads_its_store_and_the_same_run_goes_on(tmp_path: Path, monkeyp
 def test_wandb_writes_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
     results = a_run(tmp_path, "wandb")
-    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    deadline = time.monotonic() + 30  # a process of its own writes the file, and ends a moment later
-    while not any(r.WhichOneof("record_type") == "exit" for r in wandb_records(file.read_bytes())):
-        assert time.monotonic() < deadline, "the file was not finished"
-        time.sleep(0.1)
-    records = wandb_records(file.read_bytes())
+    records = wandb_records(tmp_path)
     run = next(r.run for r in records if r.WhichOneof("record_type") == "run")
     assert (run.project, run.display_name) == ("diki_ray", "tracked")
-    rows = [
-        {"/".join(i.nested_key) or i.key: float(i.value_json) for i in r.history.item}
-        for r in records
-        if r.WhichOneof("record_type") == "history"
-    ]
+    rows = wandb_rows(records)
     assert [row["digits/loss"] for row in rows if "digits/loss" in row] == [1.5, 0.5]
     assert [row["digits/step"] for row in rows if "digits/loss" in row] == [5, 10]
     matrix = [(row["matrix/step"], row["matrix/neon"]) for row in rows if "matrix/neon" in row]
     assert matrix == expected_matrix(results, "neon")
-
-
-def wandb_records(data: bytes) -> list[Any]:
-    """The records of a transaction log: LevelDB's log format after a header of 7 bytes, a protobuf message each."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    records, position, parts = [], 7, b""
-    while position + 7 <= len(data):
-        if 32768 - position % 32768 < 7:
-            position += 32768 - position % 32768
-            continue
-        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
-        parts += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            record = Record()
-            record.ParseFromString(parts)
-            records.append(record)
-            parts = b""
-    return records
 
 
 @pytest.mark.parametrize("name", sorted(module.TRACKERS))
