@@ -10,6 +10,7 @@ import json
 import lzma
 import os
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from packaging.requirements import Requirement
 from ray.serve.schema import ServeDeploySchema
 
 import diki_ray
+from diki_ray import config
 from diki_ray.serving.deployment import Answering
 from diki_ray.serving.settings import TOKEN_VARIABLE, Settings
 
@@ -41,6 +43,7 @@ DOCKER = ROOT / "cluster" / "docker"
 KUBERNETES = ("1.31", "1.37")  # the oldest and the newest that the overlays are for
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DEPENDENCIES = {r.name: r for r in map(Requirement, PYPROJECT["dependencies"])}
+EXTRAS = {name: list(map(Requirement, wanted)) for name, wanted in PYPROJECT["optional-dependencies"].items()}
 RAY_VERSION = next(iter(DEPENDENCIES["ray"].specifier)).version
 MOUNT = "/mnt/diki"
 
@@ -365,8 +368,11 @@ def test_the_build_context_has_all_that_the_image_copies():
 def test_every_dependency_is_pinned_in_the_image_to_a_version_that_the_package_allows():
     lines = (DOCKER / "constraints.txt").read_text().splitlines()
     pins = {r.name: next(iter(r.specifier)).version for r in (Requirement(s) for s in lines if not s.startswith("#"))}
-    assert set(pins) == set(DEPENDENCIES)
-    assert {n: v for n, v in pins.items() if not DEPENDENCIES[n].specifier.contains(v)} == {}
+    wanted = DEPENDENCIES | {r.name: r for name in EXTRAS.keys() - {"docs", "test"} for r in EXTRAS[name]}
+    assert set(pins) == set(wanted)
+    assert {n: v for n, v in pins.items() if not wanted[n].specifier.contains(v)} == {}
+    (named,) = re.findall(r"EXTRAS=([\w,]+)", dockerfile())
+    assert set(named.split(",")) <= set(EXTRAS)
 
 
 # The guide
@@ -384,6 +390,38 @@ def test_every_component_is_used_and_every_overlay_is_in_the_guide():
         (diki_ray.__version__, ""),
         ("", diki_ray.__version__),
     }
+
+
+def test_the_guides_commands_are_shell_and_name_only_what_there_is():
+    for block in re.findall(r"```bash\n(.*?)```", guide(), re.DOTALL):
+        subprocess.run(["bash", "-n"], input=block, text=True, check=True)
+    named = set(re.findall(r"(?<![\w/-])(?:cluster|configs|jobs)/[\w./-]+\w", guide()))
+    assert {name for name in named if not (ROOT / name).exists()} == set()
+    assert set(re.findall(r"kuberay-operator --version ([\d.]+)", guide())) == {"1.7.0"}
+    assert set(re.findall(r"`ray` must be the cluster's version \(([\d.]+)\)", guide())) == {RAY_VERSION}
+    made = {
+        thing["metadata"]["name"]
+        for overlay in OVERLAYS
+        for thing in of_kind(overlay, "RayCluster", "RayJob", "RayService")
+    }
+    assert set(re.findall(r"(?:rayjob|raycluster|rayservice)[/ ]([\w-]+)", guide())) <= made
+    for storage in re.findall(r"run\.storage=\S+ data\.root=\S+", guide()):
+        config.load(ROOT / "configs" / "quickstart.yaml", storage.split())
+
+
+def test_the_guide_makes_the_secrets_that_the_overlays_refer_to():
+    made = {
+        name: {key.split("=")[0] for key in re.findall(r"--from-literal=(\w+=)", rest)}
+        for name, rest in re.findall(r"create secret generic ([\w-]+)((?:\\\n|[^\n`])*)", guide())
+    }
+    keys, whole = set(), set()
+    for overlay in OVERLAYS:
+        text = json.dumps(rendered(overlay))
+        keys |= {(r["name"], r["key"]) for r in map(json.loads, re.findall(r'"secretKeyRef": ({.*?})', text))}
+        whole |= set(re.findall(r'"secretRef": {"name": "(.*?)"}', text))
+    assert keys == {(name, key) for name in ("diki-redis", "diki-serve") for key in made[name]}
+    assert whole == {"diki-s3"} == set(made) - {name for name, _ in keys}
+    assert made["diki-s3"] >= {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"}
 
 
 def test_the_overlay_that_the_guide_has_people_write_is_a_good_one(tmp_path):

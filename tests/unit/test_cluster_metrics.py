@@ -2,6 +2,7 @@
 answers every panel from a real scrape (where one is installed; Debian has it)."""
 
 import json
+import lzma
 import re
 import shutil
 import socket
@@ -11,6 +12,7 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 from cluster_overlays import ROOT, configuration_of, of_kind, ray_cluster, tool
@@ -55,6 +57,16 @@ def test_every_metric_in_alerts_and_dashboard_exists():
     rays = "".join(p.read_text() for p in Path(ray_dashboards.__file__).parent.glob("*_panels.py"))
     rays += (Path(ray_dashboards.__file__).parent / "default_grafana_dashboard_base.json").read_text()
     assert {name for name in re.findall(r"\bray_node\w+", text) if name not in rays} == set()
+
+
+@pytest.mark.parametrize("file", ["pod-monitor.yaml", "rules.yaml"])
+def test_what_to_scrape_and_the_alerts_are_what_the_prometheus_operator_takes(file):
+    schemas = json.loads(lzma.decompress((ROOT / "tests/prometheus_operator/types.json.xz").read_bytes()))
+    thing = yaml.safe_load((PROMETHEUS / file).read_text())
+    assert thing["apiVersion"] == "monitoring.coreos.com/v1"
+    validator = jsonschema.Draft202012Validator(schemas[thing["kind"]])
+    assert [f"{error.json_path}: {error.message}" for error in validator.iter_errors(thing)] == []
+    assert not validator.is_valid(thing | {"spec": thing["spec"] | {"selektor": {}}})
 
 
 def test_the_dashboard_has_the_variables_of_rays_own():
