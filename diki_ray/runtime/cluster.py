@@ -46,12 +46,8 @@ def cluster(config: Config, dashboard: bool = False) -> Iterator[None]:
             log_to_driver=False,
             logging_level=logging.WARNING,
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"cluster.address={address!r}: no Ray cluster could be joined there ({_first_line(error)}). Check the "
-            "address, the token (RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH) and that both sides run the same Ray version, or "
-            "leave cluster.address out to start one on this machine."
-        ) from error
+    except Exception as error:  # Ray raises a plain one where its own processes are not up in half a minute
+        raise ConfigError(_not_there(address, error)) from error
     try:
         _check_capacity(config, joined=address is not None)
         yield
@@ -91,6 +87,19 @@ def _check_capacity(config: Config, joined: bool) -> None:
             f"train.device=cuda with train.num_workers={train.num_workers}: Ray sees {there.get('GPU', 0):g} GPUs "
             "on this machine; use train.device=cpu, fewer workers, or a cluster with GPUs."
         )
+
+
+def _not_there(address: str | None, error: BaseException) -> str:
+    if address is None:
+        return (
+            f"no Ray cluster could be started on this machine ({_first_line(error)}). See that it has CPU and memory "
+            "to spare and run the same command again, or name a running cluster in cluster.address."
+        )
+    return (
+        f"cluster.address={address!r}: no Ray cluster could be joined there ({_first_line(error)}). Check the "
+        "address, the token (RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH) and that both sides run the same Ray version, or "
+        "leave cluster.address out to start one on this machine."
+    )
 
 
 def _first_line(error: BaseException) -> str:

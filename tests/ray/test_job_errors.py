@@ -140,8 +140,25 @@ def test_relative_storage_on_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
         cluster._check_storage(config)
 
 
-def test_a_cluster_of_another_ray_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two versions cannot be in one environment, so what Ray says then is put into its mouth."""
+REFUSALS = [
+    (
+        "cluster.address=10.0.0.1:6379",
+        RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.59.0\nThis process ..."),
+        r"Version mismatch.*both sides run the same Ray version",
+    ),
+    (
+        "cluster.num_cpus=2",
+        Exception("The current node timed out during startup. This could happen because ..."),
+        r"could be started on this machine \(The current node timed out during startup.*run the same command again",
+    ),
+]
+
+
+@pytest.mark.parametrize(("override", "refusal", "says"), REFUSALS, ids=["another Ray version", "a busy machine"])
+def test_a_cluster_that_is_not_to_be_had(
+    override: str, refusal: Exception, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two versions cannot be in one environment, nor a machine be made busy, so what Ray says is put into its mouth."""
     import ray
 
     from diki_ray.config import load
@@ -149,14 +166,10 @@ def test_a_cluster_of_another_ray_version(monkeypatch: pytest.MonkeyPatch) -> No
     from diki_ray.runtime import cluster
 
     def refuse(**options: object) -> None:
-        raise RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.59.0\nThis process ...")
+        raise refusal
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", refuse)
-    overrides = ["cluster.address=10.0.0.1:6379", "run.storage=/tmp/x", "data.root=/tmp/y"]
-    config = load(ROOT / "configs" / "debug.yaml", overrides)
-    with (
-        pytest.raises(ConfigError, match=r"Version mismatch.*both sides run the same Ray version"),
-        cluster.cluster(config),
-    ):
+    config = load(ROOT / "configs" / "debug.yaml", [override, "run.storage=/tmp/x", "data.root=/tmp/y"])
+    with pytest.raises(ConfigError, match=says), cluster.cluster(config):
         pass
