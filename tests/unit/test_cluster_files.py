@@ -371,8 +371,15 @@ def test_every_dependency_is_pinned_in_the_image_to_a_version_that_the_package_a
     wanted = DEPENDENCIES | {r.name: r for name in EXTRAS.keys() - {"docs", "test"} for r in EXTRAS[name]}
     assert set(pins) == set(wanted)
     assert {n: v for n, v in pins.items() if not wanted[n].specifier.contains(v)} == {}
+
+
+@pytest.mark.parametrize(("extras", "asked_for"), [("", "."), ("deepspeed,mlflow", ".[deepspeed,mlflow]")])
+def test_the_image_installs_the_package_with_the_extras_that_are_named(extras, asked_for):
     (named,) = re.findall(r"EXTRAS=([\w,]+)", dockerfile())
     assert set(named.split(",")) <= set(EXTRAS)
+    (install,) = re.findall(r"^RUN (pip install --constraint .*)", dockerfile(), re.MULTILINE)
+    said = subprocess.run(["sh", "-c", f"echo {install}"], env={"EXTRAS": extras}, capture_output=True, text=True)
+    assert said.stdout == f"pip install --constraint constraints.txt {asked_for}\n"
 
 
 # The guide
