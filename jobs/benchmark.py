@@ -9,10 +9,12 @@ answers before anything is timed. Every figure is a median over rounds in which 
 
 import argparse
 import json
+import os
 import platform
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,24 @@ import open_clip
 import torch
 from rich.console import Console
 
-from diki_ray.benchmark import attention, evaluation, report, routing, timing, training
+from diki_ray.benchmark import (
+    attention,
+    evaluation,
+    feeding,
+    layout,
+    matrix,
+    processes,
+    report,
+    routing,
+    timing,
+    training,
+)
 from diki_ray.benchmark.world import MODELS, World
 
-SECTIONS = ("training", "evaluation", "ablation", "stream", "routing", "input", "scaling", "compile", "attention")
+SECTIONS = (
+    *("training", "evaluation", "ablation", "stream", "routing", "input", "scaling", "memory", "layout"),
+    *("compile", "attention"),
+)
 LEFT_OUT = {"cpu": ("compile", "attention"), "cuda": ("scaling",)}
 """By default: compiling takes minutes on a CPU, and the two workers of `scaling` are CPU processes."""
 QUICK = {"classes": [10, 100], "batch": [32], "rounds": 2, "tasks": 4, "routing_tasks": [10, 100]}
@@ -34,15 +50,20 @@ def main() -> int:
     parser.add_argument("--model", choices=sorted(MODELS), default="tiny")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, help=f"default: all but {LEFT_OUT}")
-    parser.add_argument("--classes", type=int, nargs="+", default=[10, 100, 397, 1000])
-    parser.add_argument("--batch", type=int, nargs="+", default=[16, 64, 128, 256])
+    parser.add_argument(
+        "--classes", type=int, nargs="+", default=[10, 100, 397, 1000], help="the second is what batches vary at"
+    )
+    parser.add_argument(
+        "--batch", type=int, nargs="+", default=[16, 32, 64, 128, 256], help="the middle one is what all else has"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tasks", type=int, default=11, help="of the stream whose matrix is evaluated")
     parser.add_argument("--stream-classes", type=int, default=20, help="of each of its tasks")
     parser.add_argument("--routing-tasks", type=int, nargs="+", default=[10, 100, 1000, 5000])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--compile-mode", help="of torch.compile; `reduce-overhead` is CUDA graphs")
     parser.add_argument("--quick", action="store_true", help=f"small sizes: {QUICK}")
-    parser.add_argument("--output", metavar="FOLDER", help="for benchmark.json and plots")
+    parser.add_argument("--output", metavar="FOLDER", help="for the figures as JSON, the tables as Markdown, and plots")
     arguments = parser.parse_args()
     if arguments.quick:
         parser.set_defaults(**QUICK)
@@ -55,54 +76,62 @@ def main() -> int:
         return 2
     arguments.sections = arguments.sections or [s for s in SECTIONS if s not in LEFT_OUT[arguments.device]]
     torch.set_num_threads(arguments.threads)
-    measured = measure(arguments)
-    report.show(measured, Console(width=None if sys.stdout.isatty() else 180))
-    if arguments.output:
-        folder = Path(arguments.output)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{arguments.model}.json").write_text(json.dumps(measured, indent=1) + "\n")
-        report.plot(measured, folder)
+    folder = Path(arguments.output) if arguments.output else None
+
+    def keep(measured: dict[str, Any]) -> None:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{arguments.model}.json").write_text(json.dumps(measured, indent=1) + "\n")
+            (folder / f"{arguments.model}.md").write_text(report.markdown(measured))
+            report.plot(measured, folder)
+
+    report.show(measure(arguments, keep), Console(width=None if sys.stdout.isatty() else 180))
     return 0
 
 
-def measure(a: argparse.Namespace) -> dict[str, Any]:
-    world = World.make(a.model, a.device)
+def measure(a: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """keep: given all that is measured so far, after every section."""
+    world, on_card = World.make(a.model, a.device), a.device == "cuda"
     throughput = timing.matrix_throughput(a.device, a.rounds)
-    classes, batch = a.classes[min(1, len(a.classes) - 1)], a.batch[-1]  # of what is measured at one size only
+    classes, batch = a.classes[min(1, len(a.classes) - 1)], a.batch[len(a.batch) // 2]
+    sizes = sorted({(c, batch) for c in a.classes} | {(classes, b) for b in a.batch})
     few = max(1, a.rounds // 3)
-    sizes = [(c, b) for c in a.classes for b in a.batch]
     tower_s = routing.tower_seconds(world, batch, few) if "routing" in a.sections else 0.0
-    sections: dict[str, Any] = {
+    sections: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "training": lambda: [training.training(world, c, b, a.rounds) for c, b in sizes],
         "evaluation": lambda: [evaluation.evaluation(world, c, b, a.rounds) for c, b in sizes],
         "ablation": lambda: (
-            training.ablation(world, classes, batch, few) + evaluation.ablation(world, classes, batch, few)
+            training.ablation(world, classes, batch, a.rounds) + evaluation.ablation(world, classes, batch, a.rounds)
         ),
-        "stream": lambda: [evaluation.stream(world, a.tasks, a.stream_classes, a.batch[0], few)],
+        "stream": lambda: [matrix.matrix(world, a.tasks, a.stream_classes, batch, few)],
         "routing": lambda: [routing.routing(world, t, batch, few, tower_s) for t in a.routing_tasks],
-        "input": lambda: training.input_share(world, classes, a.batch[0], epochs=2),
-        "scaling": lambda: [training.scaling(a.model, classes, batch, few)],
-        "compile": lambda: [training.compiled(world, classes, batch, few)],
-        "attention": lambda: [attention.attention(world, batch, few)],
+        "input": lambda: feeding.input_share(world, classes, a.batch[0], epochs=2),
+        "scaling": lambda: [processes.scaling(a.model, classes, batch, a.rounds)],
+        "memory": lambda: processes.memory(a.model, a.device, classes, batch),
+        "layout": lambda: [layout.layout(world, batch, a.rounds)],
+        "compile": lambda: [training.compiled(world, classes, batch, a.rounds, a.compile_mode)],
+        "attention": lambda: [attention.attention(world, batch, a.rounds)],
     }
-    done = {name: sections[name]() for name in a.sections}
-    for row in done.get("training", []):
-        row["fraction_of_matrix_throughput"] = row["flop_per_s"] / throughput
-    on_card = a.device == "cuda"
-    return {
+    report: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
         "date": time.strftime("%Y-%m-%d"),
-        "machine": torch.cuda.get_device_name() if on_card else platform.machine(),
+        "machine": torch.cuda.get_device_name() if on_card else f"{platform.machine()} ({os.cpu_count()} cores)",
         "threads": a.threads,
         "versions": {n: m.__version__ for n, m in (("torch", torch), ("open_clip", open_clip))}
         | {"python": platform.python_version()},
         "model": a.model,
         "matrix_flop_per_s": throughput,
-        "peak_memory_bytes": torch.cuda.max_memory_allocated()
-        if on_card
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "sections": done,
+        "sections": {},
     }
+    for name in a.sections:
+        report["sections"][name] = rows = sections[name]()
+        for row in rows if name == "training" else []:
+            row["fraction_of_matrix_throughput"] = row["flop_per_s"] / throughput
+        report["peak_memory_bytes"] = (
+            torch.cuda.max_memory_allocated() if on_card else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        )
+        keep(report)
+    return report
 
 
 if __name__ == "__main__":

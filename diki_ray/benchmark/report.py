@@ -1,7 +1,8 @@
-"""A benchmark as tables and plots."""
+"""A benchmark as tables, for a terminal and for a page, and as plots."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,42 @@ from rich.table import Table
 UNITS = {"flop_per_s": (1e-9, "gflop_per_s")}
 
 
-def show(report: dict[str, Any], console: Console) -> None:
-    console.print(
-        f"{report['model']} on {report['machine']}, {report['threads']} threads, {report['date']}; "
+def headline(report: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    return (
+        f"{report['model']} on {report['machine']}, {report['threads']} threads, {report['date']}; {versions}; "
         f"matrix products {report['matrix_flop_per_s'] / 1e9:,.0f} GFLOP/s; "
-        f"peak memory {report['peak_memory_bytes'] / 1e6:,.0f} MB",
-        highlight=False,
+        f"peak memory {report['peak_memory_bytes'] / 1e6:,.0f} MB"
     )
+
+
+def tables(report: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """(section, columns, rows as text)."""
     for section, rows in report["sections"].items():
-        table = Table(title=section, title_justify="left")
         shown = [{UNITS.get(k, (1, k))[1]: v * UNITS[k][0] if k in UNITS else v for k, v in r.items()} for r in rows]
-        for column in shown[0]:
-            table.add_column(column.replace("_", " "), justify="right", overflow="fold")
-        for row in shown:
-            table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
+        columns = [column.replace("_", " ") for column in shown[0]]
+        yield section, columns, [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in r.values()] for r in shown]
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    console.print(headline(report), highlight=False)
+    for section, columns, rows in tables(report):
+        table = Table(title=section, title_justify="left")
+        for column in columns:
+            table.add_column(column, justify="right", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
         console.print(table)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The same tables as a part of a page in docs/."""
+    lines = [f"## {report['model']}", "", f"{headline(report)}.", "", "```", report["command"], "```", ""]
+    for section, columns, rows in tables(report):
+        lines += [f"### {report['model']}: {section}", ""]
+        lines += [f"| {' | '.join(cells)} |" for cells in (columns, ["---:"] * len(columns), *rows)]
+        lines.append("")
+    return "\n".join(lines)
 
 
 def plot(report: dict[str, Any], folder: Path) -> list[Path]:
@@ -48,21 +70,26 @@ def plot(report: dict[str, Any], folder: Path) -> list[Path]:
         pyplot.close(fig)
         drawn.append(path)
 
-    def ratios(axes: Any) -> None:
+    def ratios(axes: Any, over: str, at: str) -> None:
+        """The ratios along one of classes and batch, for the value of the other with most measurements."""
         for section, mark in (("training", "o-"), ("evaluation", "s--")):
-            for batch in sorted({r["batch"] for r in sections.get(section, [])}):
-                rows = [r for r in sections[section] if r["batch"] == batch]
-                x, y = [r["classes"] for r in rows], [r["ratio"] for r in rows]
-                axes.plot(x, y, mark, label=f"{section}, batch {batch}")
-        axes.set(xscale="log", xlabel="classes", ylabel="times the port's images/s", ylim=(0, None))
+            rows = sections.get(section, [])
+            values = [r[at] for r in rows]
+            if rows:
+                fixed = max(values, key=values.count)
+                line = sorted((r[over], r["ratio"]) for r in rows if r[at] == fixed)
+                axes.plot(*zip(*line, strict=True), mark, label=f"{section}, {at} {fixed}")
+        axes.set(xscale="log", xlabel=over, ylabel="times the port's images/s", ylim=(0, None))
         axes.axhline(1, color="grey", linewidth=0.8)
         axes.legend(fontsize=7, frameon=False)
 
     def ablations(axes: Any) -> None:
         rows = sections["ablation"]
-        axes.barh([r["optimisation"].replace("_", " ") for r in rows], [r["without_it"] for r in rows])
+        names = [f"{r['optimisation'].replace('_', ' ')} ({r['of']})" for r in rows]
+        axes.barh(names, [r["without_it"] for r in rows])
         axes.axvline(1, color="grey", linewidth=0.8)
         axes.set(xlabel="time without it / with it", xscale="log")
+        axes.tick_params(axis="y", labelsize=7)
         axes.invert_yaxis()
 
     def routes(axes: Any) -> None:
@@ -73,7 +100,10 @@ def plot(report: dict[str, Any], folder: Path) -> list[Path]:
         axes.set(xscale="log", yscale="log", xlabel="tasks", ylabel="share of the image tower's time")
         axes.legend(fontsize=7, frameon=False)
 
-    for needs, draw in (("training", ratios), ("ablation", ablations), ("routing", routes)):
-        if needs in sections:
-            figure(needs, draw)
+    if "training" in sections or "evaluation" in sections:
+        figure("classes", lambda axes: ratios(axes, "classes", "batch"))
+        figure("batches", lambda axes: ratios(axes, "batch", "classes"))
+    for name, draw in (("ablation", ablations), ("routing", routes)):
+        if name in sections:
+            figure(name, draw)
     return drawn

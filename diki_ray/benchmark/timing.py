@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from diki_ray.benchmark.world import World
+from diki_ray.model.residual import Tower
 
 
 def timed(device: str, act: Callable[[], Any]) -> float:
@@ -48,12 +49,14 @@ def matrix_throughput(device: str, rounds: int) -> float:
 def training_flop(world: World, num_classes: int, batch: int, num_tokens: int) -> float:
     """Of a step, both towers, counted as above; convolution, prompts and loss are left out (a few per cent)."""
 
-    def tower(width: int, layers: int, length: int, rows: int) -> float:
-        per_token = layers * (12 * width**2 + 2 * length * width)  # projections and MLP, the two attention products
-        return 2.0 * rows * length * per_token
+    def of(tower: Tower, length: int, rows: int) -> float:
+        width = tower.width
+        per_token = 12 * width**2 + 2 * length * width  # projections and MLP, the two attention products
+        last = length * per_token
+        if tower.can_read_one:  # keys and values of all tokens, the rest of one
+            last = length * 2 * width**2 + per_token - 2 * width**2
+        return 2.0 * rows * ((tower.num_blocks - 1) * length * per_token + last)
 
     backbone = world.backbone
     length = backbone.model.visual.positional_embedding.shape[0]
-    image = tower(backbone.image.width, backbone.image.num_blocks, length, batch)
-    text = tower(backbone.text.width, backbone.text.num_blocks, num_tokens, num_classes)
-    return 2 * (image + text)
+    return 2 * (of(backbone.image, length, batch) + of(backbone.text, num_tokens, num_classes))

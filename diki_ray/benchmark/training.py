@@ -1,64 +1,73 @@
-"""Training: against the port, each optimisation taken away alone, two workers, and waiting for input."""
+"""Training: a step against the port's, and each optimisation taken away alone."""
 
 from __future__ import annotations
 
-import statistics
-import tempfile
-import time
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from diki_ray.benchmark.timing import interleaved, timed, training_flop
-from diki_ray.benchmark.world import Port, World, untrimmed
-from diki_ray.data import prepare
-from diki_ray.data.stream import TrainStream
-from diki_ray.data.transfer import on_device
+from diki_ray.benchmark.world import Port, World, all_tokens_in_the_last_block, untrimmed
 from diki_ray.model.gaussian import Moments
-from diki_ray.model.residual import Parameters
-from diki_ray.model.training import Recipe, TaskTrainer, cosine_lr
+from diki_ray.model.training import Recipe, TaskTrainer
 
 MANY_STEPS = 10_000_000
 """Of the schedule, so that the learning rate stays what it is while steps are timed."""
+LR = 1.0
 Row = dict[str, Any]
 
 
 def make_trainer(world: World, tokens: Tensor) -> TaskTrainer:
-    return TaskTrainer(world.method, tokens, Recipe(lr=1.0), MANY_STEPS, world.parameters(0))
+    return TaskTrainer(world.method, tokens, Recipe(lr=LR), MANY_STEPS, world.parameters(0))
 
 
 def batch_of(world: World, num_classes: int, batch: int) -> tuple[Tensor, Tensor]:
     return world.images(batch), (torch.arange(batch) % num_classes).to(world.device)
 
 
-def text_pass(trainer: TaskTrainer, features: Any) -> None:
-    """Forward and backward of the text tower alone."""
-    with torch.enable_grad():
-        torch.autograd.grad(features().sum(), [p for n, p in trainer.parameters.items() if n.startswith("text.")])
+class Steps:
+    """Steps of one task by the platform and by the port, on the same images, labels and prompts."""
+
+    def __init__(self, world: World, num_classes: int, batch: int):
+        self.world, self.tokens = world, world.tokens(num_classes)
+        self.batch = batch_of(world, num_classes, batch)
+        self.trainer, self.port = make_trainer(world, self.tokens), Port(world)
+        self.ported = {n: p.clone().to(world.device).requires_grad_() for n, p in world.parameters(0).items()}
+        self.optimizer = torch.optim.SGD(list(self.ported.values()), lr=LR)
+
+    def ours(self) -> float:
+        """The loss."""
+        return self.trainer.step(*self.batch).loss
+
+    def ports(self) -> float:
+        return self.port.train_step(*self.batch, self.tokens, self.ported, self.optimizer)
+
+    def loss_difference(self, num_steps: int = 2) -> float:
+        """The largest over the first steps.
+
+        Raises:
+            AssertionError: it is more than rounding.
+        """
+        losses = [(self.ours(), self.ports()) for _ in range(num_steps)]
+        difference = max(abs(a - b) for a, b in losses)
+        if difference > (1e-4 if self.world.device == "cpu" else 5e-2):  # bfloat16
+            raise AssertionError(f"the port and the platform do not compute the same losses: {losses}")
+        return difference
+
+    def text_pass(self, features: Callable[[], Tensor]) -> None:
+        """Forward and backward of the text tower alone."""
+        prompts = [p for n, p in self.trainer.parameters.items() if n.startswith("text.")]
+        with torch.enable_grad():
+            torch.autograd.grad(features().sum(), prompts)
 
 
 def training(world: World, num_classes: int, batch: int, rounds: int) -> Row:
-    """Steps of one task against the port's, on the same images, labels and prompts; the same losses, checked first.
-
-    Raises:
-        AssertionError: the losses differ by more than rounding.
-    """
-    tokens = world.tokens(num_classes)
-    images, labels = batch_of(world, num_classes, batch)
-    port, ours = Port(world), make_trainer(world, tokens)
-    ported = {n: p.clone().to(world.device).requires_grad_() for n, p in world.parameters(0).items()}
-    optimizer = torch.optim.SGD(list(ported.values()), lr=1.0)
-    losses: list[tuple[float, float]] = []
-    for step in range(3):
-        optimizer.param_groups[0]["lr"] = cosine_lr(step, MANY_STEPS, 1.0)
-        losses.append((ours.step(images, labels).loss, port.train_step(images, labels, tokens, ported, optimizer)))
-    difference = max(abs(a - b) for a, b in losses)
-    if difference > (1e-4 if world.device == "cpu" else 5e-2):  # bfloat16
-        raise AssertionError(f"the port and the platform do not compute the same losses: {losses}")
+    """A step against the port's, which is checked to have the same losses; its parts; the statistics pass."""
+    steps = Steps(world, num_classes, batch)
+    trainer, images = steps.trainer, steps.batch[0]
+    difference = steps.loss_difference()
 
     def statistics_pass() -> None:
         with torch.no_grad():
@@ -67,13 +76,13 @@ def training(world: World, num_classes: int, batch: int, rounds: int) -> Row:
     seconds = interleaved(
         world.device,
         rounds,
-        ours=lambda: ours.step(images, labels),
-        port=lambda: port.train_step(images, labels, tokens, ported, optimizer),
-        text=lambda: text_pass(ours, ours._class_features),
-        port_text=lambda: text_pass(ours, lambda: port.text(tokens, ours.parameters)),
+        ours=steps.ours,
+        port=steps.ports,
+        text=lambda: steps.text_pass(trainer._class_features),
+        port_text=lambda: steps.text_pass(lambda: steps.port.text(steps.tokens, trainer.parameters)),
         statistics=statistics_pass,
     )
-    flop = training_flop(world, num_classes, batch, world.backbone._needed_length(tokens))
+    flop = training_flop(world, num_classes, batch, world.backbone._needed_length(steps.tokens))
     return {
         "classes": num_classes,
         "batch": batch,
@@ -97,6 +106,10 @@ def ablation(world: World, num_classes: int, batch: int, rounds: int) -> list[Ro
         with untrimmed(world.backbone):
             trainer.step(images, labels)
 
+    def with_all_of_the_last_block() -> None:
+        with all_tokens_in_the_last_block(world.backbone):
+            trainer.step(images, labels)
+
     def with_frozen_pass() -> None:
         with torch.no_grad():
             world.backbone.encode_image(images)
@@ -118,6 +131,7 @@ def ablation(world: World, num_classes: int, batch: int, rounds: int) -> list[Ro
         rounds,
         as_it_is=lambda: trainer.step(images, labels),
         trim=with_77_tokens,
+        last_block_for_one_token=with_all_of_the_last_block,
         no_frozen_pass=with_frozen_pass,
         no_gradients_of_frozen_weights=with_gradients_of_weights,
     )
@@ -125,13 +139,13 @@ def ablation(world: World, num_classes: int, batch: int, rounds: int) -> list[Ro
     return [{"optimisation": name, "of": "training step", "without_it": s / whole} for name, s in seconds.items()]
 
 
-def compiled(world: World, num_classes: int, batch: int, rounds: int) -> Row:
+def compiled(world: World, num_classes: int, batch: int, rounds: int, mode: str | None = None) -> Row:
     """A step with both towers through torch.compile against the step as it is; compiling itself is not in it."""
     images, labels = batch_of(world, num_classes, batch)
     tokens = world.tokens(num_classes)
     other = World.make(world.model, world.device)
     plain, fast = make_trainer(world, tokens), make_trainer(other, tokens)
-    other.backbone.compile()
+    other.backbone.compile(mode=mode)
     compile_s = timed(world.device, lambda: fast.step(images, labels))
     seconds = interleaved(
         world.device,
@@ -142,78 +156,8 @@ def compiled(world: World, num_classes: int, batch: int, rounds: int) -> Row:
     return {
         "classes": num_classes,
         "batch": batch,
+        "mode": mode or "default",
         "images_per_s": batch / seconds["compiled"],
         "ratio_to_uncompiled": seconds["plain"] / seconds["compiled"],
         "first_step_s": compile_s,
     }
-
-
-def input_share(world: World, num_classes: int, batch: int, epochs: int, task: str = "planets") -> list[Row]:
-    """The share of an epoch that the device waits for images, read from shards of an embedded task's PNG files.
-
-    The first epoch decodes; later ones find decoded images in memory.
-    """
-    trainer = make_trainer(world, world.tokens(num_classes))
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        index = prepare.ensure(f"embedded:{task}", folder)
-        stream = TrainStream(index, "train", seed=0, batch_size=batch, transform=world.backbone.preprocess)
-        for epoch in range(epochs):
-            waited, count, started = 0.0, 0, time.perf_counter()
-            batches = on_device(stream.epoch(epoch), world.device)
-            while True:
-                asked = time.perf_counter()
-                one = next(batches, None)
-                waited += time.perf_counter() - asked
-                if one is None:
-                    break
-                trainer.step(
-                    one.images, one.labels % num_classes
-                )  # returns numbers of the loss, so it ends when the device does
-                count += len(one.images)
-            whole = time.perf_counter() - started
-            row = {"epoch": epoch, "batch": batch, "images_per_s": count / whole, "idle_share": waited / whole}
-            rows.append(row)
-    return rows
-
-
-def scaling(model: str, num_classes: int, batch: int, rounds: int) -> Row:
-    """1 and 2 processes of one thread with gloo on this machine, the same global batch; and 2 that don't split the
-    classes. The two take turns."""
-    with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_scaling_worker, (model, num_classes, batch, rounds, folder), nprocs=2, start_method="spawn")
-        seconds: dict[str, list[float]] = torch.load(Path(folder) / "seconds.pt", weights_only=True)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    return {
-        "classes": num_classes,
-        "batch": batch,
-        "one_worker_images_per_s": batch / median["one"],
-        "two_workers_images_per_s": batch / median["two"],
-        "speedup": median["one"] / median["two"],
-        "speedup_without_class_split": median["one"] / median["two_unsplit"],
-    }
-
-
-def _scaling_worker(rank: int, model: str, num_classes: int, batch: int, rounds: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    world = World.make(model, "cpu")
-    trainer = make_trainer(world, world.tokens(num_classes))
-    images, labels = batch_of(world, num_classes, batch)
-    split = trainer._class_features
-
-    def unsplit(parameters: Parameters | None = None) -> Tensor:
-        return world.method.text_features(trainer.class_tokens, trainer.parameters)
-
-    seconds: dict[str, list[float]] = {"one": [], "two": [], "two_unsplit": []}
-    for turn in range(rounds + 1):  # the first is a warm-up
-        if rank == 0:
-            seconds["one"].append(timed("cpu", lambda: trainer.step(images, labels)))
-        dist.init_process_group("gloo", f"file://{folder}/group{turn}", world_size=2, rank=rank)
-        for name, features in (("two", split), ("two_unsplit", unsplit)):
-            trainer._class_features = features  # type: ignore[method-assign]
-            dist.barrier()
-            seconds[name].append(timed("cpu", lambda: trainer.step(images[rank::2], labels[rank::2])))
-        dist.destroy_process_group()
-        trainer._class_features = split  # type: ignore[method-assign]
-    if rank == 0:
-        torch.save({name: values[1:] for name, values in seconds.items()}, f"{folder}/seconds.pt")

@@ -97,6 +97,19 @@ class World:
 
 
 @contextmanager
+def all_tokens_in_the_last_block(backbone: Backbone) -> Iterator[None]:
+    """Not only the one that is read."""
+    could = [tower.can_read_one for tower in backbone.towers]
+    for tower in backbone.towers:
+        tower.can_read_one = False
+    try:
+        yield
+    finally:
+        for tower, can in zip(backbone.towers, could, strict=True):
+            tower.can_read_one = can
+
+
+@contextmanager
 def untrimmed(backbone: Backbone) -> Iterator[None]:
     """All 77 tokens go through the text tower."""
     backbone._needed_length = lambda tokens: tokens.shape[1]  # type: ignore[method-assign]
@@ -108,7 +121,7 @@ def untrimmed(backbone: Backbone) -> Iterator[None]:
 
 class Port:
     """The published code's way through the same mathematics, on the same model: a frozen pass at each step, 77 tokens,
-    the text tower for every batch, one process, every cell of the accuracy matrix afresh."""
+    all of the last block, the text tower for every batch, one process, every cell of the accuracy matrix afresh."""
 
     def __init__(self, world: World):
         self.backbone, self.method = world.backbone, world.method
@@ -120,12 +133,18 @@ class Port:
         features = self.backbone.model.encode_text(tokens.to(self.backbone.device))
         return F.normalize(features.float(), dim=-1)
 
+    def image(self, images: Tensor, parameters: Parameters | None = None, weight: float | Tensor = 1.0) -> Tensor:
+        """Likewise through encode_image; without parameters the frozen tower."""
+        tower = self.backbone.image
+        tower.active = None if parameters is None else self.method._residual(tower, parameters, weight)
+        return F.normalize(self.backbone.model.encode_image(images.to(self.backbone.dtype)).float(), dim=-1)
+
     def train_step(
         self, images: Tensor, labels: Tensor, tokens: Tensor, parameters: Parameters, optimizer: torch.optim.Optimizer
     ) -> float:
         with torch.no_grad():
-            self.backbone.encode_image(images)
-        features = self.method.image_features(images, parameters)
+            self.image(images)
+        features = self.image(images, parameters)
         loss = F.cross_entropy(self.backbone.logits(features, self.text(tokens, parameters)), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -135,8 +154,9 @@ class Port:
     @torch.no_grad()
     def evaluate_batch(self, images: Tensor, predictor: Predictor, tokens: Tensor, learnt: int) -> Tensor:
         """Answers of one batch under the vote: frozen pass, densities, residual pass, text tower; nothing is kept."""
-        frozen = predictor.frozen_features(images)
-        routes = predictor.route(predictor.log_density(frozen), "batch", range(learnt))
-        features = predictor.image_features(images, frozen, routes)
-        text = self.text(tokens, predictor._parameters[int(routes.task[0])], float(routes.text_weight[0]))
-        return self.backbone.logits(features, text.cpu()).argmax(1)
+        densities = predictor.log_density(self.image(images).cpu())
+        routes = predictor.route(densities, "batch", range(learnt))
+        parameters = predictor._parameters[int(routes.task[0])]
+        features = self.image(images, parameters, routes.weight.float().to(images.device))
+        text = self.text(tokens, parameters, float(routes.text_weight[0]))
+        return self.backbone.logits(features, text).argmax(1).cpu()

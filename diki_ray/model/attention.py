@@ -32,13 +32,19 @@ class Inputs:
     """What one call of an attention was given."""
 
     x: Tensor
-    """[B, L, D]: the block's input, normalised where the block does so first."""
+    """[B, L, D]: the block's input, normalised where the block does so first; of the tokens that query."""
     mask: Tensor | None = None
     """Additive, or boolean with True where a token is seen; broadcastable to [B, h, L, L]."""
     rope: Tensor | None = None
     is_causal: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     """Of the library's own attention function."""
+    keyed: Tensor | None = None
+    """[B, L', D] where more tokens are seen than query (`TorchAttention` alone, see readout.py); None: x."""
+
+    @property
+    def seen(self) -> Tensor:
+        return self.x if self.keyed is None else self.keyed
 
 
 class Attention(ABC):
@@ -68,6 +74,10 @@ class Attention(ABC):
     def scored(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values as they are scored, each [B, h, L, d]."""
         return self._heads(q), self._heads(k), self._heads(v)
+
+    def projected(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """The projections of what queries, [B, L, h · d], and of what is seen, both [B, L', h · d]."""
+        return self.linear(inputs.x)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """The context of each head, [B, h, L, d]."""
@@ -108,13 +118,22 @@ class TorchAttention(Attention):
     ) -> Inputs:
         if key_padding_mask is not None:
             raise ConfigError("an attention called with key_padding_mask takes no prompts: give it an attn_mask.")
-        return Inputs(
-            query if self.module.batch_first else query.transpose(0, 1), _of_heads(attn_mask, self.heads, inverted=True)
-        )
+        mask = _of_heads(attn_mask, self.heads, inverted=True)
+        if not self.module.batch_first:
+            return Inputs(query.transpose(0, 1), mask)
+        return Inputs(query, mask, keyed=None if key is query else key)
 
     def linear(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = F.linear(x, self.module.in_proj_weight, self.module.in_proj_bias).chunk(3, dim=-1)
         return q, k, v
+
+    def projected(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        if inputs.keyed is None:
+            return self.linear(inputs.x)
+        width, weight, bias = self.width, self.module.in_proj_weight, self.module.in_proj_bias
+        bias = [None, None] if bias is None else [bias[:width], bias[width:]]
+        k, v = F.linear(inputs.keyed, weight[width:], bias[1]).chunk(2, dim=-1)
+        return F.linear(inputs.x, weight[:width], bias[0]), k, v
 
     def out(self, joined: Tensor) -> Tensor:
         return self.module.out_proj(joined)

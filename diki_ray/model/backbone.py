@@ -22,12 +22,12 @@ from typing import Any, Literal
 import open_clip
 import torch
 from open_clip.hf_model import HFTextEncoder
-from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diki_ray.errors import ConfigError
 from diki_ray.model.attention import TorchAttention, attention_blocks
+from diki_ray.model.readout import read_one_token, reads_class_token
 from diki_ray.model.residual import Residual, Tower
 
 LOCAL = "local-dir:"
@@ -50,6 +50,9 @@ class Backbone:
         """Owner of the text tower: open_clip's `CLIP` has its parts on itself, its other models in a module."""
         self.image = _tower("image", getattr(model, "visual", None), name)
         self.text = _tower("text", getattr(model, "transformer", None) if self._text is model else self._text, name)
+        if reads_class_token(getattr(model, "visual", None)):
+            read_one_token(self.image)
+        read_one_token(self.text)
         self.embed_dim: int = self._embed_dim()
         self.start_pass: Callable[[], None] | None = None
         """Called before every pass, where the weights are shared out to all workers (`model/sharded.py`)."""
@@ -96,10 +99,10 @@ class Backbone:
         torchs = all(isinstance(tower.attentions[0], TorchAttention) for tower in self.towers)
         return torchs and self._text is self.model
 
-    def compile(self, backend: str = "inductor") -> Backbone:
+    def compile(self, backend: str = "inductor", mode: str | None = None) -> Backbone:
         """Both towers through torch.compile, in place; each new length of text compiles once more, up to two."""
         for tower in (self.model.visual, self._text.transformer):
-            tower.compile(backend=backend)
+            tower.compile(backend=backend, mode=mode)
         return self
 
     def encode_image(self, images: Tensor, residual: Residual | None = None) -> Tensor:
@@ -109,7 +112,7 @@ class Backbone:
             if not len(images):
                 height, width = _pair(self.model.visual.image_size)
                 return self.encode_image(torch.zeros(1, 3, height, width), residual)[:0]
-        self.image.active = residual
+        self.image.begin(residual, torch.zeros(len(images), dtype=torch.long, device=self.device))
         features = self.model.encode_image(images.to(self.device, self.dtype))
         return F.normalize(features.float(), dim=-1)
 
@@ -124,19 +127,20 @@ class Backbone:
             if not len(tokens):
                 return self.encode_text(tokens.new_zeros(1, tokens.shape[1]), residual)[:0]
         tokens = tokens.to(self.device)
-        self.text.active = residual
         tokens = tokens[:, : self._needed_length(tokens)]
-        encode = self._encode_causal_text if self.trimming == "end of text" else self.model.encode_text
-        return F.normalize(encode(tokens).float(), dim=-1)
+        if self.trimming == "end of text":
+            return F.normalize(self._encode_causal_text(tokens, residual).float(), dim=-1)
+        self.text.active = residual
+        return F.normalize(self.model.encode_text(tokens).float(), dim=-1)
 
-    def _encode_causal_text(self, tokens: Tensor) -> Tensor:
+    def _encode_causal_text(self, tokens: Tensor, residual: Residual | None) -> Tensor:
         """open_clip's forward pass of a text tower, which refuses inputs shorter than its context."""
-        text, length = self._text, tokens.shape[1]
+        text, length, ends = self._text, tokens.shape[1], self._ends(tokens)
+        alone = self.text.begin(residual, ends)
         x = text.token_embedding(tokens).to(self.dtype)
         x = x + text.positional_embedding[:length].to(x.dtype)
         x = text.ln_final(text.transformer(x, attn_mask=text.attn_mask[:length, :length]))
-        pool_type, end = _pooling(text)
-        x = text_global_pool(x, tokens, pool_type, eos_token_id=end)
+        x = x[:, 0] if alone else x[torch.arange(len(x), device=x.device), ends]
         projection = text.text_projection
         if projection is None:
             return x
@@ -161,9 +165,12 @@ class Backbone:
         if self.trimming == "padding":
             used = (tokens != self._text.config.pad_token_id).any(0).nonzero()
             return int(used.max()) + 1 if len(used) else tokens.shape[1]
+        return int(self._ends(tokens).max()) + 1
+
+    def _ends(self, tokens: Tensor) -> Tensor:
+        """int64 [C]: where each text ends, and its feature is read."""
         pool_type, eos = _pooling(self._text)
-        end = tokens.argmax(-1) if pool_type == "argmax" else (tokens == eos).int().argmax(-1)
-        return int(end.max()) + 1
+        return tokens.argmax(-1) if pool_type == "argmax" else (tokens == eos).int().argmax(-1)
 
     def tokenize(self, class_names: Sequence[str], template: str) -> Tensor:
         """Token ids [C, L] of the class names in the template; underscores in names become spaces."""

@@ -23,12 +23,13 @@ def recompute_activations(tower: Tower) -> None:
 
 def _recomputed(tower: Tower, forward: Callable) -> Callable:
     def recomputed(*args: Any, **options: Any) -> Any:
-        active = tower.active
+        active, read_at = tower.active, tower.read_at
         if active is None or not torch.is_grad_enabled():
             return forward(*args, **options)
 
         def again(*args: Any, **options: Any) -> Any:
-            tower.active = active  # another pass may have come between this one and its backward pass
+            # Another pass may have come between this one and its backward pass.
+            tower.active, tower.read_at = active, read_at
             return forward(*args, **options)
 
         return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False, **options)

@@ -55,7 +55,7 @@ class Block:
 class Heads:
     """What the heads of a block's attention are computed from."""
 
-    x: Tensor  # [B, L, D], normalised input of the block
+    x: Tensor  # [B, L, D], normalised input of the block; of the last block of some towers, the one token that is read
     q: Tensor  # [B, h, L, d], so that the scores are q kᵀ/√d; keys and values likewise
     k: Tensor
     v: Tensor
@@ -69,6 +69,9 @@ class ResidualBranch:
     """The form of what a task adds in one block. Tensors are of this block, each shared or with a leading batch
     dimension; the weight is a number or [B]; at weight 0 a branch changes nothing."""
 
+    by_token: ClassVar[bool] = True
+    """What is added to a token depends on no other token but through keys and values: the last block can then be
+    computed for the one token that is read."""
     parts: ClassVar[tuple[str, ...]] = ()
     """The parts of a block whose outputs `part` changes: linear layers `q`, `k`, `v`, `out`, `fc1`, `fc2`, or all of
     the `attention` or of the `mlp`."""
@@ -150,14 +153,34 @@ class Tower:
         self.blocks: list[Any] = [block for block, _ in blocks]
         self.attentions = [attention for _, attention in blocks]
         self.width: int = self.attentions[0].width
-        # Stays set after a forward pass: activation checkpointing runs the blocks again during backward.
-        self.active: Residual | None = None
+        # Both stay set after a forward pass: activation checkpointing runs the blocks again during backward.
+        self.active = None
+        self.can_read_one = False
+        """Whether the last block can be asked for one token of each row alone (`model/readout.py`)."""
         self._mlps = [_mlp_of(block) for block, _ in blocks]
         for index, attention in enumerate(self.attentions):
             attention.module.forward = self._with_residual(index, attention)
             batch_first = getattr(attention.module, "batch_first", True)
             for part, module in self._mlps[index].items():
                 module.forward = self._changed(part, index, module, batch_first)
+
+    @property
+    def active(self) -> Residual | None:
+        return self._active
+
+    @active.setter
+    def active(self, residual: Residual | None) -> None:
+        """A new pass begins, of all tokens until `read_at` says otherwise."""
+        self._active = residual
+        self.read_at: Tensor | None = None
+
+    def begin(self, residual: Residual | None, read_at: Tensor) -> bool:
+        """A new pass begins of which one token is read, read_at int64 [B]. True: the last block returns it alone,
+        [B, 1, D]."""
+        self.active = residual
+        if self.can_read_one and (residual is None or residual.branch.by_token):
+            self.read_at = read_at
+        return self.read_at is not None
 
     def block(self, index: int) -> Block:
         fc1: Any = self._mlps[index].get("fc1")
@@ -177,8 +200,8 @@ class Tower:
                 return frozen(*args, **options)
             inputs = attention.read(*args, **options)
             x = inputs.x
-            linear = zip("qkv", attention.linear(x), strict=True)
-            q, k, v = (active.part(name, index, x, y) for name, y in linear)
+            linear = zip("qkv", (x, inputs.seen, inputs.seen), attention.projected(inputs), strict=True)
+            q, k, v = (active.part(name, index, given, y) for name, given, y in linear)
             q, k, v = attention.scored(q, k, v, inputs)
             heads = Heads(x, q if gain == 1 else q * gain, k, v, inputs, lambda: attention.attend(q, k, v, inputs))
             joined = attention.joined(active.branch.heads(heads, active.layers[index], active.weight), inputs)

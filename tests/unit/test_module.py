@@ -64,10 +64,11 @@ def test_keys_and_seeds_depend_on_values_and_not_on_order() -> None:
 
 
 LOWER = {
-    "model": ("ray", "diki_ray.data", "diki_ray.runtime", "diki_ray.serving"),
-    "data": ("ray", "diki_ray.runtime", "diki_ray.serving"),
-    "runtime": ("diki_ray.serving", "jobs"),
-    "serving": ("jobs",),
+    "benchmark": ("ray", "diki_ray.runtime", "diki_ray.serving", "jobs"),
+    "model": ("ray", "diki_ray.data", "diki_ray.runtime", "diki_ray.serving", "diki_ray.benchmark"),
+    "data": ("ray", "diki_ray.runtime", "diki_ray.serving", "diki_ray.benchmark"),
+    "runtime": ("diki_ray.serving", "diki_ray.benchmark", "jobs"),
+    "serving": ("diki_ray.benchmark", "jobs"),
 }
 
 

@@ -38,18 +38,18 @@ class ConcatenatedPrompts(ResidualBranch):
         keys, values = (split_heads(tensors[name].to(q.dtype), q) for name in ("keys", "values"))
         batch, _, num_tokens, _ = q.shape
         log_weight = torch.as_tensor(weight, dtype=torch.float32, device=q.device).log().to(q.dtype)
-        prompts = log_weight.reshape(-1, 1, 1, 1).expand(batch, 1, num_tokens, self.length)
-        mask = torch.cat([prompts, _added(heads.inputs.mask, q)], dim=-1)
+        mask = _added(heads.inputs.mask, q, heads.k)
+        prompts = log_weight.reshape(-1, 1, 1, 1).expand(batch, mask.shape[1], num_tokens, self.length)
+        mask = torch.cat([prompts, mask], dim=-1)
         return F.scaled_dot_product_attention(
             q, torch.cat([keys, heads.k], dim=2), torch.cat([values, heads.v], dim=2), attn_mask=mask
         )
 
 
-def _added(mask: Tensor | None, q: Tensor) -> Tensor:
-    """The tokens' mask as what is added to their scores, [B, 1 or h, L, L]."""
-    length = q.shape[2]
+def _added(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
+    """The tokens' mask as what is added to their scores, [B, 1 or h, L, L']."""
     if mask is None:
-        mask = q.new_zeros(length, length)
+        mask = q.new_zeros(q.shape[2], k.shape[2])
     elif mask.dtype is torch.bool:
         mask = q.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
     mask = mask.to(q.dtype)

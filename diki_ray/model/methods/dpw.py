@@ -43,6 +43,8 @@ MIN_VARIANCE = 1e-6
 
 @dataclass(frozen=True)
 class GatedPrompts(ResidualBranch):
+    by_token = False  # the class token's scores decide for all
+
     length: int
     rank: int
     bias: float
