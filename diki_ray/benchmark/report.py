@@ -42,7 +42,16 @@ def show(report: dict[str, Any], console: Console) -> None:
 
 def markdown(report: dict[str, Any]) -> str:
     """The same tables as a part of a page in docs/."""
-    lines = [f"## {report['model']}", "", f"{headline(report)}.", "", "```", report["command"], "```", ""]
+    lines = [
+        f"## {report['model']}: {', '.join(report['sections'])}",
+        "",
+        f"{headline(report)}.",
+        "",
+        "```",
+        report["command"],
+        "```",
+        "",
+    ]
     for section, columns, rows in tables(report):
         lines += [f"### {report['model']}: {section}", ""]
         lines += [f"| {' | '.join(cells)} |" for cells in (columns, ["---:"] * len(columns), *rows)]
