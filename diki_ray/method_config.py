@@ -5,7 +5,7 @@ What a setting does, and its published value, is in the method's own file (diki_
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -16,6 +16,12 @@ class ZeroShotSection(Section):
     """Nothing is trained: the frozen model answers. The baseline of every comparison."""
 
     name: Literal["zero_shot"]
+
+
+def _trains_something(section: Any) -> Any:
+    if section.image_depth == 0 and section.text_depth == 0:
+        raise ValueError("image_depth and text_depth are both 0: there would be nothing to train")
+    return section
 
 
 class PromptSection(Section):
@@ -29,11 +35,7 @@ class PromptSection(Section):
     text_depth: int = Field(default=8, ge=0)
     text_length: int = Field(default=8, ge=1)
 
-    @model_validator(mode="after")
-    def _something_to_train(self) -> Self:
-        if self.image_depth == 0 and self.text_depth == 0:
-            raise ValueError("image_depth and text_depth are both 0: there would be nothing to train")
-        return self
+    _some_block = model_validator(mode="after")(_trains_something)
 
 
 class DikiSection(PromptSection):
@@ -82,11 +84,7 @@ class LowRankSection(Section):
     """Blocks of the image tower, from the first, that are changed; all by default."""
     text_depth: int | None = Field(default=None, ge=0)
 
-    @model_validator(mode="after")
-    def _something_to_train(self) -> Self:
-        if self.image_depth == 0 and self.text_depth == 0:
-            raise ValueError("image_depth and text_depth are both 0: there would be nothing to train")
-        return self
+    _some_block = model_validator(mode="after")(_trains_something)
 
 
 class SequentialLoraSection(LowRankSection):

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from diki_ray.config import Config, load
 from diki_ray.model.module import TaskModule
 from diki_ray.runtime.evaluator import Evaluating, Evaluation, accuracy_of, num_batches_of
@@ -69,6 +71,16 @@ def learnt(plan: Plan, store: MemoryStore | None = None) -> MemoryStore:
     for task in plan.tasks:
         worker.learn(task)
     return store
+
+
+def learnt_through_kills(plan: Plan, *kills: tuple[int, int]) -> MemoryStore:
+    """The process ends after the checkpoint of each (task, step), and another one goes on."""
+    store = MemoryStore()
+    for task, step in kills:
+        store.kill_after_checkpoint_at = (plan.tasks[task].key, step)
+        with pytest.raises(KilledError):
+            learnt(plan, store)
+    return learnt(plan, store)
 
 
 def modules(plan: Plan, store: MemoryStore) -> list[TaskModule]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from learning import KilledError, MemoryStore, evaluated, learnt, modules, planned
+from learning import evaluated, learnt, learnt_through_kills, modules, planned
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -124,12 +124,7 @@ def test_a_sequential_method_killed_between_any_steps_is_bit_equal(
     monkeypatch.setitem(METHODS, "diki", Everything)
     plan = planned(prepared, DIKI, "train.epochs=2", "train.lr=20", "train.checkpoint_every_steps=1")
     undisturbed = learnt(plan)
-    store = MemoryStore()
-    for task, step in ((0, 2), (1, 1)):
-        store.kill_after_checkpoint_at = (plan.tasks[task].key, step)
-        with pytest.raises(KilledError):
-            learnt(plan, store)
-    assert learnt(plan, store).blobs == undisturbed.blobs
+    assert learnt_through_kills(plan, (0, 2), (1, 1)).blobs == undisturbed.blobs
 
 
 def test_a_closed_form_method_answers_from_all_that_is_learnt(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,8 +191,5 @@ def test_the_documents_example_of_a_method_is_trained_and_answers(
 def test_methods_learn_a_stream_and_are_bit_equal_after_a_kill(prepared: Path, method: dict[str, Any]) -> None:
     plan = planned(prepared, method, "train.lr=0.5", "train.checkpoint_every_steps=1")
     undisturbed = learnt(plan)
-    store = MemoryStore(kill_after_checkpoint_at=(plan.tasks[1].key, 1))
-    with pytest.raises(KilledError):
-        learnt(plan, store)
-    assert learnt(plan, store).blobs == undisturbed.blobs
-    assert evaluated(plan, store).accuracy.shape == (2, 2)
+    assert learnt_through_kills(plan, (1, 1)).blobs == undisturbed.blobs
+    assert evaluated(plan, undisturbed).accuracy.shape == (2, 2)

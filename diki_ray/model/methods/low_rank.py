@@ -2,8 +2,8 @@
 
 LoRA (Hu et al., ICLR 2022, arXiv 2106.09685): W + (α/r) B A beside a frozen W, A [r, D] small and random, B [D, r] zero
 at first. Beside the query, key and value projections of both towers, as CLIP-LoRA has it (Zanella and Ben Ayed, CVPR
-workshops 2024, arXiv 2405.18541; their code for ViT-B/16: r 2, α 1, all blocks of both towers, AdamW at lr 2e-4, batch
-32). Their dropout of 0.25 before A is left out.
+workshops 2024, arXiv 2405.18541; their code for ViT-B/16: r 2, α 1, all blocks of both towers, AdamW at lr 2e-4 with
+weight decay 0.01, batch 32, 500 steps for each shot). Their dropout of 0.25 before A is left out.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Two families of remedies on top, each in its own file or lines:
 * `against_forgetting`: `ewc` (ewc.py) or `badam` (badam.py) change the training;
 * `wise_ft` (Wortsman et al., CVPR 2022, arXiv 2109.01903) changes only the answer: weights (1 − a) θ_0 + a θ, θ_0 the
-  pre-trained ones, θ those fine-tuned so far; training goes on from θ. Their code has a from 0 to 1 in steps of 0.1 and
-  recommends 0.5 where nothing is known (unverified).
+  pre-trained ones, θ those fine-tuned so far; training goes on from θ. Their commands try a in steps of 0.1, on
+  ViT-B/32; that 0.5 is good where nothing is known is the paper's, unverified.
 
 Published for ViT-B/16: rank and learning rate as in low_rank.py; for a stream of tasks there are none.
 """
@@ -46,16 +46,13 @@ class SequentialLora(LowRankMethod):
     def __init__(
         self,
         backbone: Backbone,
-        rank: int,
-        alpha: float,
-        image_depth: int | None,
-        text_depth: int | None,
         against_forgetting: Literal["none", "ewc", "badam"],
         wise_ft: float,
         ewc_lambda: float,
         badam_std: float,
+        **low_rank: Any,
     ):
-        super().__init__(backbone, rank, alpha, image_depth, text_depth)
+        super().__init__(backbone, **low_rank)
         self.wise_ft = wise_ft
         self.regulariser: Regulariser = {"none": Regulariser(), "ewc": Ewc(ewc_lambda), "badam": BAdam(badam_std)}[
             against_forgetting

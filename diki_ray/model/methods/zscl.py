@@ -13,12 +13,13 @@ the average answers, and the next task starts from it. Here the factors are aver
 
 The authors' script for ViT-B/16: all weights trained by AdamW at lr 1e-5 (5e-5 for two sets), batch 64, 1,000 steps a
 task, T = 2, λ = 1, an average every 100 steps, ImageNet's images and Conceptual Captions' texts as the reference. Its
-label smoothing of 0.2 is left out: the cross entropy is the platform's.
+label smoothing of 0.2 and its warm-up of 100 steps are left out: cross entropy and schedule are the platform's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,16 +45,13 @@ class Zscl(LowRankMethod):
     def __init__(
         self,
         backbone: Backbone,
-        rank: int,
-        alpha: float,
-        image_depth: int | None,
-        text_depth: int | None,
         temperature: float,
         weight_consolidation: float,
         average_every: int,
         reference_batch: int,
+        **low_rank: Any,
     ):
-        super().__init__(backbone, rank, alpha, image_depth, text_depth)
+        super().__init__(backbone, **low_rank)
         self.temperature, self.weight_consolidation = temperature, weight_consolidation
         self.average_every, self.reference_batch = average_every, reference_batch
         self._known: tuple[Tensor, Tensor, Tensor] | None = None
