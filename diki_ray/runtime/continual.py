@@ -56,6 +56,8 @@ def _run(config: Config, display: Display, telemetry: Telemetry, tracked: Tracki
         display.say(
             f"run {config.run.name!r} on {store.handle.storage}: {len(plan.tasks)} tasks, {protocol_id(config)}"
         )
+        if sentence := plan.few_images():
+            display.say(sentence)
         clock.start("train")
         trained = _learn(plan, store, display, [display, telemetry, tracked])
         results = None if trained else _unchanged_results(plan, store)

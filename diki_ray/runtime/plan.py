@@ -64,6 +64,19 @@ class Plan:
             tasks.append(_planned(self.config, self.backbone_digest, t.name, t.index, t.templates, tasks))
         return replace(self, tasks=tuple(tasks))
 
+    def few_images(self) -> str | None:
+        """A sentence for people where a Gaussian that routes comes, unshrunk, from fewer images than dimensions."""
+        if self.config.statistics.shrinkage != "none" or METHODS[self.config.method.name].answering != "routed":
+            return None
+        few = [t.name for t in self.tasks if t.index.split("train").num_samples <= self.embed_dim]
+        if not few:
+            return None
+        return (
+            f"{', '.join(few)}: no more training images than the {self.embed_dim} dimensions of their features, so "
+            "their densities fit no other image and modules are hardly let in. Set statistics.shrinkage=oas; it trains "
+            "nothing anew"
+        )
+
 
 def device_of(config: Config) -> str:
     """`cuda` or `cpu`, as configured; `auto` asks this process's machine. On a cluster whose driver has no GPU,

@@ -44,6 +44,19 @@ def test_seeds_come_from_the_data_and_not_from_the_position(prepared: Path) -> N
     assert len(set(seeds.values())) == 2
 
 
+def test_fewer_images_than_dimensions_are_said_where_a_gaussian_routes_unshrunk(prepared: Path) -> None:
+    sentence = planned(prepared, "statistics.shrinkage=none").few_images()  # 40 images, 64 dimensions
+    assert sentence is not None
+    assert "digits, gems" in sentence
+    assert "statistics.shrinkage=oas" in sentence
+    assert planned(prepared).few_images() is None
+    tree = planned(prepared, "statistics.shrinkage=none").config.model_dump() | {"method": {"name": "rail"}}
+    assert make_plan(Config.model_validate(tree), BACKBONE).few_images() is None  # no Gaussian routes there
+    tasks = "tasks=[{data: 'embedded:digits', shots: 7}]"  # 70
+    tree = load(DEBUG, [f"data.root={prepared}", "statistics.shrinkage=none", tasks])
+    assert make_plan(tree, BACKBONE).few_images() is None
+
+
 def test_pending_is_what_is_not_committed(prepared: Path) -> None:
     plan = planned(prepared)
     first, second = plan.tasks
