@@ -62,6 +62,9 @@ class TrainSection(Section):
     weight_decay: float = Field(default=0.0, ge=0)
     """adamw only."""
     epochs: int = Field(default=10, ge=1)
+    min_steps: int = Field(default=0, ge=0)
+    """A task whose epochs have fewer steps than this in all is trained for more of them: at 16 images a class, ten
+    epochs of a hundred classes are ten times the steps of ten epochs of ten classes."""
     batch_size: int = Field(default=128, ge=1)
     """Images in a global batch, over all workers."""
     num_workers: int = Field(default=1, ge=1)

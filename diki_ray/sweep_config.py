@@ -119,8 +119,10 @@ class SweepConfig(Section):
             raise ValueError(f"cases go with search=grid, not with {self.search}")
         if self.search != "grid" and not self.parameters:
             raise ValueError(f"search={self.search} without parameters: there would be nothing to search")
-        if self.scheduler == "asha" and "train.epochs" in self.parameters:
-            raise ValueError("train.epochs cannot vary with scheduler=asha, which compares settings epoch by epoch")
+        if self.scheduler == "asha":
+            for name in ("train.epochs", "train.min_steps"):
+                if name in self.parameters:
+                    raise ValueError(f"{name} cannot vary with scheduler=asha, which compares settings epoch by epoch")
         return self
 
     def settings(self) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ Pure but for reading the data sets' indexes; decided before any cluster is touch
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ class PlannedTask:
     index: DatasetIndex
     templates: tuple[str, ...]
     """The first trains; all of them, averaged, answer (the zscl protocol's ensembles)."""
+    num_epochs: int
     seed: int
     key: str
     predecessor: str | None
@@ -42,6 +44,11 @@ class PlannedTask:
     @property
     def class_names(self) -> tuple[str, ...]:
         return self.index.class_names
+
+    @property
+    def num_images_trained(self) -> int:
+        """Over all epochs."""
+        return self.num_epochs * self.index.split("train").num_samples
 
 
 @dataclass(frozen=True)
@@ -215,6 +222,8 @@ def _planned(
     splits = [s for s in ("train", "val") if s in index.splits]
     data_digest = index.digest(*splits)
     train = config.train
+    steps_an_epoch = math.ceil(index.split("train").num_samples / train.batch_size)
+    num_epochs = max(train.epochs, math.ceil(train.min_steps / steps_an_epoch))
     key = module_key(
         backbone=backbone_digest,
         precision=str(precision_of(config)),
@@ -224,11 +233,11 @@ def _planned(
         method=_method_of_keys(config),
         method_version=method.version,
         recipe=recipe_of(config),
-        epochs=train.epochs,
+        epochs=num_epochs,
         batch_size=train.batch_size,
         num_streams=train.num_streams,
         num_workers=train.num_workers,
         seed=config.run.seed,
         predecessor=predecessor,
     )
-    return PlannedTask(name, index, templates, task_seed(config.run.seed, data_digest), key, predecessor)
+    return PlannedTask(name, index, templates, num_epochs, task_seed(config.run.seed, data_digest), key, predecessor)

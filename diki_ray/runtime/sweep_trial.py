@@ -152,8 +152,9 @@ def modules_of(plan: Plan, epochs: Epochs | None = None) -> list[str]:
 def _shared(plan: Plan) -> str:
     """A digest of what the keys of all modules have in common that could ever be one of the plan's."""
     config, train = plan.config, plan.config.train
-    recipe = (train.epochs, train.batch_size, train.num_streams, train.num_workers, asdict(recipe_of(config)))
-    shared = (plan.backbone_digest, str(precision_of(config)), config.method.model_dump(), recipe, config.run.seed)
+    batches = (train.epochs, train.min_steps, train.batch_size, train.num_streams, train.num_workers)
+    recipe = (config.method.model_dump(), asdict(recipe_of(config)), batches)
+    shared = (plan.backbone_digest, str(precision_of(config)), recipe, config.run.seed)
     return digest(shared)[:16]
 
 
@@ -196,7 +197,7 @@ class Epochs:
             return  # an epoch that is done again after a worker was lost
         self._done[which] = epoch + 1
         self._best[which] = max(self._best.get(which, 0.0), accuracy or 0.0)
-        share = sum(self._done.values()) / (self._num_seeds * len(plan.tasks) * self._num_epochs)
+        share = sum(self._done.values()) / (self._num_seeds * sum(t.num_epochs for t in plan.tasks))
         if share < 1:  # what is trained to its end is judged, not compared
             self._report(share * self._num_epochs, float(np.mean(list(self._best.values()))))
 

@@ -98,10 +98,10 @@ def shared_out(tasks: Sequence[PlannedTask], num_groups: int) -> list[list[Plann
         return [list(tasks)]
     groups: list[list[PlannedTask]] = [[] for _ in range(min(num_groups, len(tasks)))]
     loads = [0] * len(groups)
-    for task in sorted(tasks, key=lambda t: -t.index.split("train").num_samples):
+    for task in sorted(tasks, key=lambda t: -t.num_images_trained):
         least = loads.index(min(loads))
         groups[least].append(task)
-        loads[least] += task.index.split("train").num_samples
+        loads[least] += task.num_images_trained
     return groups
 
 
@@ -262,7 +262,7 @@ class TaskWorker:
             ledger=self._ledger(task, "train"),
         )
         first_epoch, first_batch = divmod(trainer.progress.step, stream.num_batches)
-        for epoch in range(first_epoch, self.config.train.epochs):
+        for epoch in range(first_epoch, task.num_epochs):
             ledger = self._epoch(task, trainer, stream, epoch, first_batch if epoch == first_epoch else 0, ledger)
         return ledger, _sum(stream.ledger.total)
 
@@ -275,7 +275,7 @@ class TaskWorker:
             self.method,
             self.method.backbone.tokenize(task.class_names, task.templates[0]),
             recipe_of(self.config),
-            num_steps=self.config.train.epochs * num_batches,
+            num_steps=task.num_epochs * num_batches,
             parameters=self.method.initial(generator, predecessor),
             seed=task.seed,
         )
@@ -313,7 +313,7 @@ class TaskWorker:
             meter.send("epoch", validation_accuracy=validation)
         trainer.end_epoch(epoch, validation)
         self.on_epoch(epoch, validation)
-        if epoch + 1 < self.config.train.epochs:
+        if epoch + 1 < task.num_epochs:
             ledger = self._checkpoint(task, trainer, ledger)
         return ledger
 
@@ -467,7 +467,7 @@ class _Meter:
 
     def __init__(self, worker: TaskWorker, task: PlannedTask, epoch: int, trainer: TaskTrainer):
         self.store, self.trainer = worker.store, trainer
-        self.event = {"task": task.name, "epoch": epoch, "num_epochs": worker.config.train.epochs}
+        self.event = {"task": task.name, "epoch": epoch, "num_epochs": task.num_epochs}
         self.started, self.reported, self.count = time.monotonic(), 0.0, 0
 
     def add(self, num_samples: int) -> None:

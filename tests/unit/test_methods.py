@@ -122,8 +122,9 @@ def test_a_sequential_method_killed_between_any_steps_is_bit_equal(
     prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(METHODS, "diki", Everything)
-    plan = planned(prepared, DIKI, "train.epochs=2", "train.lr=20", "train.checkpoint_every_steps=1")
+    plan = planned(prepared, DIKI, "train.min_steps=6", "train.lr=20", "train.checkpoint_every_steps=1")
     undisturbed = learnt(plan)
+    assert [len(m.provenance["history"]) for m in modules(plan, undisturbed)] == [2, 2]  # epochs of 3 steps
     assert learnt_through_kills(plan, (0, 2), (1, 1)).blobs == undisturbed.blobs
 
 

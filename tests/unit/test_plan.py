@@ -38,6 +38,16 @@ def test_a_key_depends_on_the_task_and_the_recipe_and_not_on_the_stream(prepared
         assert not set(keys(planned(prepared, change)).values()) & set(keys(plan).values()), change
 
 
+def test_a_task_of_few_steps_is_trained_for_more_epochs(prepared: Path) -> None:
+    plan = planned(prepared, "train.epochs=2", "train.batch_size=16")  # 40 images: 3 steps an epoch
+    assert [t.num_epochs for t in plan.tasks] == [2, 2]
+    longer = planned(prepared, "train.epochs=2", "train.batch_size=16", "train.min_steps=10")
+    assert [t.num_epochs for t in longer.tasks] == [4, 4]
+    # What is trained alike is one module, however its length was asked for.
+    assert keys(longer) == keys(planned(prepared, "train.epochs=4", "train.batch_size=16"))
+    assert keys(plan) == keys(planned(prepared, "train.epochs=2", "train.batch_size=16", "train.min_steps=6"))
+
+
 def test_seeds_come_from_the_data_and_not_from_the_position(prepared: Path) -> None:
     seeds = {t.name: t.seed for t in planned(prepared).tasks}
     assert {t.name: t.seed for t in planned(prepared, order=(1, 0)).tasks} == seeds

@@ -18,7 +18,8 @@ DEBUG = Path(__file__).parents[2] / "configs/debug.yaml"
 
 
 def plan(seed: int = 0) -> Any:
-    return SimpleNamespace(config=SimpleNamespace(run=SimpleNamespace(seed=seed)), tasks=("a", "b"))
+    config, task = SimpleNamespace(run=SimpleNamespace(seed=seed)), SimpleNamespace(num_epochs=3)
+    return SimpleNamespace(config=config, tasks=[task] * 2)
 
 
 def test_progress_is_over_all_tasks_and_seeds_and_counts_the_best_epoch() -> None:

@@ -47,6 +47,7 @@ def write(folder: Path, **sweep: object) -> Path:
         ({"search": "optuna"}, "search=optuna without parameters"),
         ({"parameters": {"calibration.form": ["published", "validatd"]}}, "calibration.form.*'validatd'"),
         ({"parameters": {"train.epochs": [1, 2]}, "scheduler": "asha"}, "train.epochs cannot vary with scheduler=asha"),
+        ({"parameters": {"train.min_steps": [1, 2]}, "scheduler": "asha"}, "train.min_steps cannot vary with"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path: Path, sweep: dict, says: str) -> None:
