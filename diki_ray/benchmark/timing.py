@@ -12,8 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from diki_ray.benchmark.world import World
+from diki_ray.model.packing import packed
 from diki_ray.model.residual import Tower
 
 
@@ -46,17 +48,20 @@ def matrix_throughput(device: str, rounds: int) -> float:
     return 2 * n**3 / interleaved(device, rounds, product=lambda: a @ b)["product"]
 
 
-def training_flop(world: World, num_classes: int, batch: int, num_tokens: int) -> float:
-    """Of a step, both towers, counted as above; convolution, prompts and loss are left out (a few per cent)."""
+def training_flop(world: World, tokens: Tensor, batch: int) -> float:
+    """Of a step with class tokens [C, L], both towers, counted as above; convolution, prompts and loss are left out (a
+    few per cent)."""
 
-    def of(tower: Tower, length: int, rows: int) -> float:
+    def of(tower: Tower, length: int, rows: int, read: int) -> float:
         width = tower.width
         per_token = 12 * width**2 + 2 * length * width  # projections and MLP, the two attention products
         last = length * per_token
-        if tower.can_read_one:  # keys and values of all tokens, the rest of one
-            last = length * 2 * width**2 + per_token - 2 * width**2
+        if tower.can_read_alone:  # keys and values of all tokens, the rest of those that are read
+            last = length * 2 * width**2 + read * (per_token - 2 * width**2)
         return 2.0 * rows * ((tower.num_blocks - 1) * length * per_token + last)
 
     backbone = world.backbone
     length = backbone.model.visual.positional_embedding.shape[0]
-    return 2 * (of(backbone.image, length, batch) + of(backbone.text, num_tokens, num_classes))
+    rows = packed(tokens[:, : backbone._needed_length(tokens)], backbone._ends(tokens), backbone.texts_a_row)
+    num_rows, num_tokens = rows.tokens.shape
+    return 2 * (of(backbone.image, length, batch, 1) + of(backbone.text, num_tokens, num_rows, rows.ends.shape[1]))

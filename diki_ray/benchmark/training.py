@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diki_ray.benchmark.timing import interleaved, timed, training_flop
-from diki_ray.benchmark.world import Port, World, all_tokens_in_the_last_block, untrimmed
+from diki_ray.benchmark.world import Port, World, all_tokens_in_the_last_block, one_text_a_row, untrimmed
 from diki_ray.model.gaussian import Moments
 from diki_ray.model.training import Recipe, TaskTrainer
 
@@ -82,7 +82,7 @@ def training(world: World, num_classes: int, batch: int, rounds: int) -> Row:
         port_text=lambda: steps.text_pass(lambda: steps.port.text(steps.tokens, trainer.parameters)),
         statistics=statistics_pass,
     )
-    flop = training_flop(world, num_classes, batch, world.backbone._needed_length(steps.tokens))
+    flop = training_flop(world, steps.tokens, batch)
     return {
         "classes": num_classes,
         "batch": batch,
@@ -110,6 +110,10 @@ def ablation(world: World, num_classes: int, batch: int, rounds: int) -> list[Ro
         with all_tokens_in_the_last_block(world.backbone):
             trainer.step(images, labels)
 
+    def with_one_text_a_row() -> None:
+        with one_text_a_row(world.backbone):
+            trainer.step(images, labels)
+
     def with_frozen_pass() -> None:
         with torch.no_grad():
             world.backbone.encode_image(images)
@@ -131,6 +135,7 @@ def ablation(world: World, num_classes: int, batch: int, rounds: int) -> list[Ro
         rounds,
         as_it_is=lambda: trainer.step(images, labels),
         trim=with_77_tokens,
+        shared_beginning=with_one_text_a_row,
         last_block_for_one_token=with_all_of_the_last_block,
         no_frozen_pass=with_frozen_pass,
         no_gradients_of_frozen_weights=with_gradients_of_weights,

@@ -99,14 +99,24 @@ class World:
 @contextmanager
 def all_tokens_in_the_last_block(backbone: Backbone) -> Iterator[None]:
     """Not only the one that is read."""
-    could = [tower.can_read_one for tower in backbone.towers]
+    could = [tower.can_read_alone for tower in backbone.towers]
     for tower in backbone.towers:
-        tower.can_read_one = False
+        tower.can_read_alone = False
     try:
         yield
     finally:
         for tower, can in zip(backbone.towers, could, strict=True):
-            tower.can_read_one = can
+            tower.can_read_alone = can
+
+
+@contextmanager
+def one_text_a_row(backbone: Backbone) -> Iterator[None]:
+    """The beginning that class names share is computed for each of them."""
+    usual, backbone.texts_a_row = backbone.texts_a_row, 1
+    try:
+        yield
+    finally:
+        backbone.texts_a_row = usual
 
 
 @contextmanager

@@ -27,7 +27,8 @@ from torch.nn import functional as F
 
 from diki_ray.errors import ConfigError
 from diki_ray.model.attention import TorchAttention, attention_blocks
-from diki_ray.model.readout import read_one_token, reads_class_token
+from diki_ray.model.packing import TEXTS_A_ROW, packed
+from diki_ray.model.readout import read_alone, reads_class_token
 from diki_ray.model.residual import Residual, Tower
 
 LOCAL = "local-dir:"
@@ -51,9 +52,10 @@ class Backbone:
         self.image = _tower("image", getattr(model, "visual", None), name)
         self.text = _tower("text", getattr(model, "transformer", None) if self._text is model else self._text, name)
         if reads_class_token(getattr(model, "visual", None)):
-            read_one_token(self.image)
-        read_one_token(self.text)
+            read_alone(self.image)
+        read_alone(self.text)
         self.embed_dim: int = self._embed_dim()
+        self.texts_a_row = TEXTS_A_ROW
         self.start_pass: Callable[[], None] | None = None
         """Called before every pass, where the weights are shared out to all workers (`model/sharded.py`)."""
 
@@ -112,35 +114,38 @@ class Backbone:
             if not len(images):
                 height, width = _pair(self.model.visual.image_size)
                 return self.encode_image(torch.zeros(1, 3, height, width), residual)[:0]
-        self.image.begin(residual, torch.zeros(len(images), dtype=torch.long, device=self.device))
+        self.image.begin(residual, torch.zeros(len(images), 1, dtype=torch.long, device=self.device))
         features = self.model.encode_image(images.to(self.device, self.dtype))
         return F.normalize(features.float(), dim=-1)
 
     def encode_text(self, tokens: Tensor, residual: Residual | None = None) -> Tensor:
         """L2-normalised features [C, E] float32 of tokens [C, L]; with a residual, under it.
 
-        Tokens after the longest text's end are cut off where they change nothing (`trimming`), exact to float32
-        rounding.
+        Tokens after the longest text's end are cut off where they change nothing (`trimming`), and a beginning that
+        all texts share is computed once for several (packing.py), both exact to float32 rounding.
         """
         if self.start_pass is not None:
             self.start_pass()
             if not len(tokens):
                 return self.encode_text(tokens.new_zeros(1, tokens.shape[1]), residual)[:0]
-        tokens = tokens.to(self.device)
         tokens = tokens[:, : self._needed_length(tokens)]
         if self.trimming == "end of text":
             return F.normalize(self._encode_causal_text(tokens, residual).float(), dim=-1)
         self.text.active = residual
-        return F.normalize(self.model.encode_text(tokens).float(), dim=-1)
+        return F.normalize(self.model.encode_text(tokens.to(self.device)).float(), dim=-1)
 
     def _encode_causal_text(self, tokens: Tensor, residual: Residual | None) -> Tensor:
         """open_clip's forward pass of a text tower, which refuses inputs shorter than its context."""
-        text, length, ends = self._text, tokens.shape[1], self._ends(tokens)
+        text, alike = self._text, residual is None or residual.same_for_all
+        rows = packed(tokens, self._ends(tokens), self.texts_a_row if alike else 1)
+        positions, ends = rows.positions.to(self.device), rows.ends.to(self.device)
+        mask = text.attn_mask[positions][:, positions].masked_fill(~rows.visible.to(self.device), -torch.inf)
         alone = self.text.begin(residual, ends)
-        x = text.token_embedding(tokens).to(self.dtype)
-        x = x + text.positional_embedding[:length].to(x.dtype)
-        x = text.ln_final(text.transformer(x, attn_mask=text.attn_mask[:length, :length]))
-        x = x[:, 0] if alone else x[torch.arange(len(x), device=x.device), ends]
+        x = text.token_embedding(rows.tokens.to(self.device)).to(self.dtype)
+        x = x + text.positional_embedding[positions].to(x.dtype)
+        x = text.ln_final(text.transformer(x, attn_mask=mask))
+        x = x if alone else x[torch.arange(len(x), device=x.device)[:, None], ends]
+        x = x.flatten(0, 1)[: len(tokens)]
         projection = text.text_projection
         if projection is None:
             return x

@@ -25,14 +25,14 @@ ROUNDING = 1e-6
 class CoarseGaussians:
     """`Gaussians` for routing alone: exact for each feature's best task, minus infinity for tasks it rules out.
 
-    rank: R, directions a task; by default E/16, at least 16. Costs R/E of the exact densities in time and 2R/E of their
+    rank: R, directions a task; by default E/8, at least 16. Costs R/E of the exact densities in time and 2R/E of their
         memory, and an iteration over every task's factor when it is made.
     """
 
     def __init__(self, gaussians: Gaussians, rank: int | None = None, num_iterations: int = 2):
         self.gaussians = gaussians
         e = gaussians.mean.shape[1]
-        rank = min(e, rank or max(16, e // 16))
+        rank = min(e, rank or max(16, e // 8))
         centre = gaussians.mean.mean(0)
         off_centre = gaussians.mean - centre
         pooled = gaussians.mean_covariance + off_centre.T @ off_centre / len(gaussians)  # of all tasks' images
@@ -65,8 +65,9 @@ class CoarseGaussians:
         bound = self.upper_bound(f)
         bound += ROUNDING * bound.abs()
         exact = torch.full_like(bound, -torch.inf)
-        at_once = 1  # most promising first: what the first ones reach rules out most of the others
-        while len(f):
+        # The most promising first: what these reach rules out most others. Then all that is left at once, for a task's
+        # factor is read whole, however few features want it.
+        for at_once in (1, 4, len(self)):
             bound[bound < exact.max(1, keepdim=True).values] = -torch.inf
             left, tasks = bound.topk(min(at_once, len(self)))
             rows, places = (left > -torch.inf).nonzero(as_tuple=True)
@@ -75,5 +76,4 @@ class CoarseGaussians:
             pairs = rows, tasks[rows, places]
             exact[pairs] = self.gaussians.log_density_of(pairs[1], f[rows])
             bound.scatter_(1, tasks, -torch.inf)
-            at_once *= 4
         return exact.to(features.device)

@@ -55,7 +55,7 @@ class Block:
 class Heads:
     """What the heads of a block's attention are computed from."""
 
-    x: Tensor  # [B, L, D], normalised input of the block; of the last block of some towers, the one token that is read
+    x: Tensor  # [B, L, D], normalised input of the block; of the last block of some towers, those that are read
     q: Tensor  # [B, h, L, d], so that the scores are q kᵀ/√d; keys and values likewise
     k: Tensor
     v: Tensor
@@ -71,7 +71,7 @@ class ResidualBranch:
 
     by_token: ClassVar[bool] = True
     """What is added to a token depends on no other token but through keys and values: the last block can then be
-    computed for the one token that is read."""
+    computed for the tokens that are read alone, and several texts stand in one row."""
     parts: ClassVar[tuple[str, ...]] = ()
     """The parts of a block whose outputs `part` changes: linear layers `q`, `k`, `v`, `out`, `fc1`, `fc2`, or all of
     the `attention` or of the `mlp`."""
@@ -138,6 +138,11 @@ class Residual:
     layers: list[dict[str, Tensor]]
     weight: float | Tensor = 1.0
 
+    @property
+    def same_for_all(self) -> bool:
+        """Whether rows of a batch may stand in one row: no weight of their own, no look at other tokens."""
+        return self.branch.by_token and not (isinstance(self.weight, Tensor) and self.weight.numel() > 1)
+
     def part(self, name: str, layer: int, x: Tensor, y: Tensor) -> Tensor:
         if name not in self.branch.parts:
             return y
@@ -155,8 +160,8 @@ class Tower:
         self.width: int = self.attentions[0].width
         # Both stay set after a forward pass: activation checkpointing runs the blocks again during backward.
         self.active = None
-        self.can_read_one = False
-        """Whether the last block can be asked for one token of each row alone (`model/readout.py`)."""
+        self.can_read_alone = False
+        """Whether the last block can be asked for the tokens that are read alone (`model/readout.py`)."""
         self._mlps = [_mlp_of(block) for block, _ in blocks]
         for index, attention in enumerate(self.attentions):
             attention.module.forward = self._with_residual(index, attention)
@@ -175,10 +180,10 @@ class Tower:
         self.read_at: Tensor | None = None
 
     def begin(self, residual: Residual | None, read_at: Tensor) -> bool:
-        """A new pass begins of which one token is read, read_at int64 [B]. True: the last block returns it alone,
-        [B, 1, D]."""
+        """A new pass begins of which some tokens are read, read_at int64 [B, R]. True: the last block returns them
+        alone, [B, R, D]."""
         self.active = residual
-        if self.can_read_one and (residual is None or residual.branch.by_token):
+        if self.can_read_alone and (residual is None or residual.branch.by_token):
             self.read_at = read_at
         return self.read_at is not None
 

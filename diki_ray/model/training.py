@@ -102,8 +102,8 @@ class TaskTrainer:
         seed: int = 0,
     ) -> None:
         self.method, self.recipe, self.num_steps, self.seed = method, recipe, num_steps, seed
-        device = method.backbone.device
-        self.class_tokens = class_tokens.to(device)
+        self.device = device = method.backbone.device
+        self.class_tokens = class_tokens.cpu()  # they are laid out in rows before they go to the device
         own = {name: p.detach().clone().to(device) for name, p in parameters.items()}
         self.parameters = {name: p.requires_grad_() for name, p in own.items() if method.is_trained(name)}
         self.kept = {name: p for name, p in own.items() if not method.is_trained(name)}
@@ -125,7 +125,7 @@ class TaskTrainer:
         A loss or gradient that is not finite on any rank means no step on any rank; after
         `max_nonfinite_steps` in a row NonFiniteError names the batch's keys.
         """
-        device = self.class_tokens.device
+        device = self.device
         step = self._step()
         with torch.enable_grad():
             parameters = self.method.effective(self.all_parameters, step)
@@ -181,7 +181,7 @@ class TaskTrainer:
         return next(iter(self.parameters.values())).sum() * 0
 
     def _global_count(self, count: int) -> float:
-        return float(all_reduce_sum(torch.tensor(float(count), device=self.class_tokens.device)))
+        return float(all_reduce_sum(torch.tensor(float(count), device=self.device)))
 
     def _class_features(self, parameters: Parameters | None = None) -> Tensor:
         """[C, E] from each rank's share of the classes; by default as they are outside of a step."""

@@ -342,7 +342,7 @@ class TaskWorker:
         for images, labels in self._share_of(task, "val"):
             correct += trainer.num_correct(images, labels, class_features)
             count += len(labels)
-        total = all_reduce_sum(torch.tensor([correct, count], dtype=torch.float64, device=trainer.class_tokens.device))
+        total = all_reduce_sum(torch.tensor([correct, count], dtype=torch.float64, device=trainer.device))
         return float(total[0] / total[1])
 
     def _share_of(self, task: PlannedTask, split: str) -> Any:

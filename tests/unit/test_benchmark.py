@@ -42,7 +42,7 @@ def test_the_benchmark_runs_at_its_smallest_and_writes_a_table_json_and_plots(tm
         assert row["fraction_of_matrix_throughput"] > 0
     assert {r["same_route"] for r in sections["routing"]} == {1.0}
     assert {r["optimisation"] for r in sections["ablation"]} > {
-        *("trim", "last_block_for_one_token", "no_frozen_pass", "class_tables")
+        *("trim", "shared_beginning", "last_block_for_one_token", "no_frozen_pass", "class_tables")
     }
     assert all(0 <= r["idle_share"] <= 1 for r in sections["input"])
     assert sections["scaling"][0]["speedup"] > 0
@@ -69,7 +69,7 @@ def test_operations_are_counted_as_forward_and_gradients_of_activations_and_froz
     with FlopCounterMode(display=False) as step:
         trainer.step(images, labels)
     assert 1.6 < step.get_total_flops() / forward.get_total_flops() < 2.2
-    counted = training_flop(world, 6, 8, world.backbone._needed_length(tokens))
+    counted = training_flop(world, tokens, 8)
     assert counted == pytest.approx(step.get_total_flops(), rel=0.25)  # this tower is so small that the rest counts
 
 

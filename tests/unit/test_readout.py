@@ -105,5 +105,5 @@ def test_a_tower_that_reads_more_than_one_token_is_left_alone(vision: dict) -> N
     model = open_clip.model.CLIP(embed_dim=32, vision_cfg=small | extra, text_cfg=text)
     model.visual.output_tokens = vision.get("output_tokens", False)
     backbone = Backbone(model, lambda image: image, open_clip.SimpleTokenizer(context_length=77))
-    assert not backbone.image.can_read_one
-    assert backbone.text.can_read_one
+    assert not backbone.image.can_read_alone
+    assert backbone.text.can_read_alone
