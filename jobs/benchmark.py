@@ -59,6 +59,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tasks", type=int, default=11, help="of the stream whose matrix is evaluated")
     parser.add_argument("--stream-classes", type=int, default=20, help="of each of its tasks")
+    parser.add_argument("--stream-batches", type=int, default=4, help="test batches of each of its tasks")
     parser.add_argument("--routing-tasks", type=int, nargs="+", default=[10, 100, 1000, 5000])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--compile-mode", help="of torch.compile; `reduce-overhead` is CUDA graphs")
@@ -103,7 +104,7 @@ def measure(a: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> di
         "ablation": lambda: (
             training.ablation(world, classes, batch, a.rounds) + evaluation.ablation(world, classes, batch, a.rounds)
         ),
-        "stream": lambda: [matrix.matrix(world, a.tasks, a.stream_classes, batch, few)],
+        "stream": lambda: [matrix.matrix(world, a.tasks, a.stream_classes, batch, a.stream_batches, few)],
         "routing": lambda: [routing.routing(world, t, batch, few, tower_s) for t in a.routing_tasks],
         "input": lambda: feeding.input_share(world, classes, a.batch[0], epochs=2),
         "scaling": lambda: [processes.scaling(a.model, classes, batch, a.rounds)],
