@@ -200,7 +200,7 @@ def with_absolute_paths(config: Config) -> Config:
 
 def _method_of_keys(config: Config) -> dict[str, object]:
     """The method's settings as module keys have them: of reference data what they hold, not where they are."""
-    settings = config.method.model_dump()
+    settings = config.method.model_dump(exclude=set(METHODS[config.method.name].only_answering))
     return settings | {"reference": reference_digest(config)} if "reference" in settings else settings
 
 

@@ -52,7 +52,7 @@ DRAIN_CHECK_EVERY_STEPS = 4
 """Asking whether a node is to be taken away waits for every rank; the notice comes half a minute ahead or more."""
 NOT_IN_A_MODULE = {
     *("cpus_per_worker", "checkpoint_every_steps", "max_failures", "collective_timeout_s"),
-    *("compile", "min_workers", "resize_every_s", "offload"),
+    *("compile", "min_workers", "resize_every_s", "offload", "min_steps"),
 }
 """Settings that change nothing of what is learnt. After a failure one may want others, and still the same module."""
 FAILURE = "failure.json"
@@ -424,9 +424,9 @@ class TaskWorker:
             provenance={
                 "data": {"name": task.index.name, "digest": task.index.digest(), "protocol": task.index.split_protocol},
                 "seed": task.seed,
-                "method": self.config.method.model_dump(),
+                "method": self.config.method.model_dump(exclude=set(self.method.only_answering)),
                 "train": self.config.train.model_dump(exclude=NOT_IN_A_MODULE)
-                | {"num_threads": torch.get_num_threads()},
+                | {"epochs": task.num_epochs, "num_threads": torch.get_num_threads()},
                 "best_epoch": progress.best_epoch if progress.history else None,
                 "history": progress.history,
                 "num_steps": progress.step,

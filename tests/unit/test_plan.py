@@ -48,6 +48,15 @@ def test_a_task_of_few_steps_is_trained_for_more_epochs(prepared: Path) -> None:
     assert keys(plan) == keys(planned(prepared, "train.epochs=2", "train.batch_size=16", "train.min_steps=6"))
 
 
+def test_settings_that_only_answer_are_in_no_key(prepared: Path) -> None:
+    def rail(**settings: float) -> dict[str, str]:
+        tree = planned(prepared).config.model_dump() | {"method": {"name": "rail", "hidden_dim": 8} | settings}
+        return keys(make_plan(Config.model_validate(tree), BACKBONE))
+
+    assert rail(ridge=3.0, fusion=0.5) == rail()
+    assert not set(rail(projection_seed=1).values()) & set(rail().values())
+
+
 def test_seeds_come_from_the_data_and_not_from_the_position(prepared: Path) -> None:
     seeds = {t.name: t.seed for t in planned(prepared).tasks}
     assert {t.name: t.seed for t in planned(prepared, order=(1, 0)).tasks} == seeds
