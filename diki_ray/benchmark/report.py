@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ UNITS = {"flop_per_s": (1e-9, "gflop_per_s")}
 def headline(report: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     return (
-        f"{report['model']} on {report['machine']}, {report['threads']} threads, {report['date']}; {versions}; "
+        f"{report['model']} on {report['machine']}, {_threads(report)}, {report['date']}; {versions}; "
         f"matrix products {report['matrix_flop_per_s'] / 1e9:,.0f} GFLOP/s; "
         f"peak memory {report['peak_memory_bytes'] / 1e6:,.0f} MB"
     )
@@ -72,7 +72,8 @@ def plot(report: dict[str, Any], folder: Path) -> list[Path]:
     def figure(name: str, draw: Any) -> None:
         fig, axes = pyplot.subplots(figsize=(5.5, 3.2), layout="constrained")
         draw(axes)
-        axes.set_title(f"{report['model']}, {report['machine']}, {report['threads']} threads", fontsize=8)
+        axes.minorticks_off()
+        axes.set_title(f"{report['model']}, {report['machine']}, {_threads(report)}", fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         path = folder / f"{report['model']}_{name}.svg"
         fig.savefig(path, metadata={"Date": None})
@@ -89,24 +90,31 @@ def plot(report: dict[str, Any], folder: Path) -> list[Path]:
                 line = sorted((r[over], r["ratio"]) for r in rows if r[at] == fixed)
                 axes.plot(*zip(*line, strict=True), mark, label=f"{section}, {at} {fixed}")
         axes.set(xscale="log", xlabel=over, ylabel="times the port's images/s", ylim=(0, None))
+        measured_at(axes, line)
         axes.axhline(1, color="grey", linewidth=0.8)
         axes.legend(fontsize=7, frameon=False)
+
+    def measured_at(axes: Any, line: Sequence[tuple[float, float]]) -> None:
+        axes.set_xticks([x for x, _ in line], [f"{x:,}" for x, _ in line])
 
     def ablations(axes: Any) -> None:
         rows = sections["ablation"]
         names = [f"{r['optimisation'].replace('_', ' ')} ({r['of']})" for r in rows]
-        axes.barh(names, [r["without_it"] for r in rows])
-        axes.axvline(1, color="grey", linewidth=0.8)
+        bars = axes.barh(names, [r["without_it"] - 1 for r in rows], left=1)
+        axes.bar_label(bars, [f"{r['without_it']:.2f}" for r in rows], padding=3, fontsize=7)
         axes.set(xlabel="time without it / with it", xscale="log")
+        axes.set_xticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
         axes.tick_params(axis="y", labelsize=7)
         axes.invert_yaxis()
 
     def routes(axes: Any) -> None:
         rows = sections["routing"]
         for kind in ("exact", "coarse"):
-            axes.plot([r["tasks"] for r in rows], [r[f"{kind}_share_of_tower"] for r in rows], "o-", label=kind)
+            line = [(r["tasks"], r[f"{kind}_share_of_tower"]) for r in rows]
+            axes.plot(*zip(*line, strict=True), "o-", label=kind)
         axes.axhline(0.1, color="grey", linewidth=0.8)
         axes.set(xscale="log", yscale="log", xlabel="tasks", ylabel="share of the image tower's time")
+        measured_at(axes, line)
         axes.legend(fontsize=7, frameon=False)
 
     if "training" in sections or "evaluation" in sections:
@@ -116,3 +124,7 @@ def plot(report: dict[str, Any], folder: Path) -> list[Path]:
         if name in sections:
             figure(name, draw)
     return drawn
+
+
+def _threads(report: dict[str, Any]) -> str:
+    return "1 thread" if report["threads"] == 1 else f"{report['threads']} threads"
