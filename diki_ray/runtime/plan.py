@@ -178,23 +178,25 @@ def make_plan(config: Config, backbone: Backbone) -> Plan:
     return Plan(config, digest, backbone.embed_dim, tuple(tasks))
 
 
-def with_absolute_paths(config: Config) -> Config:
-    """The configuration for processes that run in folders of their own."""
+def with_absolute_paths(config: Config, folder: str = "") -> Config:
+    """The configuration for processes that run in folders of their own; paths are from `folder`, by default this
+    process's own."""
+    absolute = partial(_absolute, folder=folder)
     tree = config.model_dump()
-    tree["run"]["storage"] = _absolute(config.run.storage)
-    tree["data"]["root"] = _absolute(config.data.root)
+    tree["run"]["storage"] = absolute(config.run.storage)
+    tree["data"]["root"] = absolute(config.data.root)
     if config.data.sources is not None:
-        tree["data"]["sources"] = _absolute(config.data.sources)
+        tree["data"]["sources"] = absolute(config.data.sources)
     if config.backbone.name.endswith(".py"):
-        tree["backbone"]["name"] = _absolute(config.backbone.name)
+        tree["backbone"]["name"] = absolute(config.backbone.name)
     for field in ("pretrained", "directory"):
         value = tree["backbone"][field]
-        if value is not None and os.path.exists(value):
-            tree["backbone"][field] = _absolute(value)
+        if value is not None and os.path.exists(absolute(value)):
+            tree["backbone"][field] = absolute(value)
     if tree["method"].get("reference") is not None:
-        tree["method"]["reference"] = _absolute(tree["method"]["reference"])
+        tree["method"]["reference"] = absolute(tree["method"]["reference"])
     for task in tree["tasks"]:
-        task["data"] = _absolute(task["data"])
+        task["data"] = absolute(task["data"])
     return Config.model_validate(tree)
 
 
@@ -204,9 +206,11 @@ def _method_of_keys(config: Config) -> dict[str, object]:
     return settings | {"reference": reference_digest(config)} if "reference" in settings else settings
 
 
-def _absolute(place: str) -> str:
+def _absolute(place: str, folder: str = "") -> str:
     """A local path in full, `~` included; a URL or `embedded:NAME` as it is."""
-    return place if "://" in place or place.startswith("embedded:") else os.path.abspath(os.path.expanduser(place))
+    if "://" in place or place.startswith("embedded:"):
+        return place
+    return os.path.abspath(os.path.join(folder, os.path.expanduser(place)))
 
 
 def _planned(

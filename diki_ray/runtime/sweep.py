@@ -68,7 +68,7 @@ def run_sweep(sweep: SweepConfig, config: Config, say: Callable[[str], None] = p
         "folder": results.uri,
         "finished_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-    write_files(document, varied(config, best["setting"]), results)
+    write_files(document, with_absolute_paths(varied(config, best["setting"])), results)
     return document
 
 
@@ -105,7 +105,7 @@ def _run_trials(
     recorder = _Recorder(results, missing, say)
     tune.Tuner(
         tune.with_resources(
-            tune.with_parameters(_trial, sweep=sweep, config=config, orders=orders),
+            tune.with_parameters(_trial, sweep=sweep, config=config, orders=orders, folder=os.getcwd()),
             # A trial has to ask for something: one MB of memory is everywhere.
             {"CPU": sweep.cpus_per_trial, "GPU": sweep.gpus_per_trial, "memory": 2**20},
         ),
@@ -138,14 +138,15 @@ def _run_trials(
     objects.delete(info.path for info in objects.list("tune") if ours.match(info.path))
 
 
-def _trial(values: dict[str, Any], *, sweep: SweepConfig, config: Config, orders: Orders) -> None:
+def _trial(values: dict[str, Any], *, sweep: SweepConfig, config: Config, orders: Orders, folder: str) -> None:
     """One setting; runs in a Tune trial. Training reports each epoch, so that ASHA can stop it."""
 
     def report(epoch: float, accuracy: float) -> None:
         tune.report({"epoch": epoch, "accuracy": accuracy})
 
     try:
-        judged = judge(sweep, config, _setting(values), orders, "val", report if sweep.scheduler == "asha" else None)
+        asha = sweep.scheduler == "asha"
+        judged = judge(sweep, config, _setting(values), orders, "val", folder, report if asha else None)
     except ConfigError as error:  # trying again would only meet it again
         tune.report({"refused": str(error)})
         return
@@ -222,7 +223,7 @@ def _tested(
         judge
     )
     try:
-        test = ray.get(task.remote(sweep, config, setting, orders, "test"))
+        test = ray.get(task.remote(sweep, config, setting, orders, "test", os.getcwd()))
     except ray.exceptions.RayTaskError as error:
         raise (error.cause if isinstance(error.cause, UserError) else error) from None
     results.record_test(setting, test)

@@ -39,6 +39,7 @@ from diki_ray.runtime.plan import (
     make_plan,
     precision_of,
     recipe_of,
+    with_absolute_paths,
 )
 from diki_ray.runtime.progress import following
 from diki_ray.runtime.store import RunStore
@@ -77,9 +78,12 @@ def judge(
     setting: Mapping[str, Any],
     orders: Mapping[str, Sequence[int]],
     split: str,
+    folder: str,
     report: Report | None = None,
 ) -> dict[str, Any]:
     """Every metric of a setting on one split: mean, standard deviation, and the value for each order and seed.
+
+    folder: where the setting's relative paths start, for this process has a folder of its own.
 
     seconds: training (or waiting for another who trains), the tables of answers, and the orders from them. cost: see
     `cost_of`.
@@ -90,7 +94,7 @@ def judge(
     epochs = None if report is None else Epochs(report, len(sweep.seeds), config.train.epochs)
     for seed in sweep.seeds:
         clock = time.monotonic()
-        seeded = varied(config, {**setting, "run.seed": seed})
+        seeded = with_absolute_paths(varied(config, {**setting, "run.seed": seed}), folder)
         plan = make_plan(seeded, load_backbone(seeded))
         for ordered_plan, its_orders in _plans(plan, orders):
             digests = modules_of(ordered_plan, epochs)

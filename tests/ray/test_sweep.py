@@ -132,14 +132,20 @@ def test_optuna_goes_on_from_the_settings_that_it_knows(config: Config, local_cl
     assert again["chosen"] == more["chosen"]
 
 
-def test_methods_of_every_kind_side_by_side(config: Config, local_cluster: None) -> None:
+def test_methods_of_every_kind_side_by_side(
+    config: Config, local_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Independent, sequential and joint ones in one sweep: each order's numbers are those of a run in that order, and
-    costs are known. A repeated sweep reads."""
+    costs are known. Paths in a setting are from where the sweep was started. A repeated sweep reads."""
+    make_plan(config, load_backbone(config))  # prepares what zscl refers to
+    monkeypatch.chdir(config.data.root)
+    (mist,) = Path().glob("mist-*")
     config = config.model_copy(update={"tasks": config.tasks[:2]})
     cases = [
         {"method": {"name": "zero_shot"}},
         {"method": {"name": "sequential_lora", "rank": 1, "against_forgetting": "ewc"}, "train.lr": 0.01},
         {"method": {"name": "rail", "hidden_dim": 16}},
+        {"method": {"name": "zscl", "rank": 1, "reference": str(mist), "reference_batch": 4}, "train.lr": 0.01},
     ]
     fields = {"name": "methods", "cases": cases, "orders": {"num_random": 1}}
     document = swept(config, [], **fields)
@@ -148,8 +154,9 @@ def test_methods_of_every_kind_side_by_side(config: Config, local_cluster: None)
         "zero_shot": "indexing",
         "sequential_lora": "training",
         "rail": "evaluation",
+        "zscl": "training",
     }
-    assert document["modules_trained"] == 2 + 2 * 2 + 2  # sequential: both orders
+    assert document["modules_trained"] == 2 + 2 * 2 + 2 + 2 * 2  # sequential: both orders
     costs = {n: v["cost"] for n, v in by_name.items()}
     assert costs["zero_shot"]["num_parameters"] == costs["rail"]["num_parameters"] == 0
     assert costs["sequential_lora"]["num_parameters"] > 0
@@ -168,6 +175,6 @@ def test_methods_of_every_kind_side_by_side(config: Config, local_cluster: None)
             assert values[name]["average"] == pytest.approx(alone.metrics()["average"], abs=1e-6)
 
     again = swept(config, said := [], **fields)
-    assert said[0] == "known already: 3 of 3 settings"
+    assert said[0] == "known already: 4 of 4 settings"
     assert again["trials"] == document["trials"]
     assert again["modules_trained"] == 0
