@@ -162,7 +162,7 @@ def test_the_documents_example_of_a_method_is_trained_and_answers(
     prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     document = (Path(__file__).parent.parent.parent / "docs" / "methods.md").read_text()
-    code = document.split("```python\n")[1].split("```")[0]
+    code = document.split("## Adding a method\n")[1].split("```python\n")[1].split("```")[0]
     assert 20 <= len([line for line in code.splitlines() if line.strip()]) <= 35
     defined: dict[str, Any] = {}
     exec(code, defined)
