@@ -20,7 +20,7 @@ from diki_ray.data.protocols import protocol
 from diki_ray.data.sources import benchmark_folder
 from diki_ray.errors import ConfigError
 from diki_ray.model import backbone as backbones
-from diki_ray.model.backbone import Backbone
+from diki_ray.model.backbone import LOCAL, Backbone
 from diki_ray.model.methods import METHODS, Method, Zscl
 from diki_ray.model.module import module_key, task_seed
 from diki_ray.model.training import Recipe
@@ -187,8 +187,11 @@ def with_absolute_paths(config: Config, folder: str = "") -> Config:
     tree["data"]["root"] = absolute(config.data.root)
     if config.data.sources is not None:
         tree["data"]["sources"] = absolute(config.data.sources)
-    if config.backbone.name.endswith(".py"):
-        tree["backbone"]["name"] = absolute(config.backbone.name)
+    name = config.backbone.name
+    if name.endswith(".py"):
+        tree["backbone"]["name"] = absolute(name)
+    elif name.startswith(LOCAL):
+        tree["backbone"]["name"] = LOCAL + absolute(name.removeprefix(LOCAL))
     for field in ("pretrained", "directory"):
         value = tree["backbone"][field]
         if value is not None and os.path.exists(absolute(value)):

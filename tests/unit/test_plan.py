@@ -8,7 +8,7 @@ import pytest
 
 from diki_ray.config import Config, load
 from diki_ray.model.methods import METHODS, Diki
-from diki_ray.runtime.plan import Plan, load_backbone, make_plan
+from diki_ray.runtime.plan import Plan, load_backbone, make_plan, with_absolute_paths
 from diki_ray.runtime.trainer import shared_out
 
 DEBUG = Path(__file__).parent.parent.parent / "configs" / "debug.yaml"
@@ -46,6 +46,32 @@ def test_a_task_of_few_steps_is_trained_for_more_epochs(prepared: Path) -> None:
     # What is trained alike is one module, however its length was asked for.
     assert keys(longer) == keys(planned(prepared, "train.epochs=4", "train.batch_size=16"))
     assert keys(plan) == keys(planned(prepared, "train.epochs=2", "train.batch_size=16", "train.min_steps=6"))
+
+
+def test_local_paths_are_made_absolute_and_nothing_else(tmp_path: Path) -> None:
+    """Workers run in folders of their own: a path that stays relative is not found there."""
+    (tmp_path / "weights.pt").touch()
+
+    def located(*overrides: str) -> Config:
+        return with_absolute_paths(load(DEBUG, overrides), str(tmp_path))
+
+    for name, expected in (
+        ("clip.py", f"{tmp_path}/clip.py"),
+        ("local-dir:models/clip", f"local-dir:{tmp_path}/models/clip"),
+        ("local-dir:/models/clip", "local-dir:/models/clip"),
+        ("ViT-B-16", "ViT-B-16"),
+    ):
+        assert located(f"backbone.name={name}").backbone.name == expected
+    assert located("backbone.pretrained=weights.pt").backbone.pretrained == f"{tmp_path}/weights.pt"
+    assert located("backbone.pretrained=openai").backbone.pretrained == "openai"
+    assert located("data.root=s3://b/prepared").data.root == "s3://b/prepared"
+    assert located("run.storage=~/runs").run.storage == str(Path.home() / "runs")
+    zscl = load(DEBUG).model_dump() | {"method": {"name": "zscl", "reference": "stamps"}}
+    method = with_absolute_paths(Config.model_validate(zscl), str(tmp_path)).method
+    assert method.model_dump()["reference"] == f"{tmp_path}/stamps"
+    config = located()
+    assert [t.data for t in config.tasks] == [t.data for t in load(DEBUG).tasks]  # embedded:NAME
+    assert with_absolute_paths(config) == config
 
 
 def test_settings_that_only_answer_are_in_no_key(prepared: Path) -> None:
