@@ -1,34 +1,38 @@
 """diki_ray: continual learning of a frozen CLIP, distributed with Ray.
 
-Data flows one way: configuration -> stream -> trainer -> store -> router -> evaluator -> report.
+Data flows one way: configuration -> stream -> trainer -> store -> router -> evaluator -> report. Each room of the house
+uses those before it and none after it; Ray is imported from `runs` on:
 
-* `diki_ray.model`: the mathematics (torch and numpy; never imports Ray or our data and runtime layers)
-* `diki_ray.data`: data sets, shards, streams (never imports Ray or the runtime layer)
-* `diki_ray.runtime`: the store, the trainer and the evaluator on Ray
+* `config`: what a run, a method, a sweep and a benchmark are configured by
+* `store`: what outlives any process: a run's log, the library of modules, checkpoints
+* `clip`: the frozen model and the place beside each of its attentions
+* `learning`: how one task's module is learnt
+* `answering`: from the features of an image to its answer, and from answers to figures
+* `data`: data sets, shards, streams
+* `report`: pages, tables and cards of what was computed
+* `runs`: a run on Ray: plan, training, evaluation, sweeps
+* `prediction`: answers of a stored run; `serving`: the same over HTTP
 """
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from diki_ray.runtime.bundle import Model
+from pathlib import Path
+from typing import Any
 
 __version__ = "0.1.0"
 
 
 def load(
-    path: "str | Path",
+    path: str | Path,
     *,
     device: str = "auto",
     backbone: str | None = None,
     pretrained: str | None = None,
     directory: str | None = None,
-) -> "Model":
+) -> Any:
     """The model of a run that jobs/export.py exported: `diki_ray.load(folder).predict(images)`; needs no Ray.
 
-    See diki_ray.runtime.bundle.load_bundle. Imported when it is called, so that `import diki_ray` stays quick.
+    The value is a diki_ray.prediction.bundle.Model, whose module is imported only when this is called, so that
+    `import diki_ray` stays quick.
     """
-    from diki_ray.runtime.bundle import load_bundle
+    from diki_ray.prediction.bundle import load_bundle
 
     return load_bundle(path, device=device, backbone=backbone, pretrained=pretrained, directory=directory)

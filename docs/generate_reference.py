@@ -15,8 +15,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from diki_ray.config import Config
+from diki_ray.config.sweep import SweepConfig
 from diki_ray.serving.settings import Settings
-from diki_ray.sweep_config import SweepConfig
 
 PAGE = Path(__file__).parent / "configuration.md"
 COMMAND = "python docs/generate_reference.py"

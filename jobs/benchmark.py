@@ -3,7 +3,7 @@
     python jobs/benchmark.py --quick                                    # a minute or two
     python jobs/benchmark.py --model tiny --classes 10 100 --batch 128 --output benchmark
 
-The port (diki_ray/benchmark/world.py) does what the published code does. It is checked to give the same losses and
+The port (benchmarks/world.py) does what the published code does. It is checked to give the same losses and
 answers before anything is timed. Every figure is a median over rounds in which all variants take turns.
 """
 
@@ -22,7 +22,9 @@ import open_clip
 import torch
 from rich.console import Console
 
-from diki_ray.benchmark import (
+sys.path.insert(0, str(Path(__file__).parents[1]))  # `benchmarks` lies beside the package, not in it
+
+from benchmarks import (
     attention,
     evaluation,
     feeding,
@@ -34,7 +36,7 @@ from diki_ray.benchmark import (
     timing,
     training,
 )
-from diki_ray.benchmark.world import MODELS, World
+from benchmarks.world import MODELS, World
 
 SECTIONS = (
     *("training", "evaluation", "ablation", "stream", "routing", "input", "scaling", "memory", "layout"),

@@ -28,13 +28,13 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 
+from diki_ray.clip import backbone as backbones
 from diki_ray.data.images import decode_image
 from diki_ray.data.index import DatasetIndex
 from diki_ray.data.prepare import load_prepared
 from diki_ray.data.shards import read_shard
 from diki_ray.data.stream import TrainStream
 from diki_ray.errors import UserError
-from diki_ray.model import backbone as backbones
 
 Transform = Callable[[Image.Image], torch.Tensor]
 Reader = Callable[[int], Iterator[int]]  # an epoch's number to the sizes of its batches

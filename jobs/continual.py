@@ -11,7 +11,7 @@ from rich.console import Console
 
 from diki_ray import config
 from diki_ray.errors import UserError
-from diki_ray.runtime.continual import run_continual
+from diki_ray.runs.continual import run_continual
 
 
 def main() -> int:

@@ -18,11 +18,11 @@ from typing import Any
 from rich.console import Console
 
 from diki_ray import config
+from diki_ray.answering.comparison import compare
+from diki_ray.answering.evaluation import report
 from diki_ray.errors import UserError
-from diki_ray.runtime.evaluation_compare import compare
-from diki_ray.runtime.evaluation_report import report
-from diki_ray.runtime.evaluation_table import comparison, tables
-from diki_ray.runtime.stored_evaluation import Asked, evaluate_stored
+from diki_ray.report.evaluation_table import comparison, tables
+from diki_ray.runs.evaluate.stored_evaluation import Asked, evaluate_stored
 
 
 def main() -> int:

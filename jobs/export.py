@@ -11,7 +11,7 @@ import sys
 
 from diki_ray import config
 from diki_ray.errors import UserError
-from diki_ray.runtime.bundle import export_bundle
+from diki_ray.prediction.bundle import export_bundle
 
 
 def main() -> int:

@@ -13,10 +13,10 @@ import sys
 
 from diki_ray import config as configs
 from diki_ray.config import Config
-from diki_ray.data.protocols import protocol
+from diki_ray.config.protocols import protocol
 from diki_ray.errors import UserError
-from diki_ray.runtime.foreign import NamedTask, import_checkpoint, read_checkpoint, read_tasks
-from diki_ray.runtime.plan import load_backbone, make_plan
+from diki_ray.runs.import_checkpoint import NamedTask, import_checkpoint, read_checkpoint, read_tasks
+from diki_ray.runs.plan import load_backbone, make_plan
 
 
 def main() -> int:

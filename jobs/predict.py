@@ -25,7 +25,7 @@ from diki_ray import config
 from diki_ray.config import Config
 from diki_ray.data.inputs import is_collection, parts_of
 from diki_ray.errors import ConfigError, UserError
-from diki_ray.runtime.inference import Answer, load_predictor, read_image
+from diki_ray.prediction.run_predictor import Answer, load_predictor, read_image
 
 DEFAULT_TEMPLATE = "a photo of a {}."
 
@@ -93,9 +93,9 @@ def predict(arguments: argparse.Namespace) -> list[Answer]:
 
 
 def predict_all(arguments: argparse.Namespace) -> None:
-    from diki_ray.runtime.batch import Workers, answer_all  # Ray, which a few images do not need
-    from diki_ray.runtime.batch_output import check
-    from diki_ray.runtime.batch_worker import Learnt
+    from diki_ray.prediction.batch import Workers, answer_all  # Ray, which a few images do not need
+    from diki_ray.prediction.batch_output import check
+    from diki_ray.prediction.batch_worker import Learnt
 
     check(arguments.output)
     parts = parts_of(arguments.images)

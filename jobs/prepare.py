@@ -19,8 +19,8 @@ import ray
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
+from diki_ray.config.protocols import protocol
 from diki_ray.data import prepare
-from diki_ray.data.protocols import protocol
 from diki_ray.data.sources import benchmark_folder
 from diki_ray.errors import UserError
 

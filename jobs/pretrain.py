@@ -30,7 +30,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from diki_ray.assets.tiny_clip import create as backbone
-from diki_ray.data import world
+from diki_ray.data.world import tasks as world
 
 # Pairs drawn by one call in a drawing process.
 _DRAWING_CHUNK = 2000

@@ -8,7 +8,7 @@ import sys
 
 from diki_ray.data.index import write_bytes
 from diki_ray.errors import UserError
-from diki_ray.runtime.report import load_results, render
+from diki_ray.report.run import load_results, render
 
 
 def main() -> int:

@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from diki_ray.errors import LeaseHeldError, UserError
-from diki_ray.runtime.store import Entry, RunStore
-from diki_ray.runtime.store_lease import this_process
-from diki_ray.runtime.store_log import holder_of
+from diki_ray.store.log import holder_of
+from diki_ray.store.process import this_process
+from diki_ray.store.run_store import Entry, RunStore
 
 Report = dict[str, Any]  # what --json prints; people see its lists as tables, then its `text`
 

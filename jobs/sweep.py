@@ -9,12 +9,12 @@ import sys
 
 from rich.console import Console
 
+from diki_ray.config.sweep import load_sweep
 from diki_ray.errors import UserError
-from diki_ray.runtime.cluster import cluster
-from diki_ray.runtime.sweep import run_sweep
-from diki_ray.runtime.sweep_files import CHOSEN, REPORT
-from diki_ray.runtime.sweep_table import sweep_tables
-from diki_ray.sweep_config import load_sweep
+from diki_ray.report.sweep_table import sweep_tables
+from diki_ray.runs.cluster import cluster
+from diki_ray.runs.sweep.files import CHOSEN, REPORT
+from diki_ray.runs.sweep.sweep import run_sweep
 
 
 def main() -> int:

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from diki_ray.model import sharded
-from diki_ray.model.backbone import Backbone
+from diki_ray.clip import sharded
+from diki_ray.clip.backbone import Backbone
 
 WORLD_SIZE = 2
 STRATEGIES = ("ddp", "deepspeed", "deepspeed, offload")

@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
 import diki_ray
-from diki_ray.model.predictor import Candidates
+from diki_ray.answering.predictor import Candidates
 from diki_ray.serving.engine import Engine, Question
 from diki_ray.serving.guard import BodyTooLarge, Guard, too_large
 from diki_ray.serving.metrics import Metrics, exposition

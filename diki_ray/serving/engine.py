@@ -1,8 +1,8 @@
 """Many questions at once, of any mixture of requests, tasks, candidates and snapshots, each answered for itself.
 
-Class features are interpolated between the points of a grid of weights (model/class_table.py). An answer is the same
-whatever shares its pass and whatever is kept already (to float32 rounding), because it is always interpolated between
-the same two points.
+Class features are interpolated between the points of a grid of weights (answering/class_features.py). An answer is
+the same whatever shares its pass and whatever is kept already (to float32 rounding), because it is always interpolated
+between the same two points.
 
 Shapes: B images, C candidate classes, E embedding dimensions.
 """
@@ -17,9 +17,9 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from diki_ray.model.class_table import ClassTable, FeatureCache
-from diki_ray.model.predictor import Candidates
-from diki_ray.model.routing import NO_TASK, Routes
+from diki_ray.answering.class_features import ClassTable, FeatureCache
+from diki_ray.answering.predictor import Candidates
+from diki_ray.answering.routing import NO_TASK, Routes
 from diki_ray.serving.schema import Choice, ImageAnswer
 from diki_ray.serving.settings import Settings
 from diki_ray.serving.snapshot import Snapshot

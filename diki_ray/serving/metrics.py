@@ -1,4 +1,4 @@
-"""Prometheus metrics of a server, by the conventions of runtime/telemetry.py. Labels are of bounded number: routes that
+"""Prometheus metrics of a server, by the conventions of runs/telemetry.py. Labels are of bounded number: routes that
 there are not are `other`, and nothing that a request says becomes one."""
 
 from __future__ import annotations

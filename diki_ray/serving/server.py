@@ -15,7 +15,7 @@ from ray import serve
 from ray.serve.config import HTTPOptions
 
 from diki_ray.errors import ConfigError
-from diki_ray.runtime.stored_run import config_of, open_learnt
+from diki_ray.runs.stored_run import config_of, open_learnt
 from diki_ray.serving.deployment import deploy
 from diki_ray.serving.settings import Settings
 

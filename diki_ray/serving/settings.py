@@ -11,7 +11,8 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from diki_ray.config import Section, sentences
+from diki_ray.config import sentences
+from diki_ray.config.run import Section
 from diki_ray.errors import ConfigError
 
 TOKEN_VARIABLE = "DIKI_SERVE_TOKEN"

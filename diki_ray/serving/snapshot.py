@@ -15,13 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from diki_ray.answering.configured import COARSE_FROM_TASKS, build_predictor
+from diki_ray.answering.predictor import Candidates, Predictor
+from diki_ray.clip.backbone import Backbone
 from diki_ray.errors import StorageError, UserError
-from diki_ray.model.backbone import Backbone
-from diki_ray.model.module import TaskModule
-from diki_ray.model.predictor import Candidates, Predictor
-from diki_ray.runtime.inference import COARSE_FROM_TASKS, build_predictor, load_method
-from diki_ray.runtime.results import DOCUMENT
-from diki_ray.runtime.stored_run import open_learnt
+from diki_ray.learning.module import TaskModule
+from diki_ray.prediction.run_predictor import load_method
+from diki_ray.report.results import DOCUMENT
+from diki_ray.runs.stored_run import open_learnt
 from diki_ray.serving.settings import Settings
 
 logger = logging.getLogger(__name__)

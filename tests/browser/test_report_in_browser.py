@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from sample_results import sample_results, with_test_shards
 
-from diki_ray.runtime.report import render
+from diki_ray.report.run import render
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 WIDE, NARROW = 1400, 420

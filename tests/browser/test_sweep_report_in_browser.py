@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from sample_sweep import sample_sweep
 
-from diki_ray.runtime.sweep_report import render
+from diki_ray.report.sweep import render
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diki_ray.model.module import TaskModule
-from diki_ray.runtime.store import RunStore
+from diki_ray.learning.module import TaskModule
+from diki_ray.store.run_store import RunStore
 
 ROOT = Path(__file__).parents[2]
 OVERRIDES = (

@@ -10,8 +10,8 @@ IN_A_FULL_DISK = """
 import sys
 from pathlib import Path
 from diki_ray.errors import DiskFullError
-from diki_ray.runtime.store import RunStore
-from diki_ray.runtime.store_lease import this_process
+from diki_ray.store.run_store import RunStore
+from diki_ray.store.process import this_process
 
 disk = Path(sys.argv[1])
 ballast = disk / "ballast"

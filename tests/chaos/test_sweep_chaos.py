@@ -12,7 +12,7 @@ import pytest
 import yaml
 from job_runs import RAY_IN_TESTS, ROOT, Ended, Job, wait_until
 
-from diki_ray.runtime.store import RunStore
+from diki_ray.store.run_store import RunStore
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.long]
 SECOND_EPOCH = 4

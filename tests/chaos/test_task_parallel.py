@@ -12,10 +12,10 @@ import ray
 from rich.console import Console
 
 from diki_ray.config import Config, load
-from diki_ray.runtime.continual import run_continual
-from diki_ray.runtime.objects import Objects
-from diki_ray.runtime.sweep import run_sweep
-from diki_ray.sweep_config import SweepConfig
+from diki_ray.config.sweep import SweepConfig
+from diki_ray.runs.continual import run_continual
+from diki_ray.runs.sweep.sweep import run_sweep
+from diki_ray.store.objects import Objects
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.long]
 DEBUG = Path(__file__).parents[2] / "configs" / "debug.yaml"

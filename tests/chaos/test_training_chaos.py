@@ -2,7 +2,7 @@
 bit-equal to an undisturbed run's (a module's bytes hold its parameters, its Gaussian and what it consumed).
 
 Every run is the job as a user starts it, in a process of its own; faults are deterministic by (task, rank, step) and
-counted (diki_ray/runtime/faults.py).
+counted (diki_ray/runs/train/faults.py).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import pytest
 import yaml
 from job_runs import Run, assert_equal, wait_until
 
-from diki_ray.model.module import TaskModule
-from diki_ray.runtime.store import RunStore
+from diki_ray.learning.module import TaskModule
+from diki_ray.store.run_store import RunStore
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from golden import Golden
 
-from diki_ray.model.training import Recipe, TaskTrainer
+from diki_ray.learning.task_trainer import Recipe, TaskTrainer
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="NOT MEASURED: torch sees no CUDA card on this machine; run `make gpu` on one"

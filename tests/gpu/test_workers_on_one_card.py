@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 from golden import Golden
 from test_training import golden_trainer
 
-from diki_ray.model.collective import _GatherRows, share
+from diki_ray.learning.collective import _GatherRows, share
 
 on_a_card = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="NOT MEASURED: torch sees no CUDA card on this machine; run `make gpu` on one"
@@ -24,7 +24,7 @@ on_a_card = pytest.mark.skipif(
 
 
 def collectives_are_exact(device: str) -> None:
-    """As they are called with several ranks; `model/collective.py` leaves them out with one."""
+    """As they are called with several ranks; `learning/collective.py` leaves them out with one."""
     world_size, rows = dist.get_world_size(), torch.arange(15.0, device=device).reshape(5, 3)
     total = torch.full((7,), 1.5, device=device)
     dist.all_reduce(total)

@@ -14,9 +14,9 @@ import yaml
 from rich.console import Console
 
 from diki_ray.config import Config, load
-from diki_ray.data import world
-from diki_ray.runtime.continual import run_continual
-from diki_ray.runtime.store import RunStore
+from diki_ray.data.world import tasks as world
+from diki_ray.runs.continual import run_continual
+from diki_ray.store.run_store import RunStore
 
 ROOT = Path(__file__).parent.parent.parent
 DEBUG = ROOT / "configs" / "debug.yaml"
@@ -110,7 +110,7 @@ def test_any_number_of_evaluation_workers_gives_the_same_numbers(
 def test_two_workers_train_the_modules_of_one(storage: Path, local_cluster: None) -> None:
     """Not the same bytes (sums are rounded in another order), the same module to 1e-5 over these steps; with the number
     of workers in its key. The ledger says that the same samples were consumed."""
-    from diki_ray.model.module import TaskModule
+    from diki_ray.learning.module import TaskModule
 
     results = run(debug(storage, "run.name=two", "train.num_workers=2"))
     assert len(results["trained"]) == 2

@@ -133,7 +133,7 @@ def test_a_damaged_index(
 def test_relative_storage_on_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     from diki_ray.config import load
     from diki_ray.errors import ConfigError
-    from diki_ray.runtime import cluster
+    from diki_ray.runs import cluster
 
     config = load(ROOT / "configs" / "debug.yaml")
     with pytest.raises(ConfigError, match="would lie in the job's temporary folder and be lost"):
@@ -163,7 +163,7 @@ def test_a_cluster_that_is_not_to_be_had(
 
     from diki_ray.config import load
     from diki_ray.errors import ConfigError
-    from diki_ray.runtime import cluster
+    from diki_ray.runs import cluster
 
     def refuse(**options: object) -> None:
         raise refusal

@@ -16,7 +16,7 @@ from PIL import Image
 from served_run import ServedRun, picture
 
 from diki_ray.data import prepare
-from diki_ray.runtime.inference import RunPredictor, load_predictor
+from diki_ray.prediction.run_predictor import RunPredictor, load_predictor
 
 pytestmark = pytest.mark.cluster
 

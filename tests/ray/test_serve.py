@@ -21,7 +21,7 @@ import pytest
 import requests
 from served_run import TOKEN, ServedRun, as_json, picture, picture_file
 
-from diki_ray.runtime.inference import Answer, load_predictor
+from diki_ray.prediction.run_predictor import Answer, load_predictor
 
 pytestmark = pytest.mark.cluster
 

@@ -13,9 +13,9 @@ import pytest
 import ray
 
 from diki_ray.errors import CorruptError, DataError, FencedError, LeaseHeldError, StorageError, UserError
-from diki_ray.runtime.objects import Objects
-from diki_ray.runtime.store import RunStore
-from diki_ray.runtime.store_actor import NAMESPACE, RunHandle, StoreClient, actor_name
+from diki_ray.runs.store_client import NAMESPACE, RunHandle, StoreClient, actor_name
+from diki_ray.store.objects import Objects
+from diki_ray.store.run_store import RunStore
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[2]
@@ -62,7 +62,7 @@ def killing_objects(marker: Path, moment: str):
         import signal
         from pathlib import Path
 
-        from diki_ray.runtime.objects import LocalObjects
+        from diki_ray.store.objects import LocalObjects
 
         class Killing(LocalObjects):
             def put(self, path, data, create_only=False):
@@ -235,7 +235,7 @@ def test_an_idle_overtaken_driver_learns_of_it_by_its_heartbeat(start):
 def test_a_killed_driver_is_followed_at_once_and_its_actor_ended(cluster, start, storage):
     script = textwrap.dedent("""
         import os, signal, sys, ray
-        from diki_ray.runtime.store_actor import StoreClient
+        from diki_ray.runs.store_client import StoreClient
         ray.init(address=sys.argv[1], log_to_driver=False)
         client = StoreClient.start(sys.argv[2], "run", ttl_s=1000.0)
         client.commit_module("k", "task", b"by the first driver")
@@ -296,7 +296,7 @@ def test_a_storage_that_the_actor_does_not_share_with_its_driver_is_said(start, 
     def open_objects(uri: str) -> Objects:
         import ray as ray_here
 
-        from diki_ray.runtime.objects import LocalObjects
+        from diki_ray.store.objects import LocalObjects
 
         class Placed(LocalObjects):
             pass
@@ -312,7 +312,7 @@ def test_a_storage_that_the_actor_does_not_share_with_its_driver_is_said(start, 
 
 
 def test_a_store_that_does_not_answer_is_an_error_after_the_stated_time(storage):
-    from diki_ray.runtime.store_lease import this_process
+    from diki_ray.store.process import this_process
 
     nobody = StoreClient(RunHandle(storage, "run", this_process(), epoch=1), timeout_s=1.0)
     started = time.monotonic()

@@ -27,7 +27,7 @@ import numpy as np
 import requests
 from PIL import Image
 
-from diki_ray.runtime.inference import Answer, load_predictor
+from diki_ray.prediction.run_predictor import Answer, load_predictor
 
 JOB = Path(__file__).parents[2] / "jobs" / "serve.py"
 IMAGES_PER_CLIENT = 8

@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "chaos")]
 
 from job_runs import GONE_WITHIN_S, RAY_IN_TESTS, session_processes, wait_until  # noqa: E402
 
-from diki_ray.runtime.store import RunStore  # noqa: E402
+from diki_ray.store.run_store import RunStore  # noqa: E402
 
 DATA = ("digits", "gems", "chessboard", "planets", "mist", "flags")
 SHOTS = (1, 2, 3)

@@ -17,9 +17,9 @@ import torch
 from open_clip.hf_model import HFTextEncoder
 from tiny_families import backbone_of, build, images, plain_features, shrunk, tokens
 
+from diki_ray.clip.backbone import Backbone
 from diki_ray.errors import ConfigError
-from diki_ray.model.backbone import Backbone
-from diki_ray.model.methods import Diki
+from diki_ray.learning.methods import Diki
 
 PAGE = Path(__file__).parents[2] / "docs" / "backbones.md"
 BEGIN, END = "<!-- table: python tests/unit/backbone_table.py -->\n", "<!-- end of table -->"

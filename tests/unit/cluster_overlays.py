@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from diki_ray import config
-from diki_ray.sweep_config import load_sweep
+from diki_ray.config.sweep import load_sweep
 
 ROOT = Path(__file__).parents[2]
 KUBERAY = ROOT / "cluster" / "kuberay"

@@ -15,10 +15,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from diki_ray.model.backbone import Backbone
-from diki_ray.model.gaussian import Moments
-from diki_ray.model.methods import Diki
-from diki_ray.model.module import TaskModule
+from diki_ray.clip.backbone import Backbone
+from diki_ray.learning.methods import Diki
+from diki_ray.learning.module import TaskModule
+from diki_ray.learning.moments import Moments
 
 PATH = Path(os.environ.get("DIKI_GOLDEN") or Path(__file__).parent.parent / "golden" / "diki_tiny.safetensors")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from diki_ray.model.module import TaskModule
-from diki_ray.runtime.store import RunStore
-from diki_ray.runtime.store_lease import this_process
+from diki_ray.learning.module import TaskModule
+from diki_ray.store.process import this_process
+from diki_ray.store.run_store import RunStore
 
 RUN = "run"
 

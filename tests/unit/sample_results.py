@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from diki_ray.answering.metrics import Metrics
 from diki_ray.config import Config
 from diki_ray.data.index import DatasetIndex
 from diki_ray.data.shards import Sample, write_split
-from diki_ray.model.metrics import Metrics
 
 HOSTILE = "</td><script>alert('x')</script>\" onmouseover=\"x"
 """A class name that would run, if it were not escaped."""

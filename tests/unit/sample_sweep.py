@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from diki_ray.config import load
-from diki_ray.runtime.sweep_trial import METRICS, spread
+from diki_ray.runs.sweep.trial import METRICS, spread
 
 HOSTILE = "</script><img src=x onerror='window.hostileRan=true'>"
 ROOT = Path(__file__).parents[2]

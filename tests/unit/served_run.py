@@ -13,11 +13,11 @@ from PIL import Image
 from tiny_backbone import write_tiny_backbone
 
 from diki_ray.config import parse
-from diki_ray.model.gaussian import Moments
-from diki_ray.model.module import TaskModule
-from diki_ray.runtime.plan import build_method, load_backbone
-from diki_ray.runtime.store import RunStore
-from diki_ray.runtime.store_lease import this_process
+from diki_ray.learning.module import TaskModule
+from diki_ray.learning.moments import Moments
+from diki_ray.runs.plan import build_method, load_backbone
+from diki_ray.store.process import this_process
+from diki_ray.store.run_store import RunStore
 
 COLOURS = {"warm": (200, 90, 40), "cold": (40, 90, 200), "lush": (60, 190, 60)}
 CLASSES = {"warm": ("red", "[b]orange[/b]"), "cold": ("blue", "violet", "navy_blue"), "lush": ("moss", "fern")}

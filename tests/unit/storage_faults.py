@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from diki_ray.errors import DiskFullError, StorageError
-from diki_ray.runtime.objects import LocalObjects, ObjectInfo, Objects
-from diki_ray.runtime.store import RunStore
-from diki_ray.runtime.store_lease import this_process
-from diki_ray.runtime.store_log import Holder
+from diki_ray.store.log import Holder
+from diki_ray.store.objects import LocalObjects, ObjectInfo, Objects
+from diki_ray.store.process import this_process
+from diki_ray.store.run_store import RunStore
 
 BLOB = b"prompts" * 1000
 KILLED = 77  # exit status of a process that a fault killed

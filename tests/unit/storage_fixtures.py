@@ -6,7 +6,7 @@ import pytest
 from obstore.store import MemoryStore
 from storage_faults import no_sync
 
-from diki_ray.runtime.objects import BucketObjects, LocalObjects, Objects
+from diki_ray.store.objects import BucketObjects, LocalObjects, Objects
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 import torch
 from golden import Golden
 
-from diki_ray.model.answers import (
+from diki_ray.answering.answers import (
     Answers,
     answer,
     block_tasks,
@@ -17,10 +17,10 @@ from diki_ray.model.answers import (
     needed_routes,
     predict_along,
 )
-from diki_ray.model.gaussian import Gaussians
-from diki_ray.model.orders import Orders
-from diki_ray.model.predictor import Candidates, Predictor
-from diki_ray.model.routing import Published
+from diki_ray.answering.gaussians import Gaussians
+from diki_ray.answering.orders import Orders
+from diki_ray.answering.predictor import Candidates, Predictor
+from diki_ray.answering.routing import Published
 
 GOLDEN = Golden.load()
 T = GOLDEN.num_tasks

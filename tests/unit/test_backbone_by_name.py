@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from diki_ray.model.backbone import load
-from diki_ray.model.methods import Diki
+from diki_ray.clip.backbone import load
+from diki_ray.learning.methods import Diki
 
 
 def test_a_named_model_with_a_local_file_of_weights(tmp_path: Path) -> None:

@@ -12,13 +12,13 @@ import torch
 from backbone_table import BEGIN, END, PAGE, table
 from tiny_families import backbone_of, build, images, plain_features, shrunk, tokens
 
+from diki_ray.clip.attention import TorchAttention
+from diki_ray.clip.backbone import Backbone, load
+from diki_ray.clip.recomputation import recompute_activations
+from diki_ray.clip.residual import Tower
 from diki_ray.errors import ConfigError
-from diki_ray.model.attention import TorchAttention
-from diki_ray.model.backbone import Backbone, load
-from diki_ray.model.methods import Diki
-from diki_ray.model.recomputation import recompute_activations
-from diki_ray.model.residual import Tower
-from diki_ray.model.training import Recipe, TaskTrainer
+from diki_ray.learning.methods import Diki
+from diki_ray.learning.task_trainer import Recipe, TaskTrainer
 
 transformers = pytest.importorskip("transformers", reason="Hugging Face text towers need the extra `hf`")
 
@@ -248,7 +248,7 @@ def test_a_folder_with_configuration_weights_and_tokenizer_is_a_backbone(tmp_pat
 
 
 def load_tokenizer_from(folder: Path) -> Any:
-    from diki_ray.model.backbone import _tokenizer
+    from diki_ray.clip.backbone import _tokenizer
 
     return _tokenizer("ViT-B-16-SigLIP", str(folder))
 

@@ -11,9 +11,9 @@ from PIL import Image
 from served_run import ServedRun, picture
 
 from diki_ray.data.inputs import parts_of, to_json
-from diki_ray.runtime import batch_worker
-from diki_ray.runtime.batch_worker import ANSWERED, Learnt, Worker, interpolation_error, read_parts
-from diki_ray.runtime.inference import load_predictor
+from diki_ray.prediction import batch_worker
+from diki_ray.prediction.batch_worker import ANSWERED, Learnt, Worker, interpolation_error, read_parts
+from diki_ray.prediction.run_predictor import load_predictor
 
 
 def test_answers_are_those_of_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

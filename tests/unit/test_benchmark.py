@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from diki_ray.benchmark import training
-from diki_ray.benchmark.attention import mask_of, one_call, two_calls
-from diki_ray.benchmark.cost_model import Link, Step, speedup, step_seconds
-from diki_ray.benchmark.timing import training_flop
-from diki_ray.benchmark.world import World, untrimmed
+from benchmarks import training
+from benchmarks.attention import mask_of, one_call, two_calls
+from benchmarks.cost_model import Link, Step, speedup, step_seconds
+from benchmarks.timing import training_flop
+from benchmarks.world import World, untrimmed
 
 ROOT = Path(__file__).parent.parent.parent
 SECTIONS = ["training", "evaluation", "ablation", "stream", "routing", "input", "scaling", "memory", "layout"]

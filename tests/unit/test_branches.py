@@ -7,10 +7,10 @@ import math
 import torch
 from golden import Golden
 
-from diki_ray.model.methods import CAda, ConcatPrompts, Dpw
-from diki_ray.model.methods.base import Step
-from diki_ray.model.methods.dpw import capped
-from diki_ray.model.residual import Residual, per_image
+from diki_ray.clip.residual import Residual, per_image
+from diki_ray.learning.methods import CAda, ConcatPrompts, Dpw
+from diki_ray.learning.methods.base import Step
+from diki_ray.learning.methods.dpw import capped
 
 GOLDEN = Golden.load()
 BACKBONE = GOLDEN.backbone

@@ -21,13 +21,13 @@ from tiny_backbone import write_tiny_backbone
 import diki_ray
 from diki_ray.config import parse
 from diki_ray.errors import ConfigError, CorruptError, DataError
-from diki_ray.model.gaussian import Moments
-from diki_ray.model.module import TaskModule
-from diki_ray.runtime.bundle import export_bundle
-from diki_ray.runtime.model_card import model_card
-from diki_ray.runtime.plan import build_method, load_backbone
-from diki_ray.runtime.store import RunStore
-from diki_ray.runtime.store_lease import this_process
+from diki_ray.learning.module import TaskModule
+from diki_ray.learning.moments import Moments
+from diki_ray.prediction.bundle import export_bundle
+from diki_ray.report.model_card import model_card
+from diki_ray.runs.plan import build_method, load_backbone
+from diki_ray.store.process import this_process
+from diki_ray.store.run_store import RunStore
 
 ROOT = Path(__file__).parent.parent.parent
 CLASSES = {"warm": ("red", "or|ange <b>", "yellow"), "cold": ("blue", "green")}

@@ -20,7 +20,7 @@ from prometheus_client import Counter, Gauge, generate_latest, start_http_server
 from ray.dashboard.modules.metrics import dashboards as ray_dashboards
 
 from diki_ray import config
-from diki_ray.runtime.telemetry import Telemetry
+from diki_ray.runs.telemetry import Telemetry
 
 PROMETHEUS = ROOT / "cluster" / "prometheus"
 ALERTS = yaml.safe_load((PROMETHEUS / "rules.yaml").read_text())["spec"]

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diki_ray.benchmark.synthetic import SyntheticMoments, synthetic_features
-from diki_ray.model.coarse import CoarseGaussians
-from diki_ray.model.gaussian import Gaussians, Moments, Shrinkage
+from benchmarks.synthetic import SyntheticMoments, synthetic_features
+from diki_ray.answering.coarse import CoarseGaussians
+from diki_ray.answering.gaussians import Gaussians
+from diki_ray.learning.moments import Moments, Shrinkage
 
 
 def exact_where_it_counts(gaussians: Gaussians, coarse: CoarseGaussians, features: torch.Tensor) -> torch.Tensor:

@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from diki_ray.config import Config, load, parse
+from diki_ray.config.methods import METHOD_SECTIONS
 from diki_ray.errors import ConfigError, UserError
-from diki_ray.method_config import METHOD_SECTIONS
-from diki_ray.model.methods import METHODS
+from diki_ray.learning.methods import METHODS
 
 GOOD = {"run": {"name": "r"}, "tasks": [{"data": "embedded:digits"}]}
 
@@ -130,7 +130,7 @@ PLAN_ERRORS = [
 def test_what_cannot_be_planned_is_said_before_any_cluster_is_touched(
     tmp_path: Path, overrides: list[str], says: str
 ) -> None:
-    from diki_ray.runtime.plan import load_backbone, make_plan
+    from diki_ray.runs.plan import load_backbone, make_plan
 
     debug = Path(__file__).parent.parent.parent / "configs" / "debug.yaml"
     tree = yaml.safe_load(debug.read_text())
@@ -150,7 +150,7 @@ def test_what_cannot_be_planned_is_said_before_any_cluster_is_touched(
 def test_a_folder_without_class_names_is_refused(tmp_path: Path) -> None:
     from PIL import Image
 
-    from diki_ray.runtime.plan import load_backbone, make_plan
+    from diki_ray.runs.plan import load_backbone, make_plan
 
     (tmp_path / "flat").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "flat" / "a.png")

@@ -19,21 +19,21 @@ import torch
 from PIL import Image
 from tiny_backbone import write_tiny_backbone
 
+from diki_ray.answering.answers import candidate_tasks
+from diki_ray.answering.configured import build_predictor
+from diki_ray.answering.evaluation import Evaluated, report
+from diki_ray.answering.predictor import Candidates
+from diki_ray.clip.backbone import Backbone
 from diki_ray.config import Config, parse
 from diki_ray.data.stream import eval_batches
-from diki_ray.model.answers import candidate_tasks
-from diki_ray.model.backbone import Backbone
-from diki_ray.model.gaussian import Moments
-from diki_ray.model.module import TaskModule
-from diki_ray.model.predictor import Candidates
-from diki_ray.runtime.evaluation_report import Evaluated, report
-from diki_ray.runtime.evaluator import Evaluating, accuracy_of, num_batches_of
-from diki_ray.runtime.inference import build_predictor
-from diki_ray.runtime.plan import Plan, build_method, load_backbone, make_plan
-from diki_ray.runtime.results import build_results
-from diki_ray.runtime.store import RunStore
-from diki_ray.runtime.store_lease import this_process
-from diki_ray.runtime.stored_evaluation import Asked, evaluate_stored
+from diki_ray.learning.module import TaskModule
+from diki_ray.learning.moments import Moments
+from diki_ray.runs.evaluate.evaluator import Evaluating, accuracy_of, num_batches_of
+from diki_ray.runs.evaluate.stored_evaluation import Asked, evaluate_stored
+from diki_ray.runs.plan import Plan, build_method, load_backbone, make_plan
+from diki_ray.runs.results import build_results
+from diki_ray.store.process import this_process
+from diki_ray.store.run_store import RunStore
 
 ROOT = Path(__file__).parent.parent.parent
 Job = Callable[..., tuple[int, str, str]]

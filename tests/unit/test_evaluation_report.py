@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from diki_ray.runtime.evaluation_compare import aligned, compare, interval, scores
-from diki_ray.runtime.evaluation_report import Evaluated, TestSet, calibration, report
-from diki_ray.runtime.evaluation_table import comparison, tables
+from diki_ray.answering.comparison import aligned, compare, interval, scores
+from diki_ray.answering.evaluation import Evaluated, TestSet, calibration, report
+from diki_ray.report.evaluation_table import comparison, tables
 
 
 def hand(run: str = "hand", last: tuple[int, ...] = (1, 1, 0, 1)) -> Evaluated:

@@ -16,12 +16,12 @@ import pytest
 import torch
 from golden import Golden
 
+from diki_ray.answering.predictor import Predictor
 from diki_ray.config import Config, parse
 from diki_ray.errors import ConfigError, DataError, UserError
-from diki_ray.model.predictor import Predictor
-from diki_ray.runtime.foreign import NOMINAL_COUNT, NamedTask, import_checkpoint, read_checkpoint
-from diki_ray.runtime.inference import RunPredictor, load_predictor
-from diki_ray.runtime.store import RunStore
+from diki_ray.prediction.run_predictor import RunPredictor, load_predictor
+from diki_ray.runs.import_checkpoint import NOMINAL_COUNT, NamedTask, import_checkpoint, read_checkpoint
+from diki_ray.store.run_store import RunStore
 
 GOLDEN = Golden.load()
 T = GOLDEN.num_tasks

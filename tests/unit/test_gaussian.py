@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from scipy.stats import multivariate_normal
 from sklearn.covariance import OAS, LedoitWolf
 
-from diki_ray.model.gaussian import Gaussians, Moments
+from diki_ray.answering.gaussians import Gaussians
+from diki_ray.learning.moments import Moments
 
 
 def unit_features(n: int, e: int, seed: int) -> np.ndarray:

@@ -12,13 +12,13 @@ from learning import evaluated, learnt, learnt_through_kills, modules, planned
 from torch import Tensor
 from torch.nn import functional as F
 
+from diki_ray.answering.evaluation import report
+from diki_ray.clip.residual import Parameters
 from diki_ray.errors import ConfigError
-from diki_ray.model.methods import METHODS, Diki, Method, Step, TrainingBatch
-from diki_ray.model.residual import Parameters
-from diki_ray.runtime.evaluation_report import report
-from diki_ray.runtime.store import RunStore
-from diki_ray.runtime.store_lease import this_process
-from diki_ray.runtime.stored_evaluation import Asked, evaluate_stored
+from diki_ray.learning.methods import METHODS, Diki, Method, Step, TrainingBatch
+from diki_ray.runs.evaluate.stored_evaluation import Asked, evaluate_stored
+from diki_ray.store.process import this_process
+from diki_ray.store.run_store import RunStore
 
 DIKI = {"image_depth": 1, "image_length": 2, "text_depth": 1, "text_length": 2}
 

@@ -13,9 +13,9 @@ from open_store import RUN, OpenStore, the_modules
 from tiny_backbone import write_tiny_backbone
 
 from diki_ray.config import parse
-from diki_ray.runtime.plan import Plan, build_method, load_backbone, make_plan
-from diki_ray.runtime.store import RunStore
-from diki_ray.runtime.trainer import TaskWorker
+from diki_ray.runs.plan import Plan, build_method, load_backbone, make_plan
+from diki_ray.runs.train.trainer import TaskWorker
+from diki_ray.store.run_store import RunStore
 
 TREE = {
     "run": {"name": RUN},

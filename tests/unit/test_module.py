@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import ast
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from golden import Golden
 
-import diki_ray
 from diki_ray.errors import CorruptError
-from diki_ray.model.gaussian import Moments
-from diki_ray.model.module import TaskModule, module_key, task_seed
+from diki_ray.learning.module import TaskModule, module_key, task_seed
+from diki_ray.learning.moments import Moments
 
 MODULE = Golden.load().module(0)
 
@@ -61,29 +58,3 @@ def test_keys_and_seeds_depend_on_values_and_not_on_order() -> None:
     assert module_key(a=1, b=2) != module_key(a=1, b=3)
     assert task_seed(0, "x") == task_seed(0, "x") != task_seed(1, "x")
     assert 0 <= task_seed(0, "x") < 2**63
-
-
-LOWER = {
-    "benchmark": ("ray", "diki_ray.runtime", "diki_ray.serving", "jobs"),
-    "model": ("ray", "diki_ray.data", "diki_ray.runtime", "diki_ray.serving", "diki_ray.benchmark"),
-    "data": ("ray", "diki_ray.runtime", "diki_ray.serving", "diki_ray.benchmark"),
-    "runtime": ("diki_ray.serving", "diki_ray.benchmark", "jobs"),
-    "serving": ("diki_ray.benchmark", "jobs"),
-}
-
-
-@pytest.mark.parametrize("layer", LOWER)
-def test_layers_import_one_way(layer: str) -> None:
-    """Mathematics <- data <- runtime <- jobs; nothing under the runtime imports Ray."""
-    folder = Path(diki_ray.__file__).parent / layer
-    for path in folder.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = (
-                [a.name for a in node.names]
-                if isinstance(node, ast.Import)
-                else [node.module or ""]
-                if isinstance(node, ast.ImportFrom)
-                else []
-            )
-            for name in names:
-                assert not any(name == f or name.startswith(f + ".") for f in LOWER[layer]), f"{path} imports {name}"

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_readout import METHODS, parameters_of
 
-from diki_ray.benchmark.world import World, one_text_a_row
-from diki_ray.model.methods import Dpw, Method
-from diki_ray.model.packing import packed
+from benchmarks.world import World, one_text_a_row
+from diki_ray.clip.packing import packed
+from diki_ray.learning.methods import Dpw, Method
 
 BACKBONE = METHODS[0].backbone
 TOKENS = BACKBONE.tokenize(

@@ -8,10 +8,11 @@ import pytest
 import torch
 from golden import Golden
 
-from diki_ray.model.gaussian import Gaussians, Moments
-from diki_ray.model.predictor import Candidates, Predictor
-from diki_ray.model.routing import Published
-from diki_ray.model.training import Recipe, TaskTrainer
+from diki_ray.answering.gaussians import Gaussians
+from diki_ray.answering.predictor import Candidates, Predictor
+from diki_ray.answering.routing import Published
+from diki_ray.learning.moments import Moments
+from diki_ray.learning.task_trainer import Recipe, TaskTrainer
 
 GOLDEN = Golden.load()
 TASKS = range(GOLDEN.num_tasks)

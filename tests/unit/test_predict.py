@@ -16,15 +16,15 @@ import torch
 from PIL import Image
 from tiny_backbone import write_tiny_backbone
 
+from diki_ray.answering.predictor import Candidates
 from diki_ray.config import Config, parse
 from diki_ray.errors import ConfigError, DataError
-from diki_ray.model.gaussian import Moments
-from diki_ray.model.module import TaskModule
-from diki_ray.model.predictor import Candidates
-from diki_ray.runtime.inference import Answer, load_predictor, read_image
-from diki_ray.runtime.plan import build_method, load_backbone
-from diki_ray.runtime.store import RunStore
-from diki_ray.runtime.store_lease import this_process
+from diki_ray.learning.module import TaskModule
+from diki_ray.learning.moments import Moments
+from diki_ray.prediction.run_predictor import Answer, load_predictor, read_image
+from diki_ray.runs.plan import build_method, load_backbone
+from diki_ray.store.process import this_process
+from diki_ray.store.run_store import RunStore
 
 Job = Callable[..., tuple[int, str, str]]
 
@@ -106,7 +106,7 @@ def test_an_image_is_routed_to_the_task_it_looks_like(stored: Stored) -> None:
 def test_ruling_tasks_out_by_a_bound_changes_no_answer(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
     images = [picture("warm", 100), picture("cold", 101), picture("warm", 102)]
     expected = answers(stored, images)
-    monkeypatch.setattr("diki_ray.runtime.inference.COARSE_FROM_TASKS", 2)
+    monkeypatch.setattr("diki_ray.prediction.run_predictor.COARSE_FROM_TASKS", 2)
     for found, full in zip(answers(stored, images), expected, strict=True):
         assert (found.class_name, found.task) == (full.class_name, full.task)
         assert found.weight == pytest.approx(full.weight)
@@ -255,5 +255,5 @@ def test_the_job_fails_with_one_sentence_and_code_2(stored: Stored, tmp_path: Pa
 
 
 def test_reading_a_run_does_not_even_import_ray() -> None:
-    code = "import sys, diki_ray.runtime.inference, diki_ray.runtime.report; sys.exit('ray' in sys.modules)"
+    code = "import sys, diki_ray.prediction.run_predictor, diki_ray.report.run; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from diki_ray.data import prepare, world
+from diki_ray.data import prepare
 from diki_ray.data.index import DatasetIndex
 from diki_ray.data.prepare import Settings, ensure, plan, summary, write_job
 from diki_ray.data.shards import MAX_KEY_LENGTH, read_shard
@@ -23,6 +23,7 @@ from diki_ray.data.sources import embedded
 from diki_ray.data.sources.choice import choose, keys_of
 from diki_ray.data.sources.raw import FileReader, RawDataset, RawItem
 from diki_ray.data.stream import TrainStream, eval_batches
+from diki_ray.data.world import tasks as world
 from diki_ray.errors import DataError
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from diki_ray.data.protocols import (
+from diki_ray.config.protocols import (
     BENCHMARK_SPLITS,
     LABEL_SPACES,
     ROUTINGS,

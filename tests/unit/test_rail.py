@@ -11,11 +11,11 @@ from learning import evaluated, learnt, modules, planned
 from sklearn.linear_model import Ridge
 from tiny_backbone import write_tiny_backbone
 
-from diki_ray.model.backbone import Backbone, load
-from diki_ray.model.gaussian import Moments
-from diki_ray.model.methods import Rail, TrainingBatch
-from diki_ray.model.module import TaskModule
-from diki_ray.runtime.trainer import Sums
+from diki_ray.clip.backbone import Backbone, load
+from diki_ray.learning.methods import Rail, TrainingBatch
+from diki_ray.learning.module import TaskModule
+from diki_ray.learning.moments import Moments
+from diki_ray.runs.train.trainer import Sums
 
 RIDGE = 0.1
 

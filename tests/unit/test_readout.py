@@ -7,11 +7,11 @@ import pytest
 import torch
 from golden import Golden
 
-from diki_ray.benchmark.world import World, all_tokens_in_the_last_block
-from diki_ray.model.backbone import Backbone
-from diki_ray.model.methods import CAda, ConcatPrompts, Diki, Dpw, Method
-from diki_ray.model.methods.low_rank import LowRankMethod
-from diki_ray.model.recomputation import recompute_activations
+from benchmarks.world import World, all_tokens_in_the_last_block
+from diki_ray.clip.backbone import Backbone
+from diki_ray.clip.recomputation import recompute_activations
+from diki_ray.learning.methods import CAda, ConcatPrompts, Diki, Dpw, Method
+from diki_ray.learning.methods.low_rank import LowRankMethod
 
 GOLDEN = Golden.load()
 IMAGES = GOLDEN["task0.test.images"][:4]

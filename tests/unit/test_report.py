@@ -17,13 +17,13 @@ from PIL import Image
 from sample_results import HOSTILE, sample_results, with_test_shards
 
 from diki_ray.config import parse
-from diki_ray.data.protocols import protocol
+from diki_ray.config.protocols import protocol
 from diki_ray.errors import UserError
-from diki_ray.runtime import report_charts as charts
-from diki_ray.runtime.next_steps import next_steps
-from diki_ray.runtime.report import MAX_SQUARE_TASKS, load_results, render
-from diki_ray.runtime.report_examples import Pictures, read_pictures
-from diki_ray.runtime.report_published import compare
+from diki_ray.report import charts
+from diki_ray.report.examples import Pictures, read_pictures
+from diki_ray.report.next_steps import next_steps
+from diki_ray.report.published import compare
+from diki_ray.report.run import MAX_SQUARE_TASKS, load_results, render
 
 NAMES = ["digits", "neon", "mist"]
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from golden import Golden
 
+from diki_ray.clip.backbone import Backbone, load
 from diki_ray.errors import ConfigError
-from diki_ray.model.backbone import Backbone, load
-from diki_ray.model.methods import Diki
+from diki_ray.learning.methods import Diki
 
 GOLDEN = Golden.load()
 IMAGES = GOLDEN["task0.test.images"]

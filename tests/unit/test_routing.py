@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from diki_ray.model.gaussian import Gaussians, Moments
-from diki_ray.model.metrics import Metrics
-from diki_ray.model.routing import NO_TASK, Published, Reordered, Validated, route
+from diki_ray.answering.gaussians import Gaussians
+from diki_ray.answering.metrics import Metrics
+from diki_ray.answering.routing import NO_TASK, Published, Reordered, Validated, route
+from diki_ray.learning.moments import Moments
 
 PUBLISHED = Published(scale=2.0, bias=-1.0)
 DENSITIES = torch.tensor([[4.0, 1.0, 0.0], [0.0, 6.0, 6.0], [3.0, -2.0, 1.0]], dtype=torch.float64)

@@ -12,12 +12,12 @@ from learning import learnt, learnt_through_kills, modules, planned
 from tiny_backbone import write_tiny_backbone
 from torch.nn import functional as F
 
-from diki_ray.model.backbone import Backbone, load
-from diki_ray.model.methods import SequentialLora, Step, TrainingBatch
-from diki_ray.model.methods.badam import BAdam
-from diki_ray.model.methods.ewc import Ewc
-from diki_ray.model.methods.low_rank import kept, trained
-from diki_ray.model.residual import Parameters
+from diki_ray.clip.backbone import Backbone, load
+from diki_ray.clip.residual import Parameters
+from diki_ray.learning.methods import SequentialLora, Step, TrainingBatch
+from diki_ray.learning.methods.badam import BAdam
+from diki_ray.learning.methods.ewc import Ewc
+from diki_ray.learning.methods.low_rank import kept, trained
 
 SETTINGS: dict[str, Any] = {
     "rank": 2,

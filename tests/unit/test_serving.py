@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from served_run import CLASSES, TOKEN, ServedRun, as_json, picture, picture_file
 
 from diki_ray.errors import ConfigError
-from diki_ray.runtime.inference import load_predictor
+from diki_ray.prediction.run_predictor import load_predictor
 from diki_ray.serving.app import Ask, Service, build_app
 from diki_ray.serving.engine import Engine, FeatureCache, Question
 from diki_ray.serving.metrics import exposition

@@ -14,11 +14,11 @@ import torch.multiprocessing as mp
 from open_store import OpenStore, the_module
 from tiny_backbone import write_tiny_backbone
 
+from diki_ray.clip import sharded
 from diki_ray.config import parse
 from diki_ray.errors import ConfigError
-from diki_ray.model import sharded
-from diki_ray.runtime.plan import Plan, build_method, load_backbone, make_plan
-from diki_ray.runtime.trainer import TaskWorker
+from diki_ray.runs.plan import Plan, build_method, load_backbone, make_plan
+from diki_ray.runs.train.trainer import TaskWorker
 
 TREE = {
     "run": {"name": "run"},

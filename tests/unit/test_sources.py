@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from diki_ray.data.protocols import catalogue
+from diki_ray.config.protocols import catalogue
 from diki_ray.data.sources import RawDataset, benchmark_folder, open_source
 from diki_ray.data.sources.arrays import read_idx
 from diki_ray.errors import DataError

@@ -15,9 +15,9 @@ from obstore.store import MemoryStore
 from storage_faults import BLOB, FaultyObjects, damage, elsewhere, held
 
 from diki_ray.errors import CorruptError, DiskFullError, FencedError, LeaseHeldError, StorageError, UserError
-from diki_ray.runtime.objects import BucketObjects
-from diki_ray.runtime.store import RunStore
-from diki_ray.runtime.store_lease import this_process
+from diki_ray.store.objects import BucketObjects
+from diki_ray.store.process import this_process
+from diki_ray.store.run_store import RunStore
 
 pytest_plugins = ["storage_fixtures"]
 pytestmark = pytest.mark.usefixtures("fast")
@@ -107,7 +107,7 @@ class TestLease:
 
     def test_a_dead_process_of_this_machine_is_followed_at_once(self, disk):
         script = (
-            "import sys; from diki_ray.runtime.store import RunStore; from diki_ray.runtime.store_lease import *\n"
+            "import sys; from diki_ray.store.run_store import RunStore; from diki_ray.store.process import *\n"
             "RunStore.open(sys.argv[1], 'run').acquire(this_process(), ttl_s=1000.0)"
         )
         subprocess.run([sys.executable, "-c", script, disk.uri], check=True, cwd=Path(__file__).parents[2])

@@ -7,8 +7,8 @@ import pytest
 from storage_faults import BLOB, FaultyObjects, damage, elsewhere, held
 
 from diki_ray.errors import CorruptError, StorageError, UserError
-from diki_ray.runtime.store import RunStore
-from diki_ray.runtime.store_log import Entry, replay, seal
+from diki_ray.store.log import Entry, replay, seal
+from diki_ray.store.run_store import RunStore
 
 pytest_plugins = ["storage_fixtures"]
 pytestmark = pytest.mark.usefixtures("fast")

@@ -13,9 +13,9 @@ from obstore.store import MemoryStore
 from storage_faults import held
 
 from diki_ray.errors import CorruptError, DiskFullError, StorageError, UserError
-from diki_ray.runtime import objects as objects_module
-from diki_ray.runtime.objects import BucketObjects, Objects
-from diki_ray.runtime.store_log import seal, unseal
+from diki_ray.store import objects as objects_module
+from diki_ray.store.log import seal, unseal
+from diki_ray.store.objects import BucketObjects, Objects
 
 pytest_plugins = ["storage_fixtures"]
 pytestmark = pytest.mark.usefixtures("fast")

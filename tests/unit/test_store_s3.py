@@ -4,8 +4,8 @@ import pytest
 from storage_faults import BLOB, elsewhere, held
 
 from diki_ray.errors import FencedError, LeaseHeldError, StorageError
-from diki_ray.runtime.objects import Objects
-from diki_ray.runtime.store import RunStore
+from diki_ray.store.objects import Objects
+from diki_ray.store.run_store import RunStore
 
 pytest_plugins = ["storage_fixtures"]
 pytestmark = pytest.mark.usefixtures("fast")

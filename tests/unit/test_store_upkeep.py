@@ -10,8 +10,8 @@ import pytest
 from storage_faults import BLOB, damage, elsewhere, held
 
 from diki_ray.errors import CorruptError, FencedError, LeaseHeldError, UserError
-from diki_ray.runtime.objects import Objects
-from diki_ray.runtime.store import RunStore
+from diki_ray.store.objects import Objects
+from diki_ray.store.run_store import RunStore
 
 pytest_plugins = ["storage_fixtures"]
 pytestmark = pytest.mark.usefixtures("fast")
@@ -104,7 +104,7 @@ class TestChangingMinds:
             return {}, []
 
         with monkeypatch.context() as patch:
-            patch.setattr("diki_ray.runtime.store_upkeep._unreferenced", during)
+            patch.setattr("diki_ray.store.upkeep._unreferenced", during)
             one.purge(epoch)
         assert refused == [True]
         held(objects, "two")

@@ -10,9 +10,9 @@ import pytest
 from ray.tune.schedulers import TrialScheduler
 
 from diki_ray.config import load
-from diki_ray.runtime.sweep import _Optuna, _scheduler
-from diki_ray.runtime.sweep_trial import Epochs
-from diki_ray.sweep_config import SweepConfig
+from diki_ray.config.sweep import SweepConfig
+from diki_ray.runs.sweep.sweep import _Optuna, _scheduler
+from diki_ray.runs.sweep.trial import Epochs
 
 DEBUG = Path(__file__).parents[2] / "configs/debug.yaml"
 

@@ -9,9 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from diki_ray.config import parse
-from diki_ray.errors import ConfigError
-from diki_ray.model.methods import METHODS
-from diki_ray.sweep_config import (
+from diki_ray.config.sweep import (
     ObjectiveSection,
     OrdersSection,
     SweepConfig,
@@ -20,6 +18,8 @@ from diki_ray.sweep_config import (
     pareto_front,
     varied,
 )
+from diki_ray.errors import ConfigError
+from diki_ray.learning.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
 BASE = {"run": {"name": "r"}, "tasks": [{"data": "embedded:digits"}]}

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from diki_ray.model.answers import Answers
-from diki_ray.model.metrics import Metrics
-from diki_ray.runtime.sweep_trial import by_indexing, spread
+from diki_ray.answering.answers import Answers
+from diki_ray.answering.metrics import Metrics
+from diki_ray.runs.sweep.trial import by_indexing, spread
 
 NUM_TASKS, NUM_CLASSES = 6, 10
 

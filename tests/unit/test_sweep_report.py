@@ -16,11 +16,11 @@ from rich.console import Console
 from sample_sweep import HOSTILE, ROOT, judged, sample_sweep, trial
 
 from diki_ray.config import load, parse
-from diki_ray.runtime.sweep_files import CHOSEN, DOCUMENT, REPORT, write_files
-from diki_ray.runtime.sweep_report import cost, effects, over_orders, parallel_coordinates, pareto
-from diki_ray.runtime.sweep_results import SweepResults
-from diki_ray.runtime.sweep_table import sweep_tables
-from diki_ray.sweep_config import varied
+from diki_ray.config.sweep import varied
+from diki_ray.report.sweep import cost, effects, over_orders, parallel_coordinates, pareto
+from diki_ray.report.sweep_table import sweep_tables
+from diki_ray.runs.sweep.files import CHOSEN, DOCUMENT, REPORT, write_files
+from diki_ray.runs.sweep.results import SweepResults
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from diki_ray.runtime.sweep_results import SweepResults
-from diki_ray.sweep_config import SweepConfig
+from diki_ray.config.sweep import SweepConfig
+from diki_ray.runs.sweep.results import SweepResults
 
 VALUES = [{"transfer": 0.2, "average": 0.4, "last": 0.9, "order": "given", "seed": 0}]
 

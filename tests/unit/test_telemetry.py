@@ -17,8 +17,8 @@ from sample_results import sample_results
 
 from diki_ray.config import Config, parse
 from diki_ray.errors import ConfigError, StorageError
-from diki_ray.runtime.store_actor import StoreClient
-from diki_ray.runtime.telemetry import MAX_PAIRED_TASKS, Telemetry, serving
+from diki_ray.runs.store_client import StoreClient
+from diki_ray.runs.telemetry import MAX_PAIRED_TASKS, Telemetry, serving
 
 NAMES = ["digits", "neon", "mist"]
 

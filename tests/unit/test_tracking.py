@@ -12,8 +12,8 @@ from wandb_file import wandb_records, wandb_rows
 
 from diki_ray.config import Config, parse
 from diki_ray.errors import ConfigError
-from diki_ray.runtime import tracking as module
-from diki_ray.runtime.tracking import tracking
+from diki_ray.runs import tracking as module
+from diki_ray.runs.tracking import tracking
 
 NAMES = ["digits", "neon"]
 LAST = {"digits/loss": 0.5, "digits/accuracy": 0.75, "digits/images_per_s": 100.0, "digits/validation_accuracy": 0.625}

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from golden import Golden
 
-from diki_ray.model.training import NonFiniteError, Recipe, TaskTrainer, cosine_lr
+from diki_ray.learning.task_trainer import NonFiniteError, Recipe, TaskTrainer, cosine_lr
 
 GOLDEN = Golden.load()
 

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from diki_ray.runtime.training_cost import CostMeter, merged
+from diki_ray.runs.train.cost import CostMeter, merged
 
 MB = 1_000_000
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diki_ray.data.stream import Batch
-from diki_ray.data.transfer import on_device
+from diki_ray.data.to_device import on_device
 
 
 def batches(n: int) -> list[Batch]:

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from diki_ray.assets.tiny_clip.create import create
-from diki_ray.data import world
+from diki_ray.data.world import tasks as world
 
 ROOT = Path(__file__).parents[2]
 ASSETS = ROOT / "diki_ray" / "assets" / "tiny_clip"
 
 _DIGEST = """
 import hashlib
-from diki_ray.data import world
+from diki_ray.data.world import tasks as world
 h = hashlib.sha256()
 for task in world.TASKS:
     for split in world.SPLITS:

@@ -14,14 +14,14 @@ from learning import learnt, learnt_through_kills, modules, planned
 from tiny_backbone import write_tiny_backbone
 from torch import distributed as dist
 
+from diki_ray.clip.backbone import load
+from diki_ray.clip.residual import Parameters
 from diki_ray.config import load as load_config
-from diki_ray.data import world
+from diki_ray.data.world import tasks as world
 from diki_ray.errors import ConfigError
-from diki_ray.model.backbone import load
-from diki_ray.model.methods import Step, Zscl
-from diki_ray.model.methods.low_rank import keep, trained
-from diki_ray.model.residual import Parameters
-from diki_ray.runtime.plan import build_method, load_backbone, make_plan
+from diki_ray.learning.methods import Step, Zscl
+from diki_ray.learning.methods.low_rank import keep, trained
+from diki_ray.runs.plan import build_method, load_backbone, make_plan
 
 DEBUG = Path(__file__).parents[2] / "configs/debug.yaml"
 STEP = Step(3, 10, 0.1, 5)

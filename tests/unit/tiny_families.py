@@ -14,7 +14,7 @@ import torch
 from open_clip.hf_model import HFTextEncoder
 from torch import Tensor, nn
 
-from diki_ray.model.backbone import Backbone
+from diki_ray.clip.backbone import Backbone
 
 WIDTH, HEADS, LAYERS, IMAGE_PX, VOCABULARY, CONTEXT = 32, 2, 2, 32, 64, 12
 

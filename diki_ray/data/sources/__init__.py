@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from diki_ray.config.protocols import CatalogueEntry, catalogue, entry_for_folder
 from diki_ray.data.index import INDEX_FILE
-from diki_ray.data.protocols import CatalogueEntry, catalogue, entry_for_folder
 from diki_ray.data.sources.arrays import cifar_dataset, cifar_kind, idx_dataset, is_idx
 from diki_ray.data.sources.arrow import arrow_dataset, is_saved
 from diki_ray.data.sources.benchmarks import benchmark_dataset, has_split_file, split_file_dataset

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from diki_ray.data.protocols import Variant
+from diki_ray.config.protocols import Variant
 from diki_ray.data.sources.arrays import cifar_dataset, cifar_kind, idx_dataset, is_idx
 from diki_ray.data.sources.folders import image_files, items_of
 from diki_ray.data.sources.raw import FileReader, RawDataset, RawItem, spaced

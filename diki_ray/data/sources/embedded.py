@@ -12,8 +12,8 @@ from pathlib import Path
 import matplotlib
 import PIL
 
-from diki_ray.data import world
 from diki_ray.data.sources.raw import RawDataset, RawItem
+from diki_ray.data.world import tasks as world
 from diki_ray.errors import DataError
 
 _DRAWN_BYTES = 3 * world.IMAGE_SIZE_PX**2

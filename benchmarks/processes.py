@@ -1,0 +1,109 @@
+"""Two workers beside one, and the memory that a step takes: each measured in processes of their own."""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from benchmarks.evaluation import Answering
+from benchmarks.timing import timed
+from benchmarks.training import Row, Steps, batch_of, make_trainer
+from benchmarks.world import World
+from diki_ray.clip.residual import Parameters
+
+
+def scaling(model: str, num_classes: int, batch: int, rounds: int) -> Row:
+    """1 and 2 processes of one thread with gloo on this machine, the same global batch; and 2 that don't split the
+    classes. The two take turns."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(_scaling_worker, (model, num_classes, batch, rounds, folder), nprocs=2, start_method="spawn")
+        seconds: dict[str, list[float]] = torch.load(Path(folder) / "seconds.pt", weights_only=True)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "classes": num_classes,
+        "batch": batch,
+        "one_worker_images_per_s": batch / median["one"],
+        "two_workers_images_per_s": batch / median["two"],
+        "speedup": median["one"] / median["two"],
+        "speedup_without_class_split": median["one"] / median["two_unsplit"],
+    }
+
+
+def _scaling_worker(rank: int, model: str, num_classes: int, batch: int, rounds: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    world = World.make(model, "cpu")
+    trainer = make_trainer(world, world.tokens(num_classes))
+    images, labels = batch_of(world, num_classes, batch)
+    split = trainer._class_features
+
+    def unsplit(parameters: Parameters | None = None) -> Tensor:
+        return world.method.text_features(trainer.class_tokens, trainer.parameters)
+
+    seconds: dict[str, list[float]] = {"one": [], "two": [], "two_unsplit": []}
+    for turn in range(rounds + 1):  # the first is a warm-up
+        if rank == 0:
+            seconds["one"].append(timed("cpu", lambda: trainer.step(images, labels)))
+        dist.init_process_group("gloo", f"file://{folder}/group{turn}", world_size=2, rank=rank)
+        for name, features in (("two", split), ("two_unsplit", unsplit)):
+            trainer._class_features = features  # type: ignore[method-assign]
+            dist.barrier()
+            seconds[name].append(timed("cpu", lambda: trainer.step(images[rank::2], labels[rank::2])))
+        dist.destroy_process_group()
+        trainer._class_features = split  # type: ignore[method-assign]
+    if rank == 0:
+        torch.save({name: values[1:] for name, values in seconds.items()}, f"{folder}/seconds.pt")
+
+
+MEASURED = [(what, whose) for what in ("training", "evaluation") for whose in ("ours", "ports")]
+
+
+def memory(model: str, device: str, num_classes: int, batch: int) -> list[Row]:
+    """Peak memory of a training step and of a test batch, the platform's and the port's, above the model's own."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (model, device, num_classes, batch, folder)
+        mp.start_processes(_memory_worker, arguments, nprocs=len(MEASURED), start_method="spawn")
+        mb = {m: float(Path(folder, "-".join(m)).read_text()) / 1e6 for m in MEASURED}
+    return [
+        {"of": what, "classes": num_classes, "batch": batch, "mb": mb[what, "ours"], "port_mb": mb[what, "ports"]}
+        for what in ("training", "evaluation")
+    ]
+
+
+def _memory_worker(rank: int, model: str, device: str, num_classes: int, batch: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    what, whose = MEASURED[rank]
+    measured: Any = (Steps if what == "training" else Answering)(World.make(model, device), num_classes, batch)
+    act: Callable[[], Any] = getattr(measured, whose)
+    before = _held_bytes(device)
+    for _ in range(2):
+        act()
+    Path(folder, f"{what}-{whose}").write_text(str(_peak_bytes(device) - before))
+
+
+def _held_bytes(device: str) -> int:
+    """Now; from here on the peak counts anew."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    ctypes.CDLL(None).malloc_trim(0)  # what is free but held would hide what is taken next
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status_bytes("VmRSS")
+
+
+def _peak_bytes(device: str) -> int:
+    return torch.cuda.max_memory_allocated() if device == "cuda" else _status_bytes("VmHWM")
+
+
+def _status_bytes(name: str) -> int:
+    """Not getrusage: there a new process begins with the peak of the one that started it."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024

@@ -1,0 +1,54 @@
+"""Routing among many synthetic tasks beside the image tower's time for the same number of images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from benchmarks.synthetic import SyntheticMoments, synthetic_features
+from benchmarks.timing import interleaved, timed
+from benchmarks.world import World
+from diki_ray.answering.coarse import CoarseGaussians
+from diki_ray.answering.gaussians import Gaussians
+
+REPEATED_BELOW_S = 2.0
+"""Computing all densities of thousands of tasks takes long, and is measured once."""
+
+
+def routing(world: World, num_tasks: int, batch: int, rounds: int, tower_s: float) -> dict[str, Any]:
+    """tower_s: of the image tower for a batch, measured by `tower_seconds`."""
+    embed_dim = world.backbone.embed_dim
+    gaussians = Gaussians(SyntheticMoments(num_tasks, embed_dim)).to(world.device)
+    made: list[CoarseGaussians] = []
+    build_s = timed(world.device, lambda: made.append(CoarseGaussians(gaussians)))
+    (coarse,) = made
+    features = synthetic_features(gaussians, batch).to(world.device)
+    exact: list[Tensor] = []
+    exact_s = timed(world.device, lambda: exact.append(gaussians.log_density(features)))
+    if exact_s < REPEATED_BELOW_S:
+        exact_s = interleaved(world.device, rounds, exact=lambda: gaussians.log_density(features))["exact"]
+    coarse_s = interleaved(world.device, rounds, coarse=lambda: coarse.log_density(features))["coarse"]
+    routed = coarse.log_density(features)
+    return {
+        "tasks": num_tasks,
+        "dimensions": embed_dim,
+        "batch": batch,
+        "exact_s": exact_s,
+        "coarse_s": coarse_s,
+        "exact_share_of_tower": exact_s / tower_s,
+        "coarse_share_of_tower": coarse_s / tower_s,
+        "same_route": float((exact[0].argmax(1) == routed.argmax(1)).double().mean()),
+        "densities_computed": float((routed > -float("inf")).double().mean()),
+        "packed_factors_mb": gaussians.num_bytes / 1e6,
+        "directions_mb": coarse.projection.numel() * 8 / 1e6,
+        "coarse_made_s": build_s,
+    }
+
+
+def tower_seconds(world: World, batch: int, rounds: int) -> float:
+    """Of a frozen pass over a batch, without gradients; scaled from 4 images where a batch would take long."""
+    measured = batch if world.model != "ViT-B-16" or world.device == "cuda" else min(batch, 4)
+    images = world.images(measured)
+    encode = world.backbone.encode_image  # weights need no gradients, so none is kept
+    return interleaved(world.device, rounds, tower=lambda: encode(images))["tower"] * batch / measured

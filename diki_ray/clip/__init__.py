@@ -1,0 +1,1 @@
+"""The frozen CLIP and the place beside each of its attentions."""

@@ -1,0 +1,140 @@
+"""The small interface between a method and the platform: trainer, store and evaluator are written against it.
+
+Shapes: B images, b this rank's images, C texts or classes, L tokens, E embedding dimensions.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from diki_ray.clip.backbone import Backbone
+from diki_ray.clip.residual import Parameters
+from diki_ray.learning.collective import share, world_size
+from diki_ray.learning.module import TaskModule
+
+Answering = Literal["routed", "latest", "frozen", "joint"]
+"""Which of the modules learnt answers an image (`Method.answering`)."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step of a task, the same on every rank and after a resumption."""
+
+    number: int
+    """From 0, over all epochs."""
+    num_steps: int
+    lr: float
+    seed: int
+    """The task's own."""
+    num_samples: int = 0
+    """Images of the global batch, over all ranks; known in `after_step`."""
+
+    def generator(self) -> torch.Generator:
+        """Random numbers of this step, equal on every rank: a function of the task's seed and the step alone, so that
+        a resumed task draws what an undisturbed one drew."""
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + self.number) % 2**63)
+
+    def share(self, num_rows: int) -> slice:
+        """This rank's rows of a batch that all ranks drew alike."""
+        return share(num_rows)
+
+    def mean(self, losses: Tensor, num_rows: int) -> Tensor:
+        """From the losses of this rank's rows what `Method.extra_loss` returns for their mean over all rows."""
+        return losses.sum() / num_rows * world_size()
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingBatch:
+    """This rank's part of a batch of the task's training split, once the task is trained."""
+
+    images: Tensor  # [b, 3, H, W]
+    labels: Tensor  # [b]
+    features: Tensor  # [b, E] frozen, normalised
+    class_tokens: Tensor  # [C, L]
+
+
+class Method(ABC):
+    """How a task is learnt and how an image is answered, on one backbone.
+
+    A subclass gives the tensors of a task and the features under them, and says what its modules depend on; everything
+    below `text_features` has a default. Parameters are float32 on the CPU where they are made, on the backbone's
+    device where they are used.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int]
+    """Part of the module key: raise it when the same inputs would train another module."""
+    summary: ClassVar[str] = ""
+    """What it is, and its paper, in a phrase for people."""
+    sequential: ClassVar[bool] = False
+    """True: a task starts from its predecessor's parameters, and its module key includes the predecessor's key."""
+    answering: ClassVar[Answering] = "routed"
+    """Which modules answer an image: `routed` (that of the densest Gaussian, at its weight), `latest` (the one learnt
+    last, at w = 1), `frozen` (none), `joint` (all learnt, through `joint_logits`)."""
+
+    only_answering: ClassVar[frozenset[str]] = frozenset()
+    """Settings that change answers and no module: they are not in its key, and sweeping them trains nothing."""
+
+    def __init__(self, backbone: Backbone):
+        self.backbone = backbone
+
+    @classmethod
+    def described(cls, settings: Mapping[str, Any]) -> str:
+        """The summary under a configuration's settings of the method."""
+        return cls.summary or cls.name
+
+    @abstractmethod
+    def initial(self, generator: torch.Generator, predecessor: Parameters | None = None) -> Parameters:
+        """The tensors of a task before training; none at all: nothing is trained."""
+
+    @abstractmethod
+    def image_features(self, images: Tensor, parameters: Parameters, weight: float | Tensor = 1.0) -> Tensor:
+        """Normalised features [B, E] of images [B, 3, H, W] under the parameters (shared, or with a leading batch
+        dimension: each image its own) at the weight (scalar or [B])."""
+
+    @abstractmethod
+    def text_features(self, tokens: Tensor, parameters: Parameters, weight: float | Tensor = 1.0) -> Tensor:
+        """Normalised features [C, E] of tokens [C, L], likewise."""
+
+    @staticmethod
+    def is_trained(name: str) -> bool:
+        """Whether the tensor of that name gets gradients; the others are kept with the module and in checkpoints (old
+        slices, Fisher information, variances)."""
+        return True
+
+    def effective(self, parameters: Parameters, step: Step | None = None) -> Parameters:
+        """The parameters that features are computed under, if others than those that are trained: a draw around them
+        in a training step, their average over steps or an interpolation elsewhere (step None)."""
+        return parameters
+
+    def extra_loss(self, parameters: Parameters, step: Step) -> Tensor | None:
+        """Added to the mean cross entropy of a step: the mean over ranks of what each returns. A penalty is the same
+        everywhere; over reference rows that ranks share use `step.share` and `step.mean`."""
+        return None
+
+    def after_step(self, parameters: Parameters, gradients: Parameters, step: Step) -> None:
+        """Changes tensors in place after an optimiser step, on every rank alike; gradients are those of all ranks."""
+        return None
+
+    def sums(self, parameters: Parameters, batch: TrainingBatch) -> Parameters:
+        """Once a task is trained: tensors to be summed over its training batches and all ranks, in float64."""
+        return {}
+
+    def finish(self, parameters: Parameters, sums: Parameters) -> Parameters:
+        """What the module holds, from the trained parameters and the sums."""
+        return parameters | sums
+
+    def join(self, modules: Sequence[TaskModule]) -> Any:
+        """`joint` only: what these modules know together; kept as long as the same modules are learnt."""
+        raise NotImplementedError(f"{self.name} does not answer jointly")
+
+    def joint_logits(self, joined: Any, features: Tensor, zero_shot: Tensor, names: Sequence[str]) -> Tensor:
+        """`joint` only: logits [B, C] among candidate classes `names` from frozen features [B, E] and zero-shot logits
+        [B, C], on the CPU."""
+        raise NotImplementedError(f"{self.name} does not answer jointly")

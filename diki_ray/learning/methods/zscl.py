@@ -1,0 +1,106 @@
+"""ZSCL: distillation from the pre-trained model on data of no task (Zheng et al., ICCV 2023, arXiv 2303.06628).
+
+    L = CE + L_image + L_text + λ ‖θ − θ*‖²
+
+For reference images and texts, s = logits of the images under training among texts under the pre-trained model, and t =
+the same with both under the pre-trained model (as in the authors' code: only the image tower gets a gradient from it):
+
+    L_image = T² CE(softmax(t/T), s/T), a distribution over texts for each image; L_text the same of sᵀ and tᵀ.
+
+θ* are the weights at the start of the task (`squared_distance`: of the weights, whose low-rank change is trained here
+instead of all weights). Every `average_every` steps the average of the weights since the start of the task is updated;
+the average answers, and the next task starts from it. Here the factors are averaged, not their products.
+
+The authors' script for ViT-B/16: all weights trained by AdamW at lr 1e-5 (5e-5 for two sets), batch 64, 1,000 steps a
+task, T = 2, λ = 1, an average every 100 steps, ImageNet's images and Conceptual Captions' texts as the reference. Its
+label smoothing of 0.2 and its warm-up of 100 steps are left out: cross entropy and schedule are the platform's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diki_ray.clip.backbone import Backbone
+from diki_ray.clip.residual import Parameters
+from diki_ray.learning.collective import gather_rows
+from diki_ray.learning.methods.base import Step
+from diki_ray.learning.methods.low_rank import LowRankMethod, keep, kept, trained
+
+
+class Zscl(LowRankMethod):
+    name = "zscl"
+    version = 1
+    summary = (
+        "ZSCL (Zheng et al., ICCV 2023, arXiv 2303.06628) on low-rank changes of the projections: distilled from the "
+        "pre-trained model while it learnt; the average of the weights answers every image"
+    )
+
+    reference: Callable[[], tuple[Tensor, Sequence[str]]]
+    """Gives reference images [N, 3, H, W] and captions; set where the data are known, called before training only."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        temperature: float,
+        weight_consolidation: float,
+        average_every: int,
+        reference_batch: int,
+        **low_rank: Any,
+    ):
+        super().__init__(backbone, **low_rank)
+        self.temperature, self.weight_consolidation = temperature, weight_consolidation
+        self.average_every, self.reference_batch = average_every, reference_batch
+        self._known: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def initial(self, generator: torch.Generator, predecessor: Parameters | None = None) -> Parameters:
+        self._learn_reference()
+        start = super().initial(generator, predecessor)
+        return start | keep("anchor", start) | keep("average", start)
+
+    def effective(self, parameters: Parameters, step: Step | None = None) -> Parameters:
+        average = kept("average", parameters)  # none in a module: it holds the average itself
+        return average if step is None and average else trained(parameters)
+
+    def extra_loss(self, parameters: Parameters, step: Step) -> Tensor:
+        images, frozen_images, frozen_texts = self._learn_reference()
+        generator, num_images = step.generator(), min(self.reference_batch, len(images))
+        chosen = torch.randperm(len(images), generator=generator)[:num_images]
+        texts = frozen_texts[torch.randperm(len(frozen_texts), generator=generator)[: self.reference_batch]]
+        factors, mine = trained(parameters), chosen[step.share(num_images)]
+        if len(mine):
+            features = self.image_features(images[mine], factors)
+        else:  # the gather's backward is collective
+            features = sum(p.sum() for p in factors.values()) * torch.zeros(0, self.backbone.embed_dim)
+        # All ranks compute the same loss of all images; each gets the gradients of its own.
+        logits = self.backbone.logits(gather_rows(features, num_images), texts)
+        target = self.backbone.logits(frozen_images[chosen], texts)
+        distilled = self._distillation(logits, target) + self._distillation(logits.T, target.T)
+        return distilled + self.weight_consolidation * self.squared_distance(factors, kept("anchor", parameters))
+
+    def _distillation(self, logits: Tensor, target: Tensor) -> Tensor:
+        t = self.temperature
+        return t**2 * torch.nn.functional.cross_entropy(logits / t, (target / t).softmax(1))
+
+    def after_step(self, parameters: Parameters, gradients: Parameters, step: Step) -> None:
+        if step.number % self.average_every == 0:
+            num_averaged = step.number // self.average_every + 1  # and the start
+            for name, average in kept("average", parameters).items():
+                average.lerp_(parameters[name], 1 / (num_averaged + 1))
+
+    def finish(self, parameters: Parameters, sums: Parameters) -> Parameters:
+        return kept("average", parameters)
+
+    @torch.no_grad()
+    def _learn_reference(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Reference images and the frozen features of images and captions; once, and not in the middle of a step."""
+        if self._known is None:
+            images, captions = self.reference()
+            tokens = self.backbone.tokenizer(list(captions))
+            image_features = torch.cat([self.backbone.encode_image(part) for part in images.split(256)])
+            text_features = torch.cat([self.backbone.encode_text(part) for part in tokens.split(256)])
+            self._known = images, image_features, text_features
+        return self._known

@@ -1,0 +1,112 @@
+"""What a task leaves behind: its trained parameters, its Gaussian, its classes. Immutable once committed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from diki_ray.errors import CorruptError
+from diki_ray.learning.moments import Moments
+
+FORMAT = 1
+NUM_VALIDATION_FEATURES = 64
+"""Frozen features of validation images kept with a module (fp16, 64 KiB at E = 512): enough to place `validated`
+calibration under any ε and shrinkage, and a ViT-B/16 module stays below 1.8 MB."""
+
+
+@dataclass(frozen=True, eq=False)
+class TaskModule:
+    """One task's trained parameters with its statistics and provenance.
+
+    parameters: float32 arrays by name (`image.layer0.keys` …), whatever the method trains;
+    moments: of the frozen image features of its training images;
+    validation_features: float16 [M, E], M ≤ NUM_VALIDATION_FEATURES;
+    provenance: everything the module key is made of, training history, versions: JSON values.
+    """
+
+    key: str
+    task: str
+    class_names: tuple[str, ...]
+    templates: tuple[str, ...]
+    method: str
+    parameters: dict[str, np.ndarray]
+    moments: Moments
+    validation_features: np.ndarray
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def to_bytes(self) -> bytes:
+        """One safetensors blob; the same module gives the same bytes."""
+        tensors = {f"parameters/{name}": value for name, value in sorted(self.parameters.items())}
+        tensors["moments/mean"] = self.moments.mean
+        tensors["moments/scatter_packed"] = self.moments.packed()
+        tensors["validation_features"] = self.validation_features.astype(np.float16)
+        header = {
+            "format": FORMAT,
+            "key": self.key,
+            "task": self.task,
+            "class_names": self.class_names,
+            "templates": self.templates,
+            "method": self.method,
+            "count": self.moments.count,
+            "provenance": self.provenance,
+        }
+        return write_tensors(header, tensors)
+
+    @staticmethod
+    def from_bytes(blob: bytes) -> TaskModule:
+        """Raises CorruptError when the blob is not a module."""
+        try:
+            header, tensors = read_tensors(blob)
+            moments = Moments.unpacked(header["count"], tensors["moments/mean"], tensors["moments/scatter_packed"])
+            return TaskModule(
+                key=header["key"],
+                task=header["task"],
+                class_names=tuple(header["class_names"]),
+                templates=tuple(header["templates"]),
+                method=header["method"],
+                parameters={
+                    k.removeprefix("parameters/"): v for k, v in tensors.items() if k.startswith("parameters/")
+                },
+                moments=moments,
+                validation_features=tensors["validation_features"],
+                provenance=header["provenance"],
+            )
+        except (KeyError, ValueError) as error:
+            raise CorruptError(f"these bytes are not a task module: {error}") from error
+
+
+def write_tensors(header: dict[str, Any], tensors: dict[str, np.ndarray]) -> bytes:
+    """A safetensors blob with one JSON header: how modules, checkpoints and caches are stored."""
+    # One metadata value: safetensors may order several keys differently from one process to the next.
+    return save(tensors, metadata={"diki_ray": json.dumps(header, sort_keys=True)})
+
+
+def read_tensors(blob: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The header and the arrays of a safetensors blob written here."""
+    length = int.from_bytes(blob[:8], "little")
+    try:
+        metadata = json.loads(blob[8 : 8 + length])["__metadata__"]
+        return json.loads(metadata["diki_ray"]), load(blob)
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise CorruptError(f"these bytes are not a safetensors file of diki_ray: {error}") from error
+
+
+def module_key(**depends_on: Any) -> str:
+    """The hash of everything a module depends on, known before it is trained.
+
+    depends_on: JSON values (backbone digest, data digest, class names, template, hyperparameters, seed, configured
+    world size, method and its version, predecessor's key where the method has one).
+    """
+    text = json.dumps(depends_on, sort_keys=True, separators=(",", ":"), default=asdict)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def task_seed(seed: int, data_digest: str) -> int:
+    """The task's own seed: from (seed, data digest), never from its position in the stream."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{data_digest}".encode()).digest()[:8], "little") >> 1

@@ -1,1 +1,0 @@
-"""The mathematics: backbone, residual branches, Gaussians, routing, methods, metrics (no Ray below this package)."""

@@ -1,0 +1,214 @@
+"""Millions of images answered over Ray: reading tasks hand undecoded images to worker actors, the driver writes their
+answers as they come, in the order of the inputs.
+
+The driver reads the run's storage; workers get its modules from Ray's object store, all of them those of one version,
+and need the backbone's files and the inputs. Class features are interpolated (answering/class_features.py): to compute
+them at each image's own weight would cost a text pass over all classes for every image.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import pyarrow as pa
+import ray
+
+from diki_ray.config import Config
+from diki_ray.data.inputs import Part, to_json
+from diki_ray.errors import ConfigError, DataError, UserError
+from diki_ray.learning.methods import METHODS
+from diki_ray.prediction.batch_output import open_output
+from diki_ray.prediction.batch_worker import IMAGES_PER_PASS, Learnt, Worker, interpolation_error, read_parts
+from diki_ray.runs.cluster import cluster
+
+MAX_BLOCKS = 1024
+"""Reading tasks of a whole job, about: each passes some milliseconds in Ray's scheduler."""
+PROGRESS_S = 10.0
+
+
+@dataclass(frozen=True)
+class Workers:
+    """What Ray gives the workers. num: as many as the cluster has room for by default; answers do not depend on it."""
+
+    num: int | None = None
+    cpus: float = 1.0
+    gpus: float = 0.0
+    address: str | None = None
+
+
+@dataclass
+class Tally:
+    """What became of the inputs so far."""
+
+    num_images: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    tasks: Counter[str] = field(default_factory=Counter)
+    interpolation_error: float | None = None
+    """See `batch_worker.interpolation_error`; None: nothing was interpolated."""
+
+    @property
+    def num_skipped(self) -> int:
+        return self.skipped.total()
+
+    _first: tuple[float, int] | None = None
+    _last_s: float = 0.0
+
+    @property
+    def images_per_s(self) -> float:
+        """After the first answers, before which workers start; 0 before the second."""
+        if self._first is None or self._last_s == self._first[0]:
+            return 0.0
+        return (self.num_images - self._first[1]) / (self._last_s - self._first[0])
+
+    def add(self, rows: pa.Table) -> None:
+        self.num_images += len(rows)
+        self._last_s = time.monotonic()
+        self._first = self._first or (self._last_s, self.num_images)
+        self.skipped.update(error for error in rows["error"].to_pylist() if error)
+        self.tasks.update(task for task in rows["task"].to_pylist() if task)
+
+
+def answer_all(
+    learnt: Learnt,
+    parts: Sequence[Part],
+    output: str,
+    workers: Workers,
+    max_skipped: int | None = None,
+    say: Callable[[str], None] = print,
+) -> Tally:
+    """Writes an answer for every input; says how far it is every PROGRESS_S, and what it came to.
+
+    max_skipped: of images that cannot be used; None: any number.
+
+    Raises:
+        DataError: more images than `max_skipped` cannot be used; the output stays unfinished. Else as `answer_parts`.
+    """
+    counts = [part.num_images for part in parts]
+    total = None if None in counts else sum(n for n in counts if n is not None)
+    tally, started = Tally(), time.monotonic()
+    shown = started
+    with open_output(output) as file, closing(answer_parts(learnt, parts, workers, tally)) as answers:
+        for rows in answers:
+            file.write(rows)
+            if max_skipped is not None and tally.num_skipped > max_skipped:
+                raise DataError(f"{_skipped(tally)}; --max-skipped is {max_skipped}, so {output} was not finished.")
+            if time.monotonic() - shown >= PROGRESS_S:
+                shown = time.monotonic()
+                say(_progress(tally, total))
+    rate = f", {tally.images_per_s:,.0f} images/s from the first answers on" if tally.images_per_s else ""
+    say(f"{tally.num_images:,} images in {time.monotonic() - started:.0f} s{rate}: {output}")
+    if tally.num_skipped:
+        say(f"{_skipped(tally)}.")
+    if tally.interpolation_error is not None:
+        say(
+            f"Class features are interpolated between {learnt.config.evaluate.text_grid} weights; the largest error "
+            f"of one (norm 1) is {tally.interpolation_error:.1e}."
+        )
+    return tally
+
+
+def _progress(tally: Tally, total: int | None) -> str:
+    of = "" if total is None else f" of {total:,}"
+    skipped = f", {tally.num_skipped:,} not usable" if tally.num_skipped else ""
+    rate, left = tally.images_per_s, ""
+    if total is not None and rate:
+        left = f", {timedelta(seconds=round((total - tally.num_images) / rate))} left"
+    return f"{tally.num_images:,}{of} images, {rate:,.0f} images/s{skipped}{left}"
+
+
+def _skipped(tally: Tally) -> str:
+    reasons = ", ".join(f"{count:,} × {reason}" for reason, count in tally.skipped.most_common(5))
+    return f"{tally.num_skipped:,} images could not be used ({reasons})"
+
+
+def answer_parts(
+    learnt: Learnt, parts: Sequence[Part], workers: Workers, tally: Tally
+) -> Generator[pa.Table, None, None]:
+    """Answers (`ANSWERED`) of every input of the parts, in their order; counted in `tally` as they come.
+
+    On the cluster at `workers.address` or in RAY_ADDRESS, else on one started here for as long as it takes.
+
+    Raises:
+        ConfigError: the cluster cannot be joined or is too small. UserError: what a worker could not do.
+    """
+    with cluster(_on_cluster(learnt.config, workers)):
+        num = workers.num or _room(workers)
+        _quiet()
+        reference = ray.put(learnt)
+        rows = [{"part": to_json(part)} for part in parts]
+        num_blocks = min(len(rows), MAX_BLOCKS)
+        answered = (
+            ray.data.from_items(rows, override_num_blocks=num_blocks)
+            .map_batches(read_parts, batch_size=1, num_cpus=0, concurrency=min(max(2, num), num_blocks))
+            .map_batches(
+                Worker,
+                fn_constructor_args=[reference],
+                batch_size=IMAGES_PER_PASS,
+                batch_format="pyarrow",
+                concurrency=num,
+                num_cpus=workers.cpus,
+                num_gpus=workers.gpus,
+            )
+        )
+        for table in _or_told(answered.iter_batches(batch_size=None, batch_format="pyarrow")):
+            tally.add(table)
+            yield table
+        routed = METHODS[learnt.config.method.name].answering == "routed"
+        if routed and learnt.config.evaluate.text_grid and tally.tasks:
+            measure = ray.remote(num_cpus=workers.cpus, num_gpus=workers.gpus)(interpolation_error)
+            tally.interpolation_error = ray.get(measure.remote(reference, tuple(tally.tasks)))
+
+
+def _on_cluster(config: Config, workers: Workers) -> Config:
+    """What `cluster` checks: that there is room for these workers, whatever the run was trained with."""
+    nothing = {"num_workers": 1, "cpus_per_worker": 1e-3, "device": "cpu"}  # is trained
+    train = config.train.model_copy(update=nothing)
+    evaluate = config.evaluate.model_copy(update={"num_workers": workers.num or 1, "cpus_per_worker": workers.cpus})
+    joined = config.cluster.model_copy(update={"address": workers.address or config.cluster.address})
+    return config.model_copy(update={"train": train, "evaluate": evaluate, "cluster": joined})
+
+
+def _room(workers: Workers) -> int:
+    there = ray.cluster_resources()
+    room = [there.get("CPU", 0) // workers.cpus]
+    if workers.gpus:
+        room.append(there.get("GPU", 0) // workers.gpus)
+    if min(room) < 1:
+        raise ConfigError(
+            f"a worker needs {workers.cpus:g} CPUs and {workers.gpus:g} GPUs, and the cluster has "
+            f"{there.get('CPU', 0):g} and {there.get('GPU', 0):g}: ask for less."
+        )
+    return int(min(room))
+
+
+def _quiet() -> None:
+    """The driver shows its own progress; and rows come in the order of the inputs."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_options.preserve_order = True
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def _or_told(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The tables; what a worker raised is told in its own sentence."""
+    try:
+        yield from tables
+    except Exception as error:  # Ray Data raises its own types around the one that says why
+        chain: list[BaseException] = []
+        inner: BaseException | None = error
+        while inner is not None:
+            chain.append(inner)
+            inner = getattr(inner, "cause", None) or inner.__cause__
+        for found in reversed(chain):
+            if isinstance(found, UserError) and not isinstance(found, ray.exceptions.RayError):
+                raise found from error
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reasons = [line for line in lines if "Error: " in line]
+        raise DataError(f"a worker could not go on: {(reasons or lines or [repr(error)])[-1]}") from error

@@ -1,0 +1,142 @@
+"""What runs in the processes of a batch prediction: parts read to undecoded images, and images answered.
+
+Images travel undecoded, which is a tenth of their pixels, and are decoded by the threads of the worker that answers
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+import ray
+import torch
+
+from diki_ray.answering.predictor import Candidates
+from diki_ray.config import Config
+from diki_ray.data.images import UndecodableImageError, decode_image
+from diki_ray.data.inputs import from_json
+from diki_ray.errors import ConfigError
+from diki_ray.learning.module import TaskModule
+from diki_ray.prediction.run_predictor import Answer, RunPredictor, load_predictor, on_this_machine, predictor_over
+from diki_ray.runs.plan import build_method, device_of, load_backbone, precision_of, with_absolute_paths
+from diki_ray.runs.stored_run import config_of, open_learnt
+
+IMAGES_PER_PASS = 64
+ROWS_PER_BLOCK = 64
+TABLE_BYTES = 2 * 2**30
+"""Class features that a worker keeps."""
+MAX_ASPECT_RATIO = 30.0
+"""As in serving. CLIP scales the shorter side to the model's size: a line of a million pixels, tiny as a file, would
+become an image of hundreds of millions and take its worker along."""
+MEASURED_CLASSES = 32
+"""At most about so many: each costs 65 text passes a task."""
+
+READ = pa.schema({"image": pa.string(), "data": pa.large_binary(), "error": pa.string()})
+ANSWERED = pa.schema(
+    {
+        "image": pa.string(),
+        "class_name": pa.string(),
+        "confidence": pa.float64(),
+        "task": pa.string(),
+        "weight": pa.float64(),
+        "log_densities": pa.map_(pa.string(), pa.float64()),
+        "error": pa.string(),
+    }
+)
+"""One row an input. With an `error` the answer's columns are null."""
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """A run as other processes answer with it, without its storage."""
+
+    config: Config
+    backbone_digest: str
+    modules: tuple[bytes, ...]
+    classes: tuple[str, ...] | None
+    """To choose among, with the template; None: all that were learnt."""
+    template: str
+
+    @classmethod
+    def of(cls, storage: str, run: str, config: Config | None, classes: Sequence[str] | None, template: str) -> Learnt:
+        """Raises ConfigError for a run that cannot answer, or classes that cannot be asked for."""
+        checked = load_predictor(storage, run, config)  # in this process first: mistakes are told before any cluster
+        if classes is not None:
+            checked.among(classes, template)
+        store = open_learnt(storage, run)
+        return cls(
+            with_absolute_paths(config_of(store, config)),
+            checked.predictor.backbone.digest(),
+            tuple(module.to_bytes() for module in checked.predictor.modules),
+            None if classes is None else tuple(classes),
+            template,
+        )
+
+    def predictor(self) -> RunPredictor:
+        """On this process's device. Raises ConfigError where this machine's backbone has other weights."""
+        config = on_this_machine(self.config)
+        backbone = load_backbone(config)
+        if backbone.digest() != self.backbone_digest:
+            raise ConfigError(f"the backbone {backbone.name!r} has other weights on a worker's machine than here.")
+        backbone.to(device_of(config), precision_of(config))
+        modules = [TaskModule.from_bytes(blob) for blob in self.modules]
+        method = build_method(config, backbone)
+        found = predictor_over(config, method, modules, always_tabulated=True, table_bytes=TABLE_BYTES)
+        return found if self.classes is None else found.among(self.classes, self.template)
+
+
+class Worker:
+    """A Ray Data actor: undecoded images in, answers out, one row for each."""
+
+    def __init__(self, learnt: Any) -> None:
+        run: Learnt = ray.get(learnt)
+        self._predictor = run.predictor()
+        self._threads = ThreadPoolExecutor(run.config.data.num_threads)
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        found = list(self._threads.map(self._pixels, rows["data"].to_pylist(), rows["error"].to_pylist()))
+        ready = [pixels for pixels in found if not isinstance(pixels, str)]
+        answers = self._predictor.answer_pixels(torch.stack(ready)) if ready else iter(())
+        answered = [
+            {"image": image, "error": pixels} if isinstance(pixels, str) else _row(image, next(answers))
+            for image, pixels in zip(rows["image"].to_pylist(), found, strict=True)
+        ]
+        return pa.Table.from_pylist(answered, ANSWERED)
+
+    def _pixels(self, data: bytes | None, error: str | None) -> torch.Tensor | str:
+        """[3, H, W] of an image file, or why there is none."""
+        if data is None:
+            return error or "not read"
+        try:
+            image = decode_image(data)
+        except UndecodableImageError as refused:
+            return refused.reason
+        if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+            return "too long and thin"
+        return self._predictor.predictor.backbone.preprocess(image)
+
+
+def _row(image: str, answer: Answer) -> dict[str, Any]:
+    return {"image": image} | asdict(answer) | {"log_densities": list(answer.log_densities.items())}
+
+
+def read_parts(rows: dict[str, Any]) -> Iterator[pa.Table]:
+    """The inputs of parts in JSON, a few at a time."""
+    for part in rows["part"]:
+        inputs = from_json(part).read()
+        while some := [asdict(row) for row in islice(inputs, ROWS_PER_BLOCK)]:
+            yield pa.Table.from_pylist(some, READ)
+
+
+def interpolation_error(learnt: Learnt, tasks: Sequence[str]) -> float:
+    """Largest absolute error of an interpolated class feature (norm 1) over some of the classes, under these tasks."""
+    answering = learnt.predictor()
+    step = max(1, sum(len(c.names) for c in answering.candidates) // MEASURED_CLASSES)
+    some = [Candidates(c.names[::step], c.tokens[::step], f"every {step} of {c.key}") for c in answering.candidates]
+    numbers = [answering.tasks.index(task) for task in tasks]
+    return max(answering.predictor.interpolation_error(t, candidates) for t in numbers for candidates in some)

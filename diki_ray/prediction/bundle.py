@@ -1,0 +1,197 @@
+"""A run as one file to hand on: its modules, its configuration and the digest of its backbone in one safetensors file,
+with a model card for people beside it. Loading needs neither the storage it came from nor Ray.
+
+The backbone's weights are not in it (they are tens to thousands of times larger and have a home of their own); its
+name and digest are, and loading refuses another.
+
+    bundle.safetensors   header: config, backbone, each module's header and digest;
+                         tensors: `<task number>/<name>`, as in the module's own file
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+import diki_ray
+from diki_ray.answering.configured import build_predictor
+from diki_ray.answering.predictor import Candidates
+from diki_ray.clip.backbone import Backbone
+from diki_ray.config import Config, parse
+from diki_ray.config.run import BackboneSection
+from diki_ray.data.images import UndecodableImageError, decode_image
+from diki_ray.data.index import join, read_bytes, write_bytes
+from diki_ray.errors import ConfigError, CorruptError, DataError
+from diki_ray.learning.module import TaskModule, read_tensors, write_tensors
+from diki_ray.prediction.run_predictor import Answer, RunPredictor, read_image
+from diki_ray.report.model_card import model_card
+from diki_ray.report.results import DOCUMENT
+from diki_ray.runs.plan import build_method, device_of, load_backbone, precision_of
+from diki_ray.runs.stored_run import check_backbone, config_of, open_learnt
+
+FORMAT = 1
+BUNDLE, CARD, CONFIG = "bundle.safetensors", "README.md", "config.yaml"
+_PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
+
+
+def export_bundle(storage: str, run: str, folder: str, config: Config | None = None) -> int:
+    """Writes a run's bundle, model card and configuration into a folder (any place data may lie); the bundle's bytes.
+
+    config: the run's own by default. Where this machine keeps runs and prepared data is left out of what is written.
+
+    Raises:
+        ConfigError: no such run, no configuration, or another backbone than the run's. CorruptError: a damaged module.
+    """
+    store = open_learnt(storage, run)
+    config = _portable(config_of(store, config))
+    backbone = load_backbone(config)
+    digest = backbone.digest()
+    check_backbone(store, backbone.name, digest)
+    entries = store.modules()
+    headers: list[dict[str, Any]] = []
+    tensors: dict[str, Any] = {}
+    for number, entry in enumerate(entries):
+        header, arrays = read_tensors(store.read_module(entry.digest))
+        headers.append({"digest": entry.digest, "header": header})
+        tensors |= {f"{number}/{name}": array for name, array in arrays.items()}
+    content: dict[str, Any] = {
+        "format": FORMAT,
+        "run": run,
+        "diki_ray": diki_ray.__version__,
+        "config": config.model_dump(mode="json"),
+        "backbone": {"name": config.backbone.name, "digest": digest, "embed_dim": backbone.embed_dim},
+        "modules": headers,
+    }
+    blob = write_tensors(content, tensors)
+    card = model_card(content, len(blob), store.get_document(DOCUMENT))
+    for name, data in ((BUNDLE, blob), (CARD, card.encode()), (CONFIG, config.to_yaml().encode())):
+        write_bytes(join(folder, name), data)
+    return len(blob)
+
+
+def _portable(config: Config) -> Config:
+    run = config.run.model_copy(update={"storage": "runs", "take_over": False})
+    data = config.data.model_copy(update={"root": "prepared"})
+    return config.model_copy(update={"run": run, "data": data})
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """What `diki_ray.load` gives: everything a run has learnt, ready to answer images."""
+
+    run: str
+    predictor: RunPredictor
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """In the order in which they were learnt."""
+        return self.predictor.tasks
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """All classes learnt, task by task."""
+        return tuple(name for candidates in self.predictor.candidates for name in candidates.names)
+
+    def predict(
+        self,
+        images: Iterable[Image.Image | str | Path],
+        classes: Sequence[str] | None = None,
+        template: str = "a photo of a {}.",
+    ) -> list[Answer]:
+        """An answer for each image, in order; what an image gets does not depend on what else is asked.
+
+        images: PIL images, or files (local or s3://, gs://, az://, https://).
+        classes: any class names, learnt or not, to choose among; all classes learnt by default.
+        template: their caption, with {} for the name.
+
+        Raises:
+            DataError: an image that cannot be read. ConfigError: no class, or a template without its {}.
+        """
+        predictor = self.predictor if classes is None else self.predictor.among(classes, template)
+        return list(predictor.answer(map(_opened, images)))
+
+
+def _opened(image: Image.Image | str | Path) -> Image.Image:
+    if not isinstance(image, Image.Image):
+        return read_image(str(image))
+    upright = ImageOps.exif_transpose(image) or image
+    if upright.mode == "RGB" and not upright.has_transparency_data:
+        return upright
+    # The one decoder that files go through decides what becomes of transparency, palettes and 16 bits.
+    buffer = io.BytesIO()
+    (upright if upright.mode in _PNG_MODES else upright.convert("RGB")).save(buffer, "PNG", compress_level=0)
+    try:
+        return decode_image(buffer.getvalue())
+    except UndecodableImageError as error:
+        raise DataError(f"an image of mode {image.mode} cannot be used: {error}.") from None
+
+
+def load_bundle(
+    path: str | Path,
+    *,
+    device: str = "auto",
+    backbone: str | None = None,
+    pretrained: str | None = None,
+    directory: str | None = None,
+) -> Model:
+    """The model of an exported run, in plain Python.
+
+    path: the folder that jobs/export.py wrote, or its bundle.safetensors.
+    device: auto (a GPU where there is one), cpu or cuda.
+    backbone, pretrained, directory: where this machine has the backbone, if elsewhere than the bundle says; its
+        weights are compared with the run's.
+
+    Raises:
+        DataError: no bundle there. CorruptError: a damaged one. ConfigError: the backbone is not the run's.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device is {device!r}; it can be auto, cpu or cuda.")
+    place = str(path) if str(path).endswith(".safetensors") else join(str(path), BUNDLE)
+    try:
+        content, tensors = read_tensors(read_bytes(place))
+    except FileNotFoundError:
+        raise DataError(f"there is no bundle {place}; jobs/export.py makes one of a run.") from None
+    if content.get("format") != FORMAT or "modules" not in content:
+        raise CorruptError(f"{place} is no bundle of format {FORMAT}: export the run again with this version.")
+    config = parse(content["config"], source=place)
+    config = config.model_copy(
+        update={
+            "train": config.train.model_copy(update={"device": device}),
+            "evaluate": config.evaluate.model_copy(update={"text_grid": 0}),  # exact: an answer is the image's own
+            "backbone": config.backbone
+            if backbone is None
+            else BackboneSection(
+                name=backbone, pretrained=pretrained, directory=directory, precision=config.backbone.precision
+            ),
+        }
+    )
+    loaded = load_backbone(config)
+    _check_weights(content["backbone"], loaded)
+    loaded.to(device_of(config), precision_of(config))
+    modules = [_module(place, number, m, tensors) for number, m in enumerate(content["modules"])]
+    predictor = build_predictor(config, build_method(config, loaded), modules)
+    candidates = tuple(Candidates.of(loaded, m.class_names, m.templates) for m in modules)
+    return Model(content["run"], RunPredictor(predictor, candidates))
+
+
+def _module(place: str, number: int, stored: dict[str, Any], tensors: dict[str, Any]) -> TaskModule:
+    prefix = f"{number}/"
+    own = {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
+    blob = write_tensors(stored["header"], own)  # the same module gives the same bytes
+    if hashlib.sha256(blob).hexdigest() != stored["digest"]:
+        raise CorruptError(f"{place} is damaged: its task {number} does not have its checksum; export the run again.")
+    return TaskModule.from_bytes(blob)
+
+
+def _check_weights(expected: dict[str, Any], loaded: Backbone) -> None:
+    if loaded.digest() != expected["digest"]:
+        raise ConfigError(
+            f"the backbone {loaded.name!r} loaded here does not have the weights of the bundle's "
+            f"({expected['name']}): its modules mean nothing on it. Give backbone= and pretrained= of those."
+        )

@@ -1,0 +1,50 @@
+"""What to type after a run: the exact commands to run it again, add a task, predict, and look at the report."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from diki_ray.config import Config
+from diki_ray.report.run import REPORT
+
+NEW_TASK = """\
+- data: path/to/my_images   # a folder with one folder of images for each class
+  name: my_task
+  template: "a photo of a {}.\""""
+"""The lines of configuration that add a task."""
+
+
+def next_steps(config: Config, command: str, config_file: str | None) -> str:
+    """Lines for people. command: the one that started this run; config_file: where its tasks are listed."""
+    run = f"--storage {shlex.quote(config.run.storage)} --run {shlex.quote(config.run.name)}"
+    return "\n".join(
+        [
+            "run again (trains nothing that is committed):",
+            f"  {command}",
+            *_add_a_task(config, config_file),
+            "predict:",
+            f"  python jobs/predict.py IMAGE {run}",
+            "open the report:",
+            f"  {_open_report(config)}",
+        ]
+    )
+
+
+def _add_a_task(config: Config, config_file: str | None) -> list[str]:
+    if not config.tasks:  # a protocol's stream is what it is
+        return []
+    where = config_file or "its configuration file"
+    return [
+        f"add a task: these lines at the end of `tasks:` in {where}, then the same command; it trains that task alone:",
+        *(f"  {line}" for line in NEW_TASK.splitlines()),
+    ]
+
+
+def _open_report(config: Config) -> str:
+    if urlsplit(config.run.storage).scheme:  # a browser cannot read object storage: make a local copy
+        storage, name = shlex.quote(config.run.storage), shlex.quote(config.run.name)
+        return f"python jobs/report.py {name} --storage {storage} --output {REPORT}"
+    path = Path(config.run.storage, "runs", config.run.name, "results", REPORT).expanduser().resolve()
+    return f"python -m webbrowser {shlex.quote(path.as_uri())}"

@@ -1,0 +1,1 @@
+"""A run on Ray: plan, training, evaluation, sweeps."""

@@ -1,0 +1,171 @@
+"""The main job: what is in the configuration and not yet in the store is trained, then the stream is evaluated.
+
+Data flows one way: configuration -> stream -> trainer -> store -> router -> evaluator -> report.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+
+from diki_ray.config import Config
+from diki_ray.learning.module import TaskModule
+from diki_ray.report.next_steps import next_steps
+from diki_ray.report.results import DOCUMENT, table
+from diki_ray.report.run import REPORT, render
+from diki_ray.runs.cluster import cluster
+from diki_ray.runs.evaluate.evaluator import evaluate
+from diki_ray.runs.plan import Plan, load_backbone, make_plan
+from diki_ray.runs.progress import Display, Listener, following
+from diki_ray.runs.results import build_results, protocol_id
+from diki_ray.runs.store_client import StoreClient
+from diki_ray.runs.telemetry import Telemetry, serving
+from diki_ray.runs.tracking import Tracking, tracking
+from diki_ray.runs.train.trainer import train
+from diki_ray.store.run_store import CONFIG_DOCUMENT
+
+
+def run_continual(config: Config, console: Console, config_file: str | None = None) -> dict[str, Any]:
+    """Learns the stream and returns its results, which are also in the run's storage; running it again trains nothing
+    that is committed.
+
+    config_file: where the configuration came from, for what is said at the end.
+
+    Raises:
+        UserError: what the user can put right; what was committed before stays.
+    """
+    display, protocol = Display(console), protocol_id(config)
+    with serving(config, protocol) as telemetry, tracking(config, protocol, display.say) as tracked:
+        results = _run(config, display, telemetry, tracked)
+        console.print(table(results))
+        console.print(next_steps(config, _command(), config_file), highlight=False, markup=False, soft_wrap=True)
+    return results
+
+
+def _run(config: Config, display: Display, telemetry: Telemetry, tracked: Tracking) -> dict[str, Any]:
+    clock = _Clock(telemetry)
+    clock.start("plan")
+    plan = make_plan(config, load_backbone(config))
+    clock.start("cluster")
+    with cluster(config), _store(config) as store:
+        telemetry.watch(store, [task.key for task in plan.tasks])
+        display.say(
+            f"run {config.run.name!r} on {store.handle.storage}: {len(plan.tasks)} tasks, {protocol_id(config)}"
+        )
+        if sentence := plan.few_images():
+            display.say(sentence)
+        clock.start("train")
+        trained = _learn(plan, store, display, [display, telemetry, tracked])
+        results = None if trained else _unchanged_results(plan, store)
+        if results is None:
+            clock.start("evaluate")
+            results = _evaluated(plan, store, display, telemetry, clock, trained)
+        else:
+            display.say("nothing to train or evaluate: results of the same configuration and modules are there.")
+            if store.get_document(REPORT) is None:  # the driver ended between the results and their report
+                store.put_document(REPORT, render([results]))
+        telemetry.on_results(results)
+        tracked.on_results(results)
+        return results
+
+
+def _learn(plan: Plan, store: StoreClient, display: Display, listeners: Sequence[Listener]) -> list[str]:
+    """Makes every task's module part of the run; the names of those that had to be trained."""
+    damaged = {entry.key for entry in store.damaged_modules()}
+    committed = {entry.key: entry for entry in store.modules() if entry.key not in damaged}
+    for key in damaged:
+        display.say(f"the stored module {key[:12]} is damaged: its task is trained again")
+    for task in plan.pending(committed):
+        if task.key not in damaged and (entry := store.adopt_module(task.key, task.name)) is not None:
+            committed[task.key] = entry
+            display.say(f"{task.name}: its module is in this storage already, from another run; taken as it is")
+    pending = plan.pending(committed)
+    for task in plan.tasks:
+        if task.key in committed:
+            display.say(f"{task.name}: learnt already")
+    if pending:
+        least, most = plan.config.train.min_workers, plan.config.train.num_workers
+        workers = f"{'' if least is None else f'{least} to '}{most} worker{'s' if most > 1 else ''}"
+        display.say(f"training {len(pending)} tasks with {workers} …")
+        display.expect([task.name for task in pending])
+        with display.bars, following(store, listeners):
+            train(plan.config, pending, store)
+    return [task.name for task in pending]
+
+
+def _evaluated(
+    plan: Plan, store: StoreClient, display: Display, telemetry: Telemetry, clock: _Clock, trained: list[str]
+) -> dict[str, Any]:
+    def on_progress(done: int, total: int) -> None:
+        for listener in (display, telemetry):
+            listener.on_event({"kind": "evaluated", "done": done, "total": total})
+
+    display.say("evaluating …")
+    with display.bars:
+        evaluation, notes = evaluate(plan, store, on_progress)
+    entries = {entry.key: entry for entry in store.modules()}
+    digests = [entries[task.key].digest for task in plan.tasks]
+    results = build_results(
+        plan,
+        [TaskModule.from_bytes(store.read_module(digest)) for digest in digests],
+        digests,
+        evaluation,
+        notes=notes,
+        seconds=clock.laps(),
+        trained=trained,
+        command=_command(),
+    )
+    store.put_document(CONFIG_DOCUMENT, plan.config.to_yaml())
+    store.put_document(DOCUMENT, results)
+    store.put_document(REPORT, render([results]))
+    return results
+
+
+def _command() -> str:
+    return shlex.join(["python", *sys.argv])
+
+
+def _unchanged_results(plan: Plan, store: StoreClient) -> dict[str, Any] | None:
+    """The stored results, if they are of this configuration and of the modules that are in the run now."""
+    results = store.get_document(DOCUMENT)
+    if results is None or results["config_digest"] != plan.config.digest():
+        return None
+    digests = {entry.key: entry.digest for entry in store.modules()}
+    same = [t["module"] for t in results["tasks"]]
+    now = [digests[task.key] for task in plan.tasks]
+    data = [task.index.digest() for task in plan.tasks]
+    if [m["digest"] for m in same] != now or [t["data"]["digest"] for t in results["tasks"]] != data:
+        return None
+    return results
+
+
+@contextmanager
+def _store(config: Config) -> Iterator[StoreClient]:
+    store = StoreClient.start(config.run.storage, config.run.name, take_over=config.run.take_over)
+    try:
+        yield store
+    finally:
+        store.stop()
+
+
+class _Clock:
+    """Seconds of each phase; telemetry says which one goes on."""
+
+    def __init__(self, telemetry: Telemetry) -> None:
+        self._telemetry = telemetry
+        self._started: list[tuple[str, float]] = []
+
+    def start(self, phase: str) -> None:
+        self._started.append((phase, time.monotonic()))
+        self._telemetry.phase.state(phase)
+
+    def laps(self) -> dict[str, float]:
+        """Seconds of the phases so far, the one that goes on included."""
+        ends = [started for _, started in self._started[1:]] + [time.monotonic()]
+        return {phase: end - started for (phase, started), end in zip(self._started, ends, strict=True)}

@@ -1,0 +1,1 @@
+"""Evaluation over Ray and in one process."""

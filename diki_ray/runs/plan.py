@@ -1,0 +1,251 @@
+"""What a configuration asks for, as values: the tasks of the stream, the key of each module, what is still to train.
+
+Pure but for reading the data sets' indexes; decided before any cluster is touched.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from diki_ray.clip import backbone as backbones
+from diki_ray.clip.backbone import LOCAL, Backbone
+from diki_ray.config import Config
+from diki_ray.config.protocols import protocol
+from diki_ray.config.run import TaskSection
+from diki_ray.data import prepare
+from diki_ray.data.index import DatasetIndex
+from diki_ray.data.sources import benchmark_folder
+from diki_ray.errors import ConfigError
+from diki_ray.learning.methods import METHODS, Method, Zscl
+from diki_ray.learning.module import module_key, task_seed
+from diki_ray.learning.task_trainer import Recipe
+from diki_ray.runs.reference import reference_digest, reference_of
+
+
+@dataclass(frozen=True)
+class PlannedTask:
+    """One task, resolved: its data, what its module's key is made of, and its seed."""
+
+    name: str
+    index: DatasetIndex
+    templates: tuple[str, ...]
+    """The first trains; all of them, averaged, answer (the zscl protocol's ensembles)."""
+    num_epochs: int
+    seed: int
+    key: str
+    predecessor: str | None
+    """The key of the module it starts from, where the method's tasks depend on the earlier ones."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.index.class_names
+
+    @property
+    def num_images_trained(self) -> int:
+        """Over all epochs."""
+        return self.num_epochs * self.index.split("train").num_samples
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stream in order, on one backbone."""
+
+    config: Config
+    backbone_digest: str
+    embed_dim: int
+    tasks: tuple[PlannedTask, ...]
+
+    def pending(self, committed: Collection[str]) -> list[PlannedTask]:
+        """The tasks whose module keys are not among those committed, in stream order."""
+        return [task for task in self.tasks if task.key not in committed]
+
+    def in_order(self, order: Sequence[int]) -> Plan:
+        """The stream with its tasks in another order: the same modules, or, where they build on each other, others."""
+        tasks: list[PlannedTask] = []
+        for t in (self.tasks[n] for n in order):
+            tasks.append(_planned(self.config, self.backbone_digest, t.name, t.index, t.templates, tasks))
+        return replace(self, tasks=tuple(tasks))
+
+    def few_images(self) -> str | None:
+        """A sentence for people where a Gaussian that routes comes, unshrunk, from fewer images than dimensions."""
+        if self.config.statistics.shrinkage != "none" or METHODS[self.config.method.name].answering != "routed":
+            return None
+        few = [t.name for t in self.tasks if t.index.split("train").num_samples <= self.embed_dim]
+        if not few:
+            return None
+        return (
+            f"{', '.join(few)}: no more training images than the {self.embed_dim} dimensions of their features, so "
+            "their densities fit no other image and modules are hardly let in. Set statistics.shrinkage=oas; it trains "
+            "nothing anew"
+        )
+
+
+def device_of(config: Config) -> str:
+    """`cuda` or `cpu`, as configured; `auto` asks this process's machine. On a cluster whose driver has no GPU,
+    configure `cuda`."""
+    if config.train.device != "auto":
+        return config.train.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def precision_of(config: Config) -> torch.dtype:
+    """Of the frozen weights: as configured, `auto` by device."""
+    precision = config.backbone.precision
+    if precision == "auto":
+        precision = "bfloat16" if device_of(config) == "cuda" else "float32"
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+
+def load_backbone(config: Config) -> Backbone:
+    """On the CPU in float32; the caller moves it."""
+    b = config.backbone
+    return backbones.load(b.name, b.pretrained, b.directory)
+
+
+def build_method(config: Config, backbone: Backbone) -> Method:
+    settings = config.method.model_dump(exclude={"name", "reference", "num_reference"})
+    method = METHODS[config.method.name](backbone, **settings)
+    if isinstance(method, Zscl):
+        method.reference = partial(reference_of, config, backbone)
+    return method
+
+
+def is_sequential(config: Config) -> bool:
+    """Whether the modules of another order of the tasks are other modules."""
+    return METHODS[config.method.name].sequential
+
+
+def answered_along(config: Config) -> bool:
+    """Whether what an image is answered with after some tasks is computed along the stream, instead of looked up in a
+    table of routes."""
+    return config.evaluate.routing == "batch" or METHODS[config.method.name].answering == "joint"
+
+
+def recipe_of(config: Config) -> Recipe:
+    t = config.train
+    return Recipe(t.optimizer, t.lr, t.final_lr_fraction, t.weight_decay, t.max_nonfinite_steps)
+
+
+def tasks_of(config: Config) -> tuple[TaskSection, ...]:
+    """The configured tasks, or those of the protocol."""
+    if config.tasks or config.data.sources is None:
+        return config.tasks
+    name, _, split = config.protocol.partition("/")
+    known = protocol(name)
+    return tuple(
+        TaskSection(
+            data=str(benchmark_folder(dataset, config.data.sources)),
+            name=dataset,
+            template=known.template,
+            shots=known.shots,
+            split="zscl" if split == "zscl" else "coop",
+        )
+        for dataset in known.order
+    )
+
+
+def make_plan(config: Config, backbone: Backbone) -> Plan:
+    """Prepares or loads every data set's index and derives the module keys.
+
+    Raises:
+        ConfigError, DataError: two tasks of one name, data that is missing or not valid.
+    """
+    # Depths that the backbone does not have and missing reference data are refused before anything is prepared.
+    build_method(config, backbone)
+    reference_digest(config)
+    digest = backbone.digest()
+    tasks: list[PlannedTask] = []
+    for section in tasks_of(config):
+        index = prepare.ensure(
+            _absolute(section.data),  # workers run in folders of their own
+            _absolute(config.data.root),
+            name=section.name,
+            template=section.template,
+            shots=section.shots,
+            seed=config.run.seed,
+            split_protocol=section.split,
+        )
+        name = section.name or index.name
+        if name in (t.name for t in tasks):
+            raise ConfigError(f"tasks: two tasks are named {name!r}; give one of them another name.")
+        templates = (section.template,) if section.template else index.templates
+        tasks.append(_planned(config, digest, name, index, templates, tasks))
+    return Plan(config, digest, backbone.embed_dim, tuple(tasks))
+
+
+def with_absolute_paths(config: Config, folder: str = "") -> Config:
+    """The configuration for processes that run in folders of their own; paths are from `folder`, by default this
+    process's own."""
+    absolute = partial(_absolute, folder=folder)
+    tree = config.model_dump()
+    tree["run"]["storage"] = absolute(config.run.storage)
+    tree["data"]["root"] = absolute(config.data.root)
+    if config.data.sources is not None:
+        tree["data"]["sources"] = absolute(config.data.sources)
+    name = config.backbone.name
+    if name.endswith(".py"):
+        tree["backbone"]["name"] = absolute(name)
+    elif name.startswith(LOCAL):
+        tree["backbone"]["name"] = LOCAL + absolute(name.removeprefix(LOCAL))
+    for field in ("pretrained", "directory"):
+        value = tree["backbone"][field]
+        if value is not None and os.path.exists(absolute(value)):
+            tree["backbone"][field] = absolute(value)
+    if tree["method"].get("reference") is not None:
+        tree["method"]["reference"] = absolute(tree["method"]["reference"])
+    for task in tree["tasks"]:
+        task["data"] = absolute(task["data"])
+    return Config.model_validate(tree)
+
+
+def _method_of_keys(config: Config) -> dict[str, object]:
+    """The method's settings as module keys have them: of reference data what they hold, not where they are."""
+    settings = config.method.model_dump(exclude=set(METHODS[config.method.name].only_answering))
+    return settings | {"reference": reference_digest(config)} if "reference" in settings else settings
+
+
+def _absolute(place: str, folder: str = "") -> str:
+    """A local path in full, `~` included; a URL or `embedded:NAME` as it is."""
+    if "://" in place or place.startswith("embedded:"):
+        return place
+    return os.path.abspath(os.path.join(folder, os.path.expanduser(place)))
+
+
+def _planned(
+    config: Config,
+    backbone_digest: str,
+    name: str,
+    index: DatasetIndex,
+    templates: tuple[str, ...],
+    earlier: Sequence[PlannedTask],
+) -> PlannedTask:
+    method = METHODS[config.method.name]
+    predecessor = earlier[-1].key if method.sequential and earlier else None
+    splits = [s for s in ("train", "val") if s in index.splits]
+    data_digest = index.digest(*splits)
+    train = config.train
+    steps_an_epoch = math.ceil(index.split("train").num_samples / train.batch_size)
+    num_epochs = max(train.epochs, math.ceil(train.min_steps / steps_an_epoch))
+    key = module_key(
+        backbone=backbone_digest,
+        precision=str(precision_of(config)),
+        data=data_digest,
+        class_names=index.class_names,
+        template=templates[0],
+        method=_method_of_keys(config),
+        method_version=method.version,
+        recipe=recipe_of(config),
+        epochs=num_epochs,
+        batch_size=train.batch_size,
+        num_streams=train.num_streams,
+        num_workers=train.num_workers,
+        seed=config.run.seed,
+        predecessor=predecessor,
+    )
+    return PlannedTask(name, index, templates, num_epochs, task_seed(config.run.seed, data_digest), key, predecessor)

@@ -1,0 +1,143 @@
+"""results.json and the table of a run: the matrix with its zero-shot row and chance, the metrics, provenance.
+
+Nothing in it is a secret: the configuration has none, and the command is kept as it was typed.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from diki_ray.config import Config
+from diki_ray.learning.methods import METHODS
+from diki_ray.learning.module import TaskModule
+from diki_ray.report.results import FORMAT
+from diki_ray.runs.evaluate.evaluator import Evaluation
+from diki_ray.runs.plan import Plan
+
+NUM_BINS = 20
+NUM_EXAMPLES = 8
+VERSIONS = ("diki-ray", "torch", "open_clip_torch", "ray", "webdataset", "numpy")
+
+
+def protocol_id(config: Config) -> str:
+    """The protocol with the routing it was evaluated with, as in `mtil-1/coop/image`."""
+    return f"{config.protocol}/{config.evaluate.routing}"
+
+
+def build_results(
+    plan: Plan,
+    modules: Sequence[TaskModule],
+    digests: Sequence[str],
+    evaluation: Evaluation,
+    *,
+    notes: dict[str, Any],
+    seconds: dict[str, float],
+    trained: Sequence[str],
+    command: str,
+) -> dict[str, Any]:
+    """The document of a finished run, JSON values only; NaN (a metric that is not defined) is null."""
+    config = plan.config
+    return {
+        "format": FORMAT,
+        "run": config.run.name,
+        "protocol": protocol_id(config),
+        "config_digest": config.digest(),
+        "config": config.model_dump(mode="json"),
+        "backbone": {"name": config.backbone.name, "digest": plan.backbone_digest, "embed_dim": plan.embed_dim},
+        "command": command,
+        "finished_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "versions": {name: version(name) for name in VERSIONS} | {"python": platform.python_version()},
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "trained": list(trained),
+        "notes": notes,
+        "tasks": [
+            _task(plan, evaluation, j, module, digest)
+            for j, (module, digest) in enumerate(zip(modules, digests, strict=True))
+        ],
+        "zero_shot": _numbers(evaluation.zero_shot),
+        "accuracy": [_numbers(row) for row in evaluation.accuracy],
+        "metrics": {
+            name: {"mean": _number(evaluation.metrics.mean(name)), "per_task": _numbers(values)}
+            for name, values in vars(evaluation.metrics).items()
+        },
+    }
+
+
+def _task(plan: Plan, evaluation: Evaluation, j: int, module: TaskModule, digest: str) -> dict[str, Any]:
+    planned, part = plan.tasks[j], evaluation.test_sets[j]
+    method = METHODS[plan.config.method.name]
+    last = evaluation.predictions[j][-1]
+    counts = np.bincount(last.routed + 1, minlength=len(plan.tasks) + 1)
+    return {
+        "name": planned.name,
+        "class_names": list(planned.class_names),
+        "templates": list(planned.templates),
+        "chance": 1 / len(planned.class_names),
+        "data": {"uri": planned.index.uri, "digest": planned.index.digest(), "protocol": planned.index.split_protocol},
+        "module": {
+            "key": planned.key,
+            "digest": digest,
+            "num_parameters": sum(p.size for name, p in module.parameters.items() if method.is_trained(name)),
+            "num_bytes": len(module.to_bytes()),
+        },
+        "num_train": module.moments.count,
+        "num_test": len(part.answers.labels),
+        "num_skipped_train": module.provenance["num_skipped"],
+        "skipped_test": part.skipped,
+        "best_epoch": module.provenance["best_epoch"],
+        "history": module.provenance["history"],
+        "routed": {
+            "frozen": int(counts[0]),
+            "tasks": [int(c) for c in counts[1:]],
+        },
+        "weights": {
+            # At the end, when the task is learnt; and before it is learnt, routed among the earlier ones.
+            "learnt": _histogram(last.weight),
+            "unlearnt": _histogram(evaluation.predictions[j][j - 1].weight) if j else None,
+        },
+        "examples": _examples(plan, evaluation, j),
+    }
+
+
+def _examples(plan: Plan, evaluation: Evaluation, j: int) -> list[dict[str, Any]]:
+    """Some test images with their answers at the end: as many wrong ones as there are, up to half."""
+    part, last = evaluation.test_sets[j], evaluation.predictions[j][-1]
+    names = [t.class_names for t in plan.tasks]
+    right = last.correct(part.answers.labels, j, names)
+    wrong_rows, right_rows = np.flatnonzero(~right)[: NUM_EXAMPLES // 2], np.flatnonzero(right)
+    rows = np.concatenate([wrong_rows, right_rows[: NUM_EXAMPLES - len(wrong_rows)]])
+    zero = evaluation.zero_shot_predictions[j]
+    return [
+        {
+            "sample": int(n),
+            "key": part.keys[n],
+            "label": names[j][part.answers.labels[n]],
+            "answer": names[last.block[n]][last.best[n]],
+            "zero_shot_answer": names[zero.block[n]][zero.best[n]],
+            "right": bool(right[n]),
+            "confidence": round(float(last.confidence[n]), 4),
+            "routed": plan.tasks[last.routed[n]].name if last.routed[n] >= 0 else None,
+            "weight": round(float(last.weight[n]), 4),
+        }
+        for n in rows
+    ]
+
+
+def _histogram(weights: np.ndarray) -> dict[str, Any]:
+    counts, _ = np.histogram(weights, bins=NUM_BINS, range=(0, 1))
+    return {"mean": _number(weights.mean()), "counts": [int(c) for c in counts]}
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else round(float(value), 6)
+
+
+def _numbers(values: np.ndarray) -> list[float | None]:
+    return [_number(v) for v in values]

@@ -1,0 +1,198 @@
+"""The store's actor: one per run, the only writer of it.
+
+Whether it may write is decided by the lease in storage, not by Ray: its driver acquired it before and the actor only
+continues it. Started again by Ray it reads its state back from storage and goes on in the same epoch; every write names
+the epoch of the client it came from, so a worker of an overtaken driver is refused even by its successor's actor.
+"""
+
+import os
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import ray
+
+from diki_ray.errors import UserError
+from diki_ray.store.log import Holder
+from diki_ray.store.objects import Objects
+from diki_ray.store.run_store import DEFAULT_TTL_S, RunStore
+
+_CACHED_BLOB_BYTES = 256 << 20  # about 140 modules, in the object store of the actor's node
+_KEPT_EVENTS = 10_000
+_ABANDONED_TTLS = 10  # an actor nobody renewed for this many lease times ends itself: its driver is gone
+_WRITES = {
+    "renew",
+    "release",
+    "commit_module",
+    "adopt_module",
+    "remove_task",
+    "roll_back",
+    "compact",
+    "purge",
+    "save_checkpoint",
+    "drop_checkpoints",
+    "put_document",
+}
+_READS = {
+    "has_module",
+    "module_by_key",
+    "find_in_library",
+    "damaged_modules",
+    "load_checkpoint",
+    "get_document",
+    "verify",
+}
+
+
+@dataclass(frozen=True)
+class RunHandle:
+    """A held run as a value: what a worker needs to reach its store. Picklable; goes into a trainer's configuration."""
+
+    storage: str
+    run: str
+    holder: Holder
+    epoch: int
+    ttl_s: float = DEFAULT_TTL_S
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a call gave: a value, or the user's error itself instead of Ray's account of it."""
+
+    value: Any = None
+    error: UserError | None = None
+
+
+class StoreActor:
+    """The writing side of one run. Every method that writes is idempotent: Ray calls it again after a crash."""
+
+    def __init__(self, handle: RunHandle, objects: Callable[[str], Objects] = Objects.open) -> None:
+        self._handle = handle
+        self._objects = objects
+        self._store: RunStore | None = None
+        self._writing = threading.RLock()
+        self._blobs: OrderedDict[str, tuple[ray.ObjectRef, int]] = OrderedDict()
+        self._entries: tuple[int, ray.ObjectRef] | None = None
+        self._events: deque[dict[str, Any]] = deque(maxlen=_KEPT_EVENTS)
+        self._failure: UserError | None = None
+        # Numbers go on above those of the process before this one, so that a reader's position stays valid.
+        self._next_event = int(time.time() * 1000)
+        self._renewed_at = time.monotonic()
+        threading.Thread(target=self._end_when_abandoned, daemon=True).start()
+
+    def write(self, epoch: int, method: str, *args: Any) -> Outcome:
+        """Call a method of RunStore that changes the run, as the holder `epoch`."""
+        assert method in _WRITES, method
+
+        def act() -> Any:
+            with self._writing:
+                value = getattr(self._opened(), method)(epoch, *args)
+                if method == "purge":
+                    self._blobs.clear()  # what was deleted is not to live on in memory
+            if method == "renew":
+                self._renewed_at = time.monotonic()
+            return value
+
+        return _outcome(act)
+
+    def read(self, method: str, *args: Any) -> Outcome:
+        """Call a method of RunStore that only reads."""
+        assert method in _READS, method
+        return _outcome(lambda: getattr(self._opened(), method)(*args))
+
+    def snapshot(self, known_version: int) -> Outcome:
+        """(version, a list with a reference to the run's modules); the list is empty for the version already known."""
+
+        def act() -> tuple[int, list[ray.ObjectRef]]:
+            with self._writing:
+                store = self._opened()
+                if store.version == known_version:
+                    return known_version, []
+                if self._entries is None or self._entries[0] != store.version:
+                    self._entries = (store.version, ray.put(store.modules()))
+                return self._entries[0], [self._entries[1]]
+
+        return _outcome(act)
+
+    def module(self, digest: str) -> Outcome:
+        """A list with a reference to the module's verified bytes, kept in the object store for the next reader."""
+
+        def act() -> list[ray.ObjectRef]:
+            with self._writing:
+                if digest in self._blobs:
+                    self._blobs.move_to_end(digest)
+                    return [self._blobs[digest][0]]
+            blob = self._opened().read_module(digest)
+            with self._writing:
+                self._blobs[digest] = (ray.put(blob), len(blob))
+                reference = self._blobs[digest][0]
+                while len(self._blobs) > 1 and sum(size for _, size in self._blobs.values()) > _CACHED_BLOB_BYTES:
+                    self._blobs.popitem(last=False)
+            return [reference]
+
+        return _outcome(act)
+
+    def record_progress(self, event: dict[str, Any]) -> None:
+        """Keep an event for the driver to see. Not durable: the last 10,000, gone when this process is."""
+        with self._writing:
+            self._events.append(event)
+            self._next_event += 1
+
+    def progress(self, since: int) -> Outcome:
+        """(next, events from number `since` on that are still there); ask again with `since=next`."""
+        with self._writing:
+            num_new = max(0, min(len(self._events), self._next_event - since))
+            return Outcome((self._next_event, list(islice(self._events, len(self._events) - num_new, None))))
+
+    def record_failure(self, error: UserError) -> Outcome:
+        """Keep the first error that a worker met and that trying again would only meet again. Not durable."""
+        with self._writing:
+            self._failure = self._failure or error
+        return Outcome()
+
+    def failure(self) -> Outcome:
+        """The error kept by `record_failure`, as a value; None when there is none."""
+        return Outcome(self._failure)
+
+    def status(self) -> Outcome:
+        """Plain numbers about the store, for people and metrics."""
+
+        def act() -> dict[str, Any]:
+            store = self._opened()
+            return {
+                "pid": os.getpid(),
+                "epoch": self._handle.epoch,
+                "version": store.version,
+                "num_modules": len(store.modules()),
+                "num_bytes": sum(entry.num_bytes for entry in store.modules()),
+                "corrupt_modules": store.corrupt_modules,
+                "corrupt_checkpoints": store.corrupt_checkpoints,
+            }
+
+        return _outcome(act)
+
+    def _opened(self) -> RunStore:
+        """The run, read when this process needs it first; storage that is away is tried again next time."""
+        with self._writing:
+            if self._store is None:
+                store = RunStore(self._objects(self._handle.storage), self._handle.run)
+                store.resume(self._handle.holder)
+                self._store = store
+            return self._store
+
+    def _end_when_abandoned(self) -> None:
+        limit_s = _ABANDONED_TTLS * self._handle.ttl_s
+        while time.monotonic() - self._renewed_at < limit_s:
+            time.sleep(self._handle.ttl_s)
+        ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+
+
+def _outcome(act: Callable[[], Any]) -> Outcome:
+    try:
+        return Outcome(value=act())
+    except UserError as error:
+        return Outcome(error=error)

@@ -1,0 +1,303 @@
+"""What a sweep does with one setting: train what is missing, answer every order and seed on one split.
+
+A module is trained once however many settings, orders, processes or repetitions need it. Trials that could need the
+same modules take turns by the lease of one run in the storage, named after all that their keys have in common: who
+comes second finds the modules in the library. Under `image` routing the accuracy matrix of every order follows from one
+table for each test set (answering/orders.py). `batch` routing and methods that answer jointly are not exact that way
+and are evaluated order by order; a method whose tasks build on each other is also trained order by order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from diki_ray.answering.answers import Answers
+from diki_ray.answering.evaluation import auroc
+from diki_ray.answering.metrics import Metrics
+from diki_ray.answering.orders import Orders
+from diki_ray.config import Config
+from diki_ray.config.sweep import SweepConfig, varied
+from diki_ray.errors import LeaseHeldError
+from diki_ray.learning.module import TaskModule
+from diki_ray.runs.evaluate.evaluator import Cache, Evaluating, Part, accuracy_of, num_batches_of
+from diki_ray.runs.plan import (
+    Plan,
+    PlannedTask,
+    answered_along,
+    build_method,
+    device_of,
+    is_sequential,
+    load_backbone,
+    make_plan,
+    precision_of,
+    recipe_of,
+    with_absolute_paths,
+)
+from diki_ray.runs.progress import following
+from diki_ray.runs.store_client import StoreClient
+from diki_ray.runs.sweep.cost import Stream, cost_of
+from diki_ray.runs.train.trainer import TaskWorker, train
+from diki_ray.store.run_store import RunStore
+
+METRICS = ("transfer", "average", "last", "forgetting", "zero_shot", "weight_auroc")
+WAIT_S = 2.0
+
+Report = Callable[[float, float], None]
+"""Called with (epochs done of the modules that are trained, their mean validation accuracy so far)."""
+
+
+class Ordered(NamedTuple):
+    """What one order of the tasks gives."""
+
+    accuracy: np.ndarray  # [T, T], rows and columns in that order
+    zero_shot: np.ndarray  # [T], in that order
+    weight_auroc: float | None
+    """How well the integration weight tells learnt from unlearnt domains, mean over the steps of the stream."""
+
+    def metrics(self) -> dict[str, float | None]:
+        known = Metrics.of(self.accuracy)
+        values = {m: known.mean(m) for m in METRICS[:4]}
+        return {m: None if np.isnan(v) else float(v) for m, v in values.items()} | {
+            "zero_shot": float(self.zero_shot.mean()),
+            "weight_auroc": self.weight_auroc,
+        }
+
+
+def judge(
+    sweep: SweepConfig,
+    config: Config,
+    setting: Mapping[str, Any],
+    orders: Mapping[str, Sequence[int]],
+    split: str,
+    folder: str,
+    report: Report | None = None,
+) -> dict[str, Any]:
+    """Every metric of a setting on one split: mean, standard deviation, and the value for each order and seed.
+
+    folder: where the setting's relative paths start, for this process has a folder of its own.
+
+    seconds: training (or waiting for another who trains), the tables of answers, and the orders from them. cost: see
+    `cost_of`.
+    """
+    streams: list[Stream] = []
+    values: list[dict[str, Any]] = []
+    seconds = dict.fromkeys(("train", "tables", "orders"), 0.0)
+    epochs = None if report is None else Epochs(report, len(sweep.seeds), config.train.epochs)
+    for seed in sweep.seeds:
+        clock = time.monotonic()
+        seeded = with_absolute_paths(varied(config, {**setting, "run.seed": seed}), folder)
+        plan = make_plan(seeded, load_backbone(seeded))
+        for ordered_plan, its_orders in _plans(plan, orders):
+            digests = modules_of(ordered_plan, epochs)
+            seconds["train"] += time.monotonic() - clock
+            streams.append(Stream(ordered_plan, digests))
+            for name, ordered in matrices_of_orders(ordered_plan, digests, its_orders, split, seconds).items():
+                values.append({"order": name, "seed": seed} | ordered.metrics())
+            clock = time.monotonic()
+    judged: dict[str, Any] = {m: spread([v[m] for v in values]) for m in METRICS}
+    return judged | {
+        "objective": spread([sweep.objective.of(v) for v in values]),
+        "values": values,
+        "orders_by": _orders_by(varied(config, setting)),
+        "seconds": {part: round(value, 2) for part, value in seconds.items()},
+        "cost": cost_of(streams, (seconds["tables"] + seconds["orders"]) / len(values), split),
+        "chance": float(np.mean([1 / len(t.class_names) for t in plan.tasks])),
+    }
+
+
+def _plans(plan: Plan, orders: Mapping[str, Sequence[int]]) -> list[tuple[Plan, Mapping[str, Sequence[int]]]]:
+    """Plans with the orders that one plan's modules answer: all of them, or, where modules build on each other, each
+    order in a plan of its own (orders that begin alike share the modules of what they have in common)."""
+    if not is_sequential(plan.config):
+        return [(plan, orders)]
+    return [(plan.in_order(order), {name: range(len(order))}) for name, order in orders.items()]
+
+
+def _orders_by(config: Config) -> str:
+    return "training" if is_sequential(config) else "evaluation" if answered_along(config) else "indexing"
+
+
+def modules_of(plan: Plan, epochs: Epochs | None = None) -> list[str]:
+    """The digests of the plan's modules in the library, trained here if nobody has or is about to."""
+    replayed: set[str] = set()
+    while True:
+        library = RunStore.open(plan.config.run.storage, "library").library
+        found = [library.find_intact(task.key) for task in plan.tasks]
+        for task, record in zip(plan.tasks, found, strict=True):
+            if epochs is not None and record is not None and task.key not in replayed:
+                replayed.add(task.key)
+                epochs.replay(plan, task, TaskModule.from_bytes(library.read(record.digest)))
+        if all(found):
+            return [record.digest for record in found if record is not None]
+        try:
+            store = StoreClient.start(plan.config.run.storage, f"modules-{_shared(plan)}", wait_s=0)
+        except LeaseHeldError:
+            time.sleep(WAIT_S)  # another trial trains them, or other modules of the same recipe
+            continue
+        try:
+            # Between the look into the library and the lease another trial may have finished.
+            missing = [task for task in plan.tasks if store.find_in_library(task.key) is None]
+            replayed |= {task.key for task in missing}
+            with nullcontext() if epochs is None else following(store, [epochs.of(plan)]):
+                _train(plan, missing, store)
+        finally:
+            store.stop()
+
+
+def _shared(plan: Plan) -> str:
+    """A digest of what the keys of all modules have in common that could ever be one of the plan's."""
+    config, train = plan.config, plan.config.train
+    batches = (train.epochs, train.min_steps, train.batch_size, train.num_streams, train.num_workers)
+    recipe = (config.method.model_dump(), asdict(recipe_of(config)), batches)
+    shared = (plan.backbone_digest, str(precision_of(config)), recipe, config.run.seed)
+    return digest(shared)[:16]
+
+
+def _train(plan: Plan, missing: Sequence[PlannedTask], store: StoreClient) -> None:
+    config = plan.config
+    if config.train.num_workers > 1 or config.schedule.concurrent_tasks > 1:
+        if missing:
+            train(config, missing, store)
+        return
+    # One worker needs no worker group: the trial itself is the worker, with a worker's number of threads.
+    torch.set_num_threads(max(1, int(config.train.cpus_per_worker)))
+    backbone = load_backbone(config).to(device_of(config), precision_of(config))
+    worker = TaskWorker(config, build_method(config, backbone), store)
+    for task in missing:
+        worker.learn(task)
+
+
+class Epochs:
+    """How far training is, over all tasks and seeds of a setting, and how good: what ASHA compares settings by.
+
+    A module that is in the library already counts with the history that it was trained with, so that a setting is
+    judged alike whoever trained its modules.
+    """
+
+    def __init__(self, report: Report, num_seeds: int, num_epochs: int):
+        self._report, self._num_seeds, self._num_epochs = report, num_seeds, num_epochs
+        self._best: dict[tuple[int, str], float] = {}
+        self._done: dict[tuple[int, str], int] = {}
+
+    def of(self, plan: Plan) -> _EpochListener:
+        return _EpochListener(self, plan)
+
+    def replay(self, plan: Plan, task: PlannedTask, module: TaskModule) -> None:
+        for epoch, line in enumerate(module.provenance["history"]):
+            self.add(plan, task.name, epoch, line.get("validation_accuracy"))
+
+    def add(self, plan: Plan, task: str, epoch: int, accuracy: float | None) -> None:
+        which = (plan.config.run.seed, task)
+        if epoch < self._done.get(which, 0):
+            return  # an epoch that is done again after a worker was lost
+        self._done[which] = epoch + 1
+        self._best[which] = max(self._best.get(which, 0.0), accuracy or 0.0)
+        share = sum(self._done.values()) / (self._num_seeds * sum(t.num_epochs for t in plan.tasks))
+        if share < 1:  # what is trained to its end is judged, not compared
+            self._report(share * self._num_epochs, float(np.mean(list(self._best.values()))))
+
+
+class _EpochListener:
+    """Hears of the epochs of one seed's training."""
+
+    def __init__(self, epochs: Epochs, plan: Plan):
+        self._epochs, self._plan = epochs, plan
+
+    def on_event(self, event: dict[str, Any]) -> None:
+        if event["kind"] == "epoch":
+            self._epochs.add(self._plan, event["task"], event["epoch"], event["validation_accuracy"])
+
+
+def matrices_of_orders(
+    plan: Plan,
+    digests: Sequence[str],
+    orders: Mapping[str, Sequence[int]],
+    split: str,
+    seconds: dict[str, float] | None = None,
+) -> dict[str, Ordered]:
+    """What each order gives, by its name. seconds: the time that tables and orders took is added to it."""
+    started = time.monotonic()
+    if answered_along(plan.config):
+        found = {name: _directly(plan, digests, order, split) for name, order in orders.items()}
+        tabled = started
+    else:
+        tables = [p.answers for p in _tables(plan, digests, list(orders.values()), split)]
+        tabled = time.monotonic()
+        found = by_indexing(tables, [t.class_names for t in plan.tasks], plan.config.evaluate.label_space, orders)
+    if seconds is not None:
+        seconds["tables"] += tabled - started
+        seconds["orders"] += time.monotonic() - tabled
+    return found
+
+
+def by_indexing(
+    tables: Sequence[Answers], names: Sequence[Sequence[str]], label_space: str, orders: Mapping[str, Sequence[int]]
+) -> dict[str, Ordered]:
+    """Every order from the answers of all test sets, under `image` routing; see `Orders`."""
+    by_set = Orders(tables, names, label_space)
+    known: dict[frozenset[int], float | None] = {}  # a weight depends on what is learnt, not on its order
+
+    def auroc_of(learnt: Sequence[int]) -> float | None:
+        if frozenset(learnt) not in known:
+            weights = [by_set.weights(task, learnt) for task in range(len(tables))]
+            known[frozenset(learnt)] = auroc(weights, [task in learnt for task in range(len(tables))])
+        return known[frozenset(learnt)]
+
+    return {
+        name: Ordered(
+            by_set.accuracy(order),
+            by_set.zero_shot(order),
+            _mean([auroc_of(order[: n + 1]) for n in range(len(order))]),
+        )
+        for name, order in orders.items()
+    }
+
+
+def _tables(plan: Plan, digests: Sequence[str], orders: Sequence[Sequence[int]], split: str) -> list[Part]:
+    """For each task the answers of its split under every route that one of the orders takes."""
+    store = RunStore.open(plan.config.run.storage, "library")
+    evaluating = Evaluating(plan.config, plan.tasks, digests, store.read_module, split, orders)
+    parts = []
+    for j, task in enumerate(plan.tasks):
+        cache = Cache(plan, store, j, digests, split)
+        part = evaluating.evaluate(j, range(num_batches_of(plan.config, task, split)), cache.load())
+        cache.save(part)
+        parts.append(part)
+    return parts
+
+
+def _directly(plan: Plan, digests: Sequence[str], order: Sequence[int], split: str) -> Ordered:
+    arranged = Plan(plan.config, plan.backbone_digest, plan.embed_dim, tuple(plan.tasks[t] for t in order))
+    parts = _tables(arranged, [digests[t] for t in order], [range(len(order))], split)
+    evaluation = accuracy_of(plan.config, arranged.tasks, parts)
+    after = [
+        auroc([p[n].weight for p in evaluation.predictions], [j <= n for j in range(len(order))])
+        for n in range(len(order))
+    ]
+    return Ordered(evaluation.accuracy, evaluation.zero_shot, _mean(after))
+
+
+def spread(values: Sequence[float | None]) -> dict[str, float | None]:
+    """Mean and standard deviation over orders and seeds (n − 1; None for a single value)."""
+    defined = [v for v in values if v is not None]
+    if not defined:
+        return {"mean": None, "std": None}
+    std = float(np.std(defined, ddof=1)) if len(defined) > 1 else None
+    return {"mean": float(np.mean(defined)), "std": std}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    return spread(values)["mean"]
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,0 +1,106 @@
+"""The library: modules shared by all runs of a storage, each named by its content and found by its key.
+
+library/modules/<digest>.safetensors   immutable bytes, verified by sha256 whenever they are read
+library/keys/<key>.json                which digest a key's training gave; the first writer wins
+"""
+
+import re
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from diki_ray.errors import CorruptError, StorageError, UserError
+from diki_ray.store.log import digest_of, seal, unseal
+from diki_ray.store.objects import Objects
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=@,-]{0,199}")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the library knows under one key."""
+
+    key: str
+    digest: str
+    num_bytes: int
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+class Library:
+    """Content-named blobs and the keys that lead to them. `corrupt` counts damaged objects met so far."""
+
+    def __init__(self, objects: Objects) -> None:
+        self._objects = objects
+        self.corrupt = 0
+
+    def find(self, key: str) -> Record | None:
+        """The record of a key, None when there is none or it is damaged. Says nothing about its blob."""
+        data = self._objects.get(key_path(key))
+        if data is None:
+            return None
+        try:
+            return Record(**unseal(data, key_path(key)))
+        except CorruptError:
+            self.corrupt += 1
+            return None
+
+    def find_intact(self, key: str) -> Record | None:
+        """The record of a key whose blob is there and has its checksum; None otherwise."""
+        record = self.find(key)
+        return record if record is not None and self.intact(record.digest) else None
+
+    def read(self, digest: str) -> bytes:
+        """The blob, verified; CorruptError when its bytes are not those that were committed, StorageError when gone."""
+        path = module_path(digest)
+        blob = self._objects.get(path)
+        if blob is None:
+            raise StorageError(f"{self._objects.uri}/{path} is missing: run the job again, it trains that task anew")
+        if digest_of(blob) != digest:
+            self.corrupt += 1
+            raise CorruptError(
+                f"{self._objects.uri}/{path} is damaged (its sha256 is not its name): run the job again, it trains "
+                "that task anew and puts the file right"
+            )
+        return blob
+
+    def intact(self, digest: str) -> bool:
+        """Whether the blob is there and has its checksum. Reads it: a file's name and size prove nothing."""
+        blob = self._objects.get(module_path(digest))
+        if blob is not None and digest_of(blob) != digest:
+            self.corrupt += 1
+        return blob is not None and digest_of(blob) == digest
+
+    def commit(self, key: str, blob: bytes, metadata: dict[str, Any]) -> Record:
+        """Put a blob under its key; durable when it returns. If another writer was first, its record is returned.
+
+        The blob is written before the key: a crash between them leaves a blob that nothing names (`purge` finds it),
+        never a key that leads nowhere. Damaged bytes met on the way are replaced.
+        """
+        if (first := self.find_intact(key)) is not None:
+            return first
+        record = Record(key, digest_of(blob), len(blob), metadata)
+        if not self.intact(record.digest):
+            self._objects.put(module_path(record.digest), blob)
+        if not self._objects.put(key_path(key), seal(asdict(record)), create_only=True):
+            if (first := self.find_intact(key)) is not None:
+                return first
+            self._objects.put(key_path(key), seal(asdict(record)))
+        return record
+
+
+def module_path(digest: str) -> str:
+    if not re.fullmatch(r"[0-9a-f]{64}", digest):
+        raise UserError(f"{digest!r} is no module digest (64 hexadecimal digits)")
+    return f"library/modules/{digest}.safetensors"
+
+
+def key_path(key: str) -> str:
+    return f"library/keys/{checked_name(key, 'module key')}.json"
+
+
+def checked_name(name: str, what: str) -> str:
+    """The name itself when it can be a file's; it comes from configurations and command lines."""
+    if not _NAME.fullmatch(name):
+        raise UserError(
+            f"{name!r} is no {what}: use letters, digits and . _ + = @ , - (at most 200, a letter or digit first)"
+        )
+    return name

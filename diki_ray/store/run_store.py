@@ -1,0 +1,294 @@
+"""The run's store: a log that outlives any process, and the blobs it names. What was acknowledged is never lost.
+
+The store knows nothing of torch: a module is bytes under a key. Its promises rest on two facts. Objects are created
+atomically, durably and once (objects.py), and everything a reader believes is reached from the log (store_log.py,
+store_journal.py), whose entries are written only after what they point to. So a crash leaves at worst a blob nobody
+names, never a name without its blob, and there is nothing to repair at start.
+
+<storage>/library/…                  modules, shared by all runs of the storage (store_library.py)
+<storage>/runs/<run>/log/…           what was committed, removed, rolled back, and by whom (store_journal.py)
+<storage>/runs/<run>/checkpoints/…   tasks in training (store_checkpoints.py)
+<storage>/runs/<run>/results/…       small documents for people: configuration, results
+<storage>/cache/…                    derived arrays, shared by all runs, safe to delete
+"""
+
+import json
+from typing import Any
+
+from diki_ray.errors import CorruptError, StorageError, UserError
+from diki_ray.store import upkeep as store_upkeep
+from diki_ray.store.checkpoints import Checkpoints
+from diki_ray.store.journal import RunLog
+from diki_ray.store.library import Library, Record, checked_name
+from diki_ray.store.log import Entry, Holder, State, canonical, digest_of
+from diki_ray.store.objects import Objects, checked_path
+from diki_ray.store.upkeep import Problem, PurgeReport
+
+__all__ = ["Entry", "Holder", "Problem", "PurgeReport", "RunStore"]
+
+CONFIG_DOCUMENT = "config.yaml"
+"""The document that holds the configuration which a run was last evaluated with."""
+DEFAULT_TTL_S = 30.0  # how long a driver that died unseen, on another machine, keeps the run to itself
+
+
+class RunStore:
+    """One run of one storage. Writers pass the `epoch` that `acquire` gave them; readers need none.
+
+    Not thread-safe: one thread at a time may write (the store actor sees to it).
+    """
+
+    def __init__(self, objects: Objects, run: str, salvage: bool = False) -> None:
+        self.objects = objects
+        self.run = checked_name(run, "run name")
+        self.log = RunLog(objects, run, salvage)
+        self.library = Library(objects)
+        self.checkpoints = Checkpoints(objects, f"{self.log.folder}/checkpoints")
+
+    @staticmethod
+    def open(storage: str, run: str, salvage: bool = False) -> "RunStore":
+        """Read the run's log from storage, verifying each entry; a run nobody has started yet is empty.
+
+        CorruptError names a damaged or missing entry. With `salvage` such entries are passed over instead (and named in
+        `log.damaged`): what they said is then lost.
+        """
+        return RunStore(Objects.open(storage), run, salvage)
+
+    @staticmethod
+    def runs(storage: str) -> tuple[str, ...]:
+        """Names of all runs of a storage."""
+        return Objects.open(storage).folders("runs")
+
+    # Who may write
+
+    def acquire(
+        self, holder: Holder, ttl_s: float = DEFAULT_TTL_S, take_over: bool = False, wait_s: float = 0.0
+    ) -> int:
+        """Take the run and return the epoch to write with. Durable when it returns; the same holder twice is one lease.
+
+        Of two racers exactly one wins. A holder whose process is seen to be dead on this machine is followed at once;
+        any other holder keeps the run until `ttl_s` after its last `renew`. Up to `wait_s` is waited for that, less if
+        it gives a sign of life; then LeaseHeldError says who holds the run. `take_over` doesn't ask: the holder's later
+        writes raise FencedError.
+        """
+        return self.log.acquire(holder, ttl_s, take_over, wait_s)
+
+    def resume(self, holder: Holder) -> int:
+        """The epoch `holder` has already (a restarted process of the same driver); FencedError if it lost the run."""
+        return self.log.resume(holder)
+
+    def renew(self, epoch: int) -> None:
+        """Keep the lease for another `ttl_s`; FencedError when it was lost."""
+        self.log.renew(epoch)
+
+    def release(self, epoch: int) -> None:
+        """Give the run back, so that the next driver need not wait. Nothing can be written with `epoch` afterwards."""
+        self.log.release(epoch)
+
+    # Modules
+
+    @property
+    def state(self) -> State:
+        return self.log.state
+
+    @property
+    def version(self) -> int:
+        """Number of the last log entry read: grows with every change, so equal versions mean equal modules."""
+        return self.log.state.seq
+
+    def refresh(self) -> int:
+        """Read what others have appended since; the new version."""
+        return self.log.refresh().seq
+
+    def modules(self) -> tuple[Entry, ...]:
+        """The run's modules in the order in which their tasks were first committed."""
+        return self.log.state.modules
+
+    def commit_module(
+        self, epoch: int, key: str, task: str, blob: bytes, metadata: dict[str, Any] | None = None
+    ) -> Entry:
+        """Make a task's module part of the run; durable when it returns. The same key for the same task is one entry.
+
+        Blob, then library key, then log entry: whatever a crash leaves out, nothing points to what is not there. If
+        another run has put this key into the library before, its blob and metadata are taken (the first writer wins).
+        A module of the task under another key is replaced, in the same place of the stream.
+        """
+        self.log.refresh()
+        self.log.require(epoch)
+        record = self.library.commit(key, blob, json.loads(canonical(metadata or {})))
+        return self._enter(epoch, task, record)
+
+    def adopt_module(self, epoch: int, key: str, task: str) -> Entry | None:
+        """Make the library's module under `key` part of the run, untrained; None when there is no intact one."""
+        self.log.refresh()
+        self.log.require(epoch)
+        record = self.library.find_intact(key)
+        return self._enter(epoch, task, record) if record is not None else None
+
+    def has_module(self, key: str) -> bool:
+        """Whether the run has an intact module under `key`; a damaged one is to be trained again."""
+        return any(entry.key == key and self.library.intact(entry.digest) for entry in self.modules())
+
+    def module_by_key(self, key: str) -> bytes:
+        """The verified bytes of the run's, else the library's, module under `key`; StorageError when there is none."""
+        digest = next((entry.digest for entry in self.modules() if entry.key == key), None) or self.find_in_library(key)
+        if digest is None:
+            raise StorageError(f"{self.objects.uri} has no intact module under key {key}: train its task first")
+        return self.read_module(digest)
+
+    def find_in_library(self, key: str) -> str | None:
+        """Digest of the module that any run of this storage has committed under `key`, if its blob is intact."""
+        record = self.library.find_intact(key)
+        return record.digest if record is not None else None
+
+    def read_module(self, digest: str) -> bytes:
+        """The module's bytes, verified against their sha256; CorruptError otherwise."""
+        return self.library.read(digest)
+
+    def damaged_modules(self) -> tuple[Entry, ...]:
+        """Modules of the run whose blob is gone or altered: train these tasks again, committing puts them right."""
+        return tuple(entry for entry in self.modules() if not self.library.intact(entry.digest))
+
+    def remove_task(self, epoch: int, task: str) -> Entry:
+        """Take a task out of the run, exactly as if it had never been learnt; its removal entry. Twice is one entry.
+
+        Its blob stays in the library until `purge`; `roll_back` can bring it back until then.
+        """
+
+        def done(state: State) -> bool:
+            if state.module(task) is None and state.removal(task) is None:
+                known = ", ".join(entry.task for entry in state.modules) or "none"
+                raise UserError(f"run {self.run!r} has no task {task!r}; it has: {known}")
+            return state.module(task) is None
+
+        removal = self.log.append(epoch, "remove", done, lambda state: {"task": task}).removal(task)
+        assert removal is not None
+        return removal
+
+    def roll_back(self, epoch: int, seq: int) -> tuple[Entry, ...]:
+        """Make the run's modules what they were after log entry `seq`; the modules that are left. Twice is one entry.
+
+        It is an entry like any other: rolling back to the number before it undoes it, as long as nothing was purged.
+        """
+        target = self.log.state_at(seq).modules
+        gone = [entry.task for entry in target if not self.library.intact(entry.digest)]
+        if gone:
+            raise UserError(
+                f"run {self.run!r} can't go back to entry {seq}: the modules of {', '.join(gone)} were purged"
+            )
+        metadata = {"to": seq, "modules": [vars(entry) for entry in target]}
+        return self.log.append(
+            epoch, "rollback", lambda state: state.modules == target, lambda state: {"metadata": metadata}
+        ).modules
+
+    def compact(self, epoch: int) -> int:
+        """Write a snapshot, so that opening reads one object instead of the whole log; the number it covers.
+
+        The log's entries stay (about 1 KB each): they are the history that `roll_back` needs, and as nothing is
+        deleted there is no moment in which state is missing, nor a number a fenced writer could use a second time.
+        """
+        self.log.refresh()
+        self.log.require(epoch)
+        return self.log.take_snapshot()
+
+    # Tasks in training
+
+    def save_checkpoint(
+        self, epoch: int, key: str, step: int, blob: bytes, metadata: dict[str, Any] | None = None
+    ) -> None:
+        """Keep a training state; durable when it returns. The last two of a key are kept."""
+        self.log.refresh()
+        self.log.require(epoch)
+        self.checkpoints.save(key, step, blob, json.loads(canonical(metadata or {})))
+
+    def load_checkpoint(self, key: str) -> tuple[int, bytes, dict[str, Any]] | None:
+        """(step, blob, metadata) of the newest whole checkpoint of a key; damaged ones are passed over and counted."""
+        return self.checkpoints.load(key)
+
+    def drop_checkpoints(self, epoch: int, key: str) -> None:
+        """Delete a key's checkpoints, once its module is committed."""
+        self.log.refresh()
+        self.log.require(epoch)
+        self.checkpoints.drop(key)
+
+    @property
+    def corrupt_checkpoints(self) -> int:
+        return self.checkpoints.corrupt
+
+    @property
+    def corrupt_modules(self) -> int:
+        return self.library.corrupt
+
+    # Documents and caches
+
+    def put_document(self, epoch: int, name: str, document: dict[str, Any] | list[Any] | str) -> None:
+        """Write `results/<name>` atomically: JSON for a dict or list, a str as it is. Durable when it returns.
+
+        A fenced writer is refused here too, but a document is replaced in place: one whose writer lost the run within
+        the very write may still land. It is derived from the log's modules, and the new holder writes it again.
+        """
+        self.log.refresh()
+        self.log.require(epoch)
+        text = document if isinstance(document, str) else json.dumps(document, indent=2, sort_keys=True)
+        self.objects.put(self._document(name), text.encode())
+
+    def get_document(self, name: str) -> Any:
+        """The document: parsed when its name ends in .json, else its text; None when there is none."""
+        data = self.objects.get(self._document(name))
+        if data is None:
+            return None
+        try:
+            return json.loads(data) if name.endswith(".json") else data.decode()
+        except ValueError as error:
+            raise CorruptError(
+                f"{self.objects.uri}/{self._document(name)} is damaged: {error}; run the job again"
+            ) from error
+
+    def cache_put(self, name: str, data: bytes) -> None:
+        """Keep derived bytes under a name that says what they depend on."""
+        self.objects.put(self._cached(name), digest_of(data).encode() + data)
+
+    def cache_get(self, name: str) -> bytes | None:
+        """The bytes kept under `name`; None when there are none or they are damaged."""
+        kept = self.objects.get(self._cached(name)) or b""
+        return kept[64:] if len(kept) >= 64 and digest_of(kept[64:]).encode() == kept[:64] else None
+
+    # Upkeep
+
+    def purge(self, epoch: int, dry_run: bool = False) -> PurgeReport:
+        """Delete the library's blobs that no run of this storage refers to; what, and how many bytes.
+
+        Refused (LeaseHeldError) while another run is held, for its driver may be about to refer to one of them. After a
+        purge `roll_back` can't bring the deleted modules back.
+        """
+        self.log.refresh()
+        self.log.require(epoch)
+        return store_upkeep.purge(self.log, self.library, dry_run)
+
+    def verify(self) -> tuple[Problem, ...]:
+        """Everything that is wrong with the run: log, modules, keys, checkpoints, documents. Reads all of it."""
+        return store_upkeep.verify(self.log, self.library, self.checkpoints)
+
+    def export(self, path: str) -> int:
+        """Copy the run to a folder, or a tar if `path` ends in .tar, that opens as a storage; its bytes. No caches."""
+        return store_upkeep.export_run(self.log, self.library, path)
+
+    @staticmethod
+    def import_(storage: str, run: str, path: str) -> "RunStore":
+        """Copy an exported run in. Stopped half-way it is an earlier state of the run; a second time completes it."""
+        store_upkeep.import_run(Objects.open(storage), checked_name(run, "run name"), path)
+        return RunStore.open(storage, run)
+
+    def _enter(self, epoch: int, task: str, record: Record) -> Entry:
+        def is_in(state: State) -> bool:
+            entry = state.module(task)
+            return entry is not None and (entry.key, entry.digest) == (record.key, record.digest)
+
+        entry = self.log.append(epoch, "module", is_in, lambda state: {"task": task, **vars(record)}).module(task)
+        assert entry is not None
+        return entry
+
+    def _document(self, name: str) -> str:
+        return checked_path(f"{self.log.folder}/results/{name}")
+
+    def _cached(self, name: str) -> str:
+        return checked_path(f"cache/{name}")

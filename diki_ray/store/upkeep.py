@@ -1,0 +1,278 @@
+"""What people do to a store now and then: purge, verify, export, import. Slow is fine here, harm is not."""
+
+import json
+import os
+import shutil
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diki_ray.errors import FencedError, LeaseHeldError, StorageError, UserError
+from diki_ray.store.checkpoints import Checkpoints
+from diki_ray.store.journal import UPKEEP_LOCK, RunLog
+from diki_ray.store.library import Library, key_path, module_path
+from diki_ray.store.log import Holder, holder_of, seal, unseal
+from diki_ray.store.objects import LocalObjects, Objects, checked_path
+from diki_ray.store.process import is_alive, this_process
+
+_LOCK_TTL_S = 60.0  # how long a purge or import that died elsewhere keeps runs from starting
+_LEFTOVER_AGE_S = 3600.0  # no write of ours takes an hour: an older temporary file has no writer any more
+_BATCH = 100
+
+
+@dataclass(frozen=True)
+class PurgeReport:
+    """What a purge deleted, or would delete."""
+
+    digests: tuple[str, ...]
+    num_bytes: int
+    num_keys: int
+    leftover_bytes: int  # half-written files of killed processes
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a run, and what to do about it."""
+
+    path: str
+    what: str
+
+
+def purge(log: RunLog, library: Library, dry_run: bool) -> PurgeReport:
+    """Delete what no run refers to: keys first, so that no key ever leads to a blob that is gone.
+
+    A run refers to a blob by its log; a driver looks a key up first and writes its log entry later. So nothing may be
+    between the two anywhere while we look: no other run may be held, and none can start until we are done.
+    """
+    objects = log.objects
+    if dry_run:
+        blobs, keys = _unreferenced(objects, log, library)
+        return PurgeReport(tuple(blobs), sum(blobs.values()), len(keys), 0, dry_run)
+    assert log.state.lease is not None
+    with _upkeep_lock(objects, holder_of(log.state.lease)) as still_ours:
+        _fence_other_runs(objects, log.run)
+        blobs, keys = _unreferenced(objects, log, library)
+        for paths in ([key_path(key) for key in keys], [module_path(digest) for digest in blobs]):
+            for start in range(0, len(paths), _BATCH):
+                still_ours()
+                objects.delete(paths[start : start + _BATCH])
+        leftover_bytes = objects.sweep(_LEFTOVER_AGE_S)
+    return PurgeReport(tuple(blobs), sum(blobs.values()), len(keys), leftover_bytes)
+
+
+def verify(log: RunLog, library: Library, checkpoints: Checkpoints) -> tuple[Problem, ...]:
+    """Read everything a run consists of and name what is wrong."""
+    found = [Problem(path, what) for path, what in log.problems()]
+    for entry in log.state.modules:
+        try:
+            library.read(entry.digest)
+        except StorageError as error:
+            found.append(Problem(module_path(entry.digest), f"module of task {entry.task!r}: {error}"))
+        record = library.find(entry.key)
+        if record is None:
+            found.append(
+                Problem(
+                    key_path(entry.key), f"key of task {entry.task!r} is gone or damaged: other runs train it again"
+                )
+            )
+    found += [Problem(checkpoints.folder, what) for what in checkpoints.problems()]
+    for info in log.objects.list(f"{log.folder}/results"):
+        if info.path.endswith(".json"):
+            found += _document_problems(log.objects, info.path)
+    return tuple(found)
+
+
+def export_run(log: RunLog, library: Library, path: str) -> int:
+    """Copy a run out; its bytes. A tar appears whole or not at all."""
+    if not path.endswith(".tar"):
+        return _copy(log.objects, log.run, Objects.open(path), log.run)
+    target = Path(path).absolute()
+    if target.exists():
+        raise UserError(f"{target} exists already: give another name or delete it first")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        num_bytes = _copy(log.objects, log.run, LocalObjects(str(folder / "run")), log.run)
+        with tarfile.open(folder / "run.tar", "w") as archive:
+            archive.add(folder / "run", arcname=".")
+        os.replace(folder / "run.tar", target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return num_bytes
+
+
+def import_run(objects: Objects, run: str, path: str) -> None:
+    """Copy an exported run in, under the name `run`."""
+    if not path.endswith(".tar"):
+        _copy(Objects.open(path), _only_run(Objects.open(path), run, path), objects, run)
+        return
+    with tempfile.TemporaryDirectory(prefix="diki-import-") as folder:
+        _unpack(Path(path), folder)
+        source = LocalObjects(folder)
+        _copy(source, _only_run(source, run, path), objects, run)
+
+
+def _unreferenced(objects: Objects, log: RunLog, library: Library) -> tuple[dict[str, int], list[str]]:
+    """Bytes of each blob that no run refers to, and the keys that lead to them. A damaged run's log stops it all."""
+    runs = objects.folders("runs")
+    used = {entry.digest for run in runs for entry in RunLog(objects, run).state.modules}
+    used |= {entry.digest for entry in log.state.modules}
+    blobs = {_stem(info.path): info.num_bytes for info in objects.list("library/modules")}
+    unused = {digest: num_bytes for digest, num_bytes in blobs.items() if digest not in used}
+    records = [library.find(_stem(info.path)) for info in objects.list("library/keys")]
+    return unused, [record.key for record in records if record is not None and record.digest not in used]
+
+
+def _fence_other_runs(objects: Objects, own: str) -> None:
+    for run in objects.folders("runs"):
+        if run == own:
+            continue
+        other = RunLog(objects, run)
+        lease = other.state.lease
+        if lease is None:
+            continue
+        if other.seconds_held() > 0:
+            raise LeaseHeldError(
+                f"run {run!r} of this storage is held by {holder_of(lease).describe()}, which may be about to use a "
+                "blob that nothing refers to yet: purge when it has ended"
+            )
+        # Its driver died, or sleeps: closing the lease makes sure that it can't wake up and refer to what is deleted.
+        # A driver that takes the run just now finds our lock and steps back; to release its old lease is then an error.
+        with suppress(FencedError):
+            other.release(lease.epoch)
+
+
+@contextmanager
+def _upkeep_lock(objects: Objects, holder: Holder) -> Iterator["_StillOurs"]:
+    ours = _StillOurs(objects, holder)
+    try:
+        ours.take()
+        yield ours
+    finally:
+        ours.give_back()
+
+
+class _StillOurs:
+    """The storage's upkeep lock; calling it extends it, or stops a purge that slept too long to be sure of anything."""
+
+    def __init__(self, objects: Objects, holder: Holder) -> None:
+        self._objects = objects
+        self._holder = holder
+
+    def take(self) -> None:
+        if self._objects.put(UPKEEP_LOCK, self._content(), create_only=True):
+            return
+        lock = self._read()
+        other = Holder(**lock["holder"]) if lock else None
+        rival = other is not None and other.token != self._holder.token and is_alive(other) is not False
+        if lock and other and rival and time.time() < lock["until"]:
+            raise LeaseHeldError(f"{other.describe()} is tidying this storage already: try again in a minute")
+        self._objects.put(UPKEEP_LOCK, self._content())
+
+    def __call__(self) -> None:
+        lock = self._read()
+        if lock is None or lock["holder"]["token"] != self._holder.token or time.time() >= lock["until"]:
+            raise StorageError("the work was interrupted for too long and has stopped; start it again")
+        self._objects.put(UPKEEP_LOCK, self._content())
+
+    def give_back(self) -> None:
+        lock = self._read()
+        if lock is not None and lock["holder"]["token"] == self._holder.token:
+            self._objects.delete([UPKEEP_LOCK])
+
+    def _content(self) -> bytes:
+        return seal({"holder": vars(self._holder), "until": time.time() + _LOCK_TTL_S})
+
+    def _read(self) -> dict[str, Any] | None:
+        data = self._objects.get(UPKEEP_LOCK)
+        return unseal(data, UPKEEP_LOCK) if data is not None else None
+
+
+def _copy(source: Objects, source_run: str, target: Objects, target_run: str) -> int:
+    """Blobs and keys, then the run's folders, its log last and in order: stopped anywhere, it is an earlier state.
+
+    Under the upkeep lock of the target: a purge there would find blobs that no log refers to yet.
+    """
+    with _upkeep_lock(target, this_process()) as still_ours:
+        return _copy_locked(source, source_run, target, target_run, still_ours)
+
+
+def _copy_locked(source: Objects, source_run: str, target: Objects, target_run: str, still_ours: "_StillOurs") -> int:
+    log, there = RunLog(source, source_run), RunLog(target, target_run)
+    if log.state.seq == 0:
+        raise UserError(
+            f"{source.uri} has no run {source_run!r}; it has: {', '.join(source.folders('runs')) or 'none'}"
+        )
+    if there.seconds_held() > 0 or there.state.seq > log.state.seq:
+        raise UserError(f"{target.uri} has a run {target_run!r} already, held or further on: give another name")
+    library, num_bytes = Library(target), 0
+    for entry in log.state.modules:
+        still_ours()
+        blob = Library(source).read(entry.digest)
+        record = library.commit(entry.key, blob, entry.metadata)
+        if record.digest != entry.digest and not library.intact(entry.digest):
+            # The target trained this key itself; its key stays, the imported log still needs its own blob.
+            target.put(module_path(entry.digest), blob)
+        num_bytes += len(blob)
+    for part in ("results", "checkpoints", "snapshots", "log"):
+        # A checkpoint's description comes after its blob ('-' sorts before '.').
+        for info in source.list(f"runs/{source_run}/{part}"):
+            name = info.path.removeprefix(f"runs/{source_run}/")
+            if part == "log" and int(_stem(name)) > log.state.seq:
+                continue  # appended since we began: its blob may not be among those copied
+            num_bytes += _copy_object(source, info.path, target, f"runs/{target_run}/{name}", part == "log")
+    if RunLog(target, target_run).state.modules != log.state.modules:
+        raise StorageError(f"the copy of run {source_run!r} differs from the original: copy it again")
+    return num_bytes
+
+
+def _copy_object(source: Objects, path: str, target: Objects, target_path: str, is_log: bool) -> int:
+    data = source.get(path)
+    if data is None:
+        return 0  # a checkpoint or snapshot that its run has just replaced
+    if not target.put(target_path, data, create_only=is_log) and target.get(target_path) != data:
+        raise UserError(f"{target.uri} has another run of that name ({target_path} differs): give another name")
+    return len(data)
+
+
+def _only_run(objects: Objects, run: str, path: str) -> str:
+    runs = objects.folders("runs")
+    if run in runs:
+        return run
+    if len(runs) != 1:
+        raise UserError(f"{path} has no run {run!r}; it has: {', '.join(runs) or 'none'}")
+    return runs[0]
+
+
+def _unpack(archive: Path, folder: str) -> None:
+    """Regular files with plain relative names only; a tar from elsewhere may hold links, devices and '../'."""
+    target = LocalObjects(folder)
+    try:
+        with tarfile.open(archive, "r:") as tar:
+            for member in tar:
+                if member.isdir():
+                    continue
+                stream = tar.extractfile(member) if member.isreg() else None
+                if stream is None:
+                    raise UserError(f"{archive}: {member.name!r} is no regular file, so this is no exported run")
+                target.put(checked_path(member.name.removeprefix("./")), stream.read())
+    except (OSError, tarfile.TarError) as error:
+        raise UserError(f"{archive} can't be read as an exported run: {error}") from error
+
+
+def _document_problems(objects: Objects, path: str) -> list[Problem]:
+    try:
+        json.loads(objects.get(path) or b"")
+    except ValueError as error:
+        return [Problem(path, f"no JSON ({error}): run the job again, it writes it anew")]
+    return []
+
+
+def _stem(path: str) -> str:
+    return path.rpartition("/")[2].rpartition(".")[0]
