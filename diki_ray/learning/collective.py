@@ -6,11 +6,14 @@ needs, and dividing by the global number of samples afterwards is exact for unev
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -19,6 +22,34 @@ def world_size() -> int:
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def sum_over_ranks(value: int) -> int:
+    """The sum of a Python integer of any size, on every rank."""
+    return sum(gather_objects(value))
+
+
+def from_rank_zero(read: Callable[[], T]) -> T:
+    """What rank 0 reads, on every rank: two ranks that asked the store apart could see two different moments."""
+    box: list[Any] = [read() if rank() == 0 else None]
+    if world_size() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def barrier() -> None:
+    """Waits for all ranks, up to the process group's time limit."""
+    if world_size() > 1:
+        dist.barrier()
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:

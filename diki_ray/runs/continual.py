@@ -27,7 +27,7 @@ from diki_ray.runs.results import build_results, protocol_id
 from diki_ray.runs.store_client import StoreClient
 from diki_ray.runs.telemetry import Telemetry, serving
 from diki_ray.runs.tracking import Tracking, tracking
-from diki_ray.runs.train.trainer import train
+from diki_ray.runs.train.group import train
 from diki_ray.store.run_store import CONFIG_DOCUMENT
 
 

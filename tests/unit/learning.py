@@ -14,7 +14,7 @@ from diki_ray.config import Config, load
 from diki_ray.learning.module import TaskModule
 from diki_ray.runs.evaluate.evaluator import Evaluating, Evaluation, accuracy_of, num_batches_of
 from diki_ray.runs.plan import Plan, build_method, load_backbone, make_plan
-from diki_ray.runs.train.trainer import TaskWorker
+from diki_ray.runs.train.worker import TaskWorker
 
 DEBUG = Path(__file__).parent.parent.parent / "configs" / "debug.yaml"
 

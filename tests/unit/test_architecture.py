@@ -95,3 +95,9 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 
     for name in sorted(graph):
         visit(name, ())
+
+
+def test_hardly_a_file_is_longer_than_three_hundred_lines() -> None:
+    lengths = {module_of(path): path.read_text().count("\n") for path in FILES}
+    assert [name for name, lines in lengths.items() if lines > 400] == []
+    assert sum(lines > 300 for lines in lengths.values()) <= len(lengths) // 20

@@ -16,7 +16,7 @@ from tiny_backbone import write_tiny_backbone
 from diki_ray.config import parse
 from diki_ray.errors import ConfigError
 from diki_ray.runs.plan import Plan, build_method, load_backbone, make_plan
-from diki_ray.runs.train.trainer import TaskWorker
+from diki_ray.runs.train.worker import TaskWorker
 
 TREE = {
     "run": {"name": "run"},

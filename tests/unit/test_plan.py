@@ -9,7 +9,7 @@ import pytest
 from diki_ray.config import Config, load
 from diki_ray.learning.methods import METHODS, Diki
 from diki_ray.runs.plan import Plan, load_backbone, make_plan, with_absolute_paths
-from diki_ray.runs.train.trainer import shared_out
+from diki_ray.runs.train.group import shared_out
 
 DEBUG = Path(__file__).parent.parent.parent / "configs" / "debug.yaml"
 BACKBONE = load_backbone(load(DEBUG))

@@ -15,7 +15,7 @@ from diki_ray.clip.backbone import Backbone, load
 from diki_ray.learning.methods import Rail, TrainingBatch
 from diki_ray.learning.module import TaskModule
 from diki_ray.learning.moments import Moments
-from diki_ray.runs.train.trainer import Sums
+from diki_ray.runs.train.assembly import Sums
 
 RIDGE = 0.1
 

@@ -45,7 +45,9 @@ from diki_ray.runs.plan import (
 from diki_ray.runs.progress import following
 from diki_ray.runs.store_client import StoreClient
 from diki_ray.runs.sweep.cost import Stream, cost_of
-from diki_ray.runs.train.trainer import TaskWorker, train
+from diki_ray.runs.train.faults import injected_faults
+from diki_ray.runs.train.group import train
+from diki_ray.runs.train.worker import TaskWorker
 from diki_ray.store.run_store import RunStore
 
 METRICS = ("transfer", "average", "last", "forgetting", "zero_shot", "weight_auroc")
@@ -171,7 +173,7 @@ def _train(plan: Plan, missing: Sequence[PlannedTask], store: StoreClient) -> No
     # One worker needs no worker group: the trial itself is the worker, with a worker's number of threads.
     torch.set_num_threads(max(1, int(config.train.cpus_per_worker)))
     backbone = load_backbone(config).to(device_of(config), precision_of(config))
-    worker = TaskWorker(config, build_method(config, backbone), store)
+    worker = TaskWorker(config, build_method(config, backbone), store, injected_faults(store))
     for task in missing:
         worker.learn(task)
 

@@ -1,9 +1,10 @@
 """Faults for the tests of recovery: deterministic by (task, rank, step), each fired once and counted.
 
-`DIKI_FAULTS` names a JSON file: a list of {"kind", "task", "rank", "step"}, with "at" where it is not to strike before
-a step but around what a step leaves behind (`POINTS`). A fault leaves a file `fired.<number>`
-beside it before it strikes, so a restarted worker does not meet it again, and a test can count. Without the variable
-nothing here does anything.
+`DIKI_FAULTS` names a JSON file: a list of {"kind", "task", "rank", "step"}, with "at" where a fault is not to strike
+before a step ("step"): "checkpoint" and "commit", with what is to become durable not yet handed to the store;
+"checkpointed" and "committed", with it durable, but the peers not told. A fault leaves a file `fired.<number>` beside
+that file before it strikes, so a restarted worker does not meet it again, and a test can count. Without the variable
+no worker has this observer.
 
 kill-worker, kill-store, kill-driver, kill-node (this worker's raylet): SIGKILL. hang: for an hour. wait: until there is
 a file `go.<number>`. nan: this rank's images.
@@ -15,44 +16,54 @@ import json
 import os
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
+from diki_ray.data.stream import Batch
+from diki_ray.learning.collective import rank
 from diki_ray.runs.store_client import StoreClient
+from diki_ray.runs.train.observers import Observer, Training
 
 VARIABLE = "DIKI_FAULTS"
-POINTS = ("step", "checkpoint", "checkpointed", "commit", "committed")
-"""Before a step; with the state gathered, not yet handed to the store; with it durable, but the peers not told;
-the same two of a module."""
 _FOR_EVER_S = 3600.0
 
 
-class Faults:
-    """The faults that this process may meet."""
+def injected_faults(store: StoreClient) -> Sequence[Observer]:
+    """The observer that brings this process's faults; none without the variable, as in every run but a test's."""
+    path = os.environ.get(VARIABLE)
+    return (Faults(store, Path(path)),) if path else ()
 
-    def __init__(self, store: StoreClient):
-        path = os.environ.get(VARIABLE)
+
+class Faults(Observer):
+    """Strikes at the points of a file's faults."""
+
+    def __init__(self, store: StoreClient, file: Path):
         self.store = store
-        self.folder = Path(path).parent if path else Path()
-        self.faults = json.loads(Path(path).read_text()) if path else []
+        self.folder = file.parent
+        self.faults: list[dict[str, Any]] = json.loads(file.read_text())
 
-    def before_step(self, task: str, rank: int, step: int, images: Tensor) -> Tensor:
-        """Strikes before step number `step` (over all epochs, from 0) of a rank; returns the images to go on with."""
-        return self._meet("step", task, rank, step, images)
+    def before_step(self, training: Training, batch: Batch) -> None:
+        self._meet("step", training, batch)
 
-    def at(self, point: str, task: str, rank: int, step: int) -> None:
-        """Strikes at another of the `POINTS`, after `step` steps."""
-        self._meet(point, task, rank, step, None)
+    def before_checkpoint(self, training: Training) -> None:
+        self._meet("checkpoint", training)
 
-    def _meet(self, point: str, task: str, rank: int, step: int, images: Any) -> Any:
-        here = (point, task, rank, step)
+    def after_checkpoint(self, training: Training) -> None:
+        self._meet("checkpointed", training)
+
+    def before_commit(self, training: Training) -> None:
+        self._meet("commit", training)
+
+    def after_commit(self, training: Training) -> None:
+        self._meet("committed", training)
+
+    def _meet(self, point: str, training: Training, batch: Batch | None = None) -> None:
+        here = (point, training.task.name, rank(), training.trainer.progress.step)
         for number, fault in enumerate(self.faults):
             place = (fault.get("at", "step"), fault["task"], fault["rank"], fault["step"])
             if place == here and self._first_time(number):
-                images = self._strike(fault["kind"], number, images)
-        return images
+                self._strike(fault["kind"], number, batch)
 
     def _first_time(self, number: int) -> bool:
         try:
@@ -61,16 +72,18 @@ class Faults:
             return False
         return True
 
-    def _strike(self, kind: str, number: int, images: Any) -> Any:
+    def _strike(self, kind: str, number: int, batch: Batch | None) -> None:
         if kind == "nan":
-            return images * float("nan")
+            assert batch is not None, "only a step has images"
+            batch.images.fill_(float("nan"))
+            return
         if kind == "hang":
             time.sleep(_FOR_EVER_S)
         if kind == "wait":
             until = time.monotonic() + _FOR_EVER_S
             while not (self.folder / f"go.{number}").exists() and time.monotonic() < until:
                 time.sleep(0.05)
-            return images
+            return
         victims = {
             "kill-worker": os.getpid,
             "kill-store": lambda: self.store.status()["pid"],
@@ -81,4 +94,3 @@ class Faults:
         if kind in ("kill-driver", "kill-node"):
             # Workers outlive both by a moment, in which they could go on: what they leave is to be the same every time.
             time.sleep(_FOR_EVER_S)
-        return images

@@ -1,0 +1,113 @@
+"""A trained task's module: statistics of its training images, features of some validation images, and where all of it
+comes from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+import diki_ray
+from diki_ray.clip.residual import Parameters
+from diki_ray.config import Config
+from diki_ray.learning.collective import gather_objects
+from diki_ray.learning.methods import Method, TrainingBatch
+from diki_ray.learning.module import NUM_VALIDATION_FEATURES, TaskModule
+from diki_ray.learning.moments import Moments
+from diki_ray.learning.task_trainer import TaskTrainer
+from diki_ray.runs.plan import PlannedTask
+from diki_ray.runs.train.task_data import TaskData
+
+NOT_IN_A_MODULE = {
+    *("cpus_per_worker", "checkpoint_every_steps", "max_failures", "collective_timeout_s"),
+    *("compile", "min_workers", "resize_every_s", "offload", "min_steps"),
+}
+"""Settings that change nothing of what is learnt. After a failure one may want others, and still the same module."""
+
+
+def assembled(data: TaskData, trainer: TaskTrainer, recorded: dict[str, Any], num_skipped: int) -> TaskModule:
+    """The module of a task whose training has ended; every rank must call it, and each gets the same module.
+
+    recorded: what the observers add to the provenance; num_skipped: samples that could not be used, of all ranks.
+    """
+    method, task = trainer.method, data.task
+    moments, parameters = statistics(data, trainer)
+    return TaskModule(
+        key=task.key,
+        task=task.name,
+        class_names=task.class_names,
+        templates=task.templates,
+        method=method.name,
+        parameters={name: p.cpu().numpy() for name, p in parameters.items()},
+        moments=moments,
+        validation_features=validation_features(data),
+        provenance=_origin(data.config, task, method) | _course(trainer, num_skipped) | recorded,
+    )
+
+
+@torch.no_grad()
+def statistics(data: TaskData, trainer: TaskTrainer) -> tuple[Moments, Parameters]:
+    """Moments of the frozen features of the training images, and what the module holds with the method's own sums over
+    them; both merged over ranks in rank order."""
+    method, tokens = trainer.method, trainer.class_tokens
+    own, sums = Moments.empty(method.backbone.embed_dim), Sums()
+    for images, labels in data.share_of("train"):
+        features = method.backbone.encode_image(images)
+        own = own.merge(Moments.of(features.cpu()))
+        sums.add(method.sums(trainer.best, TrainingBatch(images, labels, features, tokens)))
+    merged = Sums()
+    for parts in gather_objects(sums.tensors):
+        merged.add(parts)
+    return Moments.merged(gather_objects(own)), method.finish(trainer.best, merged.tensors)
+
+
+@torch.no_grad()
+def validation_features(data: TaskData) -> np.ndarray:
+    """float16 [M, E] of the first validation images; the same on every rank, for M is small."""
+    backbone = data.backbone
+    if "val" not in data.task.index.splits:
+        return np.zeros((0, backbone.embed_dim), np.float16)
+    batches = data.first_images("val", NUM_VALIDATION_FEATURES)
+    return np.concatenate([backbone.encode_image(images).cpu().numpy() for images in batches]).astype(np.float16)
+
+
+class Sums:
+    """Sums of a method's tensors over batches, float64 on the CPU."""
+
+    def __init__(self) -> None:
+        self.tensors: Parameters = {}
+
+    def add(self, tensors: Parameters) -> None:
+        for name, tensor in tensors.items():
+            term = tensor.detach().to("cpu", torch.float64)
+            self.tensors[name] = self.tensors[name] + term if name in self.tensors else term
+
+
+def _origin(config: Config, task: PlannedTask, method: Method) -> dict[str, Any]:
+    """What the module was asked to be: data, settings, seed, versions."""
+    index = task.index
+    return {
+        "data": {"name": index.name, "digest": index.digest(), "protocol": index.split_protocol},
+        "seed": task.seed,
+        "method": config.method.model_dump(exclude=set(method.only_answering)),
+        "train": _train_settings(config) | {"epochs": task.num_epochs, "num_threads": torch.get_num_threads()},
+        "versions": {"diki_ray": diki_ray.__version__, "torch": torch.__version__},
+    }
+
+
+def _train_settings(config: Config) -> dict[str, Any]:
+    return config.train.model_dump(exclude=NOT_IN_A_MODULE)
+
+
+def _course(trainer: TaskTrainer, num_skipped: int) -> dict[str, Any]:
+    """How training went."""
+    progress = trainer.progress
+    return {
+        "best_epoch": progress.best_epoch if progress.history else None,
+        "history": progress.history,
+        "num_steps": progress.step,
+        "world_sizes": progress.world_sizes,
+        "num_nonfinite_steps": trainer.num_nonfinite,
+        "num_skipped": num_skipped,
+    }

@@ -1,0 +1,198 @@
+"""Ray Train: one worker group goes through all pending tasks, so that import, model load and process-group start are
+paid once and not for every task.
+
+Ray's own checkpoint manifest is not used, so a truncated one cannot keep a run from starting (docs/reliability.md).
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+import torch
+
+from diki_ray import errors
+from diki_ray.clip.backbone import Backbone
+from diki_ray.clip.recomputation import recompute_activations
+from diki_ray.clip.sharded import require_deepspeed, shard
+from diki_ray.config import Config
+from diki_ray.errors import UserError
+from diki_ray.learning.collective import barrier, world_size
+from diki_ray.runs.plan import (
+    PlannedTask,
+    build_method,
+    device_of,
+    load_backbone,
+    precision_of,
+    with_absolute_paths,
+)
+from diki_ray.runs.store_client import StoreClient
+from diki_ray.runs.train.faults import injected_faults
+from diki_ray.runs.train.worker import TaskWorker
+
+FAILURE = "failure.json"
+"""The document in which a worker tells the driver what the user can put right."""
+
+
+def train(config: Config, pending: Sequence[PlannedTask], store: StoreClient) -> None:
+    """Trains the pending tasks and commits each module; returns when all are committed.
+
+    With `schedule.concurrent_tasks` the tasks are shared out to worker groups that run side by side, as many as the
+    cluster has room for now. A module does not depend on which group trained it, nor on what ran beside.
+
+    Raises:
+        UserError: what a worker said can be put right (bad data, non-finite loss), or that workers kept dying.
+    """
+    if config.train.strategy == "deepspeed":
+        require_deepspeed()
+    config = with_absolute_paths(config)  # Ray Train's workers run in folders of their own
+    groups = shared_out(pending, _num_groups(config))
+    if len(groups) == 1:
+        _train_group(config, pending, store)
+        return
+    # A Ray task as each group's driver: Ray Train wants a main thread of its own for every fit(). Placed like any other
+    # task also when a sweep's trial asks, whose placement group would else hold it and what it starts.
+    drive = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy="DEFAULT")(_train_group)
+    running = [drive.remote(config, group, store) for group in groups]
+    errors_met: list[BaseException] = []
+    for reply in running:  # the others go on to the end of their tasks: what they commit is not lost
+        try:
+            ray.get(reply)
+        except ray.exceptions.RayTaskError as error:
+            errors_met.append(error.cause if isinstance(error.cause, UserError) else error)
+    if errors_met:
+        raise errors_met[0]
+
+
+def shared_out(tasks: Sequence[PlannedTask], num_groups: int) -> list[list[PlannedTask]]:
+    """The tasks in up to `num_groups` groups of about equal work: the largest first, each to the least loaded group.
+
+    Tasks that start from a predecessor stay in one group, in order.
+    """
+    if num_groups <= 1 or any(task.predecessor for task in tasks):
+        return [list(tasks)]
+    groups: list[list[PlannedTask]] = [[] for _ in range(min(num_groups, len(tasks)))]
+    loads = [0] * len(groups)
+    for task in sorted(tasks, key=lambda t: -t.num_images_trained):
+        least = loads.index(min(loads))
+        groups[least].append(task)
+        loads[least] += task.num_images_trained
+    return groups
+
+
+def _num_groups(config: Config) -> int:
+    if config.schedule.concurrent_tasks == 1:
+        return 1
+    free, train = ray.available_resources(), config.train
+    room = free.get("CPU", 0) / (train.num_workers * train.cpus_per_worker)
+    if device_of(config) == "cuda":
+        room = min(room, free.get("GPU", 0) / train.num_workers)
+    return max(1, min(config.schedule.concurrent_tasks, int(room)))
+
+
+def _train_group(config: Config, pending: Sequence[PlannedTask], store: StoreClient) -> None:
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    use_gpu = device_of(config) == "cuda"
+    attempt = uuid.uuid4().hex[:8]
+    trainer = TorchTrainer(
+        train_tasks,
+        train_loop_config={"config": config, "tasks": tuple(pending), "store": store, "attempt": attempt},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=config.train.collective_timeout_s),
+        scaling_config=ray.train.ScalingConfig(
+            **_num_workers(config),
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": config.train.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            # A name of its own every time: a used one would make Ray restore its manifest of the earlier attempt.
+            name=f"{config.run.name}-{attempt}",
+            storage_path=f"{store.handle.storage}/ray",
+            failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures),
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        _raise_what_a_worker_said(store, attempt)
+        raise UserError(
+            f"training stopped after {config.train.max_failures} restarts of the workers: {_last_line(error)}. What is "
+            "committed is safe; run the same command to continue, or raise train.max_failures."
+        ) from error
+    _raise_what_a_worker_said(store, attempt)
+
+
+def _num_workers(config: Config) -> dict[str, Any]:
+    """How many workers the group has, as Ray Train takes it: fixed, or (at least, at most)."""
+    train = config.train
+    if train.min_workers is None:
+        return {"num_workers": train.num_workers}
+    return {
+        "num_workers": (train.min_workers, train.num_workers),
+        "elastic_resize_monitor_interval_s": train.resize_every_s,
+    }
+
+
+def train_tasks(loop: dict[str, Any]) -> None:
+    """Runs in every Ray Train worker. A UserError goes to the store, which the driver reads: trying again would only
+    meet it again."""
+    config, tasks, store, attempt = loop["config"], loop["tasks"], loop["store"], loop["attempt"]
+    if _failure(store, attempt) is not None:
+        return  # this group was restarted only because a worker had to leave its peers in the middle of a collective
+    torch.set_num_threads(max(1, int(config.train.cpus_per_worker)))
+    try:
+        method = build_method(config, _backbone_for_training(config))
+        worker = TaskWorker(config, method, store, injected_faults(store), _draining)
+        for task in tasks:
+            worker.learn(task)
+    except UserError as error:
+        store.put_document(FAILURE, {"attempt": attempt, "kind": type(error).__name__, "message": str(error)})
+        if world_size() > 1:
+            raise
+
+
+def _failure(store: StoreClient, attempt: str) -> dict[str, str] | None:
+    said = store.get_document(FAILURE)
+    return said if said and said["attempt"] == attempt else None
+
+
+def _raise_what_a_worker_said(store: StoreClient, attempt: str) -> None:
+    if (said := _failure(store, attempt)) is not None:
+        raise getattr(errors, said["kind"], UserError)(said["message"])
+
+
+def _draining() -> bool:
+    """Whether Ray has been told that a node of this group is to be taken away (a spot instance, a drained node).
+
+    Ray then restarts the group elsewhere at the deadline, at no cost to train.max_failures.
+    """
+    import ray.train
+
+    barrier()  # Ray's own barrier waits without a limit: a rank that hangs is to be met in ours
+    return ray.train.get_preemption_info() is not None
+
+
+def _last_line(error: BaseException) -> str:
+    """Ray's errors carry the workers' whole tracebacks; their last line says what happened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _backbone_for_training(config: Config) -> Backbone:
+    device: Any = device_of(config)
+    if device == "cuda":
+        import ray.train.torch
+
+        device = ray.train.torch.get_device()
+    backbone = load_backbone(config).to(device, precision_of(config))
+    if config.train.strategy == "deepspeed":
+        shard(backbone, config.train.offload)
+    if config.train.compile:
+        backbone = backbone.compile()
+    if config.train.activation_checkpointing:
+        for tower in backbone.towers:
+            recompute_activations(tower)
+    return backbone

@@ -1,0 +1,70 @@
+"""What a worker reads of a task's prepared data: its part of the training batches, and of the canonical ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diki_ray.clip.backbone import Backbone
+from diki_ray.config import Config
+from diki_ray.data.shards import SkipLedger
+from diki_ray.data.stream import Batch, TrainStream, eval_batches
+from diki_ray.data.to_device import on_device
+from diki_ray.learning.collective import rank, world_size
+from diki_ray.runs.plan import PlannedTask
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A task's data as this worker sees them."""
+
+    config: Config
+    task: PlannedTask
+    backbone: Backbone
+
+    def train_stream(self) -> TrainStream:
+        """The training batches, of which each rank reads its own streams."""
+        return TrainStream(
+            self.task.index,
+            "train",
+            seed=self.task.seed,
+            batch_size=self.config.train.batch_size,
+            num_streams=self.config.train.num_streams,
+            world_size=world_size(),
+            rank=rank(),
+            transform=self.backbone.preprocess,
+            num_threads=self.config.data.num_threads,
+            ledger=self._skip_ledger("train"),
+        )
+
+    def share_of(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images, labels) of the canonical batches that fall to this rank."""
+        size = self.config.evaluate.batch_size if split == "test" else self.config.train.batch_size
+        num_batches = -(-self.task.index.split(split).num_samples // size)
+        mine = range(rank(), num_batches, world_size())
+        for batch in on_device(self._canonical(split, size, mine), self.backbone.device):
+            yield batch.images, batch.labels
+        if self.backbone.in_lockstep and len(mine) * world_size() < num_batches:
+            yield torch.zeros(0, 3, 1, 1), torch.zeros(0, dtype=torch.long)
+
+    def first_images(self, split: str, number: int) -> Iterator[Tensor]:
+        """The first `number` images of a split, in one batch; the same on every rank."""
+        return (batch.images for batch in self._canonical(split, number, [0]))
+
+    def _canonical(self, split: str, size: int, batches: range | list[int]) -> Iterator[Batch]:
+        return eval_batches(
+            self.task.index,
+            split,
+            batch_size=size,
+            transform=self.backbone.preprocess,
+            batches=batches,
+            num_threads=self.config.data.num_threads,
+            ledger=self._skip_ledger(split),
+        )
+
+    def _skip_ledger(self, split: str) -> SkipLedger:
+        num_samples = self.task.index.split(split).num_samples
+        return SkipLedger(budget=int(self.config.data.max_skipped_fraction * num_samples))

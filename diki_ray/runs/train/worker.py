@@ -1,0 +1,169 @@
+"""One worker's way through its tasks, each from its newest checkpoint to the commit of its module.
+
+Workers know the store by its actor's name and never touch storage themselves. What is committed, and the newest good
+checkpoint of a task under way, are the store's to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from diki_ray.clip.residual import Parameters
+from diki_ray.config import Config
+from diki_ray.data.stream import TrainStream
+from diki_ray.data.to_device import on_device
+from diki_ray.learning.collective import (
+    all_reduce_sum,
+    barrier,
+    from_rank_zero,
+    gather_objects,
+    rank,
+    sum_over_ranks,
+)
+from diki_ray.learning.methods import Method
+from diki_ray.learning.module import TaskModule, read_tensors, write_tensors
+from diki_ray.learning.task_trainer import TaskTrainer
+from diki_ray.runs.plan import PlannedTask, recipe_of
+from diki_ray.runs.store_client import StoreClient
+from diki_ray.runs.train.assembly import assembled
+from diki_ray.runs.train.cost import Cost, CostMeter, merged
+from diki_ray.runs.train.observers import ConsumedSamples, Observer, Observers, ProgressReports, Training
+from diki_ray.runs.train.task_data import TaskData
+
+DRAIN_CHECK_EVERY_STEPS = 4
+"""Asking whether a node is to be taken away waits for every rank; the notice comes half a minute ahead or more."""
+
+
+@dataclass
+class TaskWorker:
+    """One of the workers that train tasks together; plain but for the store it is given, so it also runs without Ray
+    Train."""
+
+    config: Config
+    method: Method
+    store: StoreClient
+    observers: Sequence[Observer] = ()
+    """Told of every task, after the ledger of consumed samples and the progress reports."""
+    draining: Callable[[], bool] = lambda: False
+    """Whether a node of this group is about to be taken away; called by every rank, with one answer for all."""
+
+    def learn(self, task: PlannedTask) -> None:
+        """Trains, takes the statistics of, and commits one task; nothing when its module is already there."""
+        if from_rank_zero(lambda: task.key in {entry.key for entry in self.store.modules()}):
+            return
+        meter = CostMeter(self.method.backbone.device)
+        data = TaskData(self.config, task, self.method.backbone)
+        observers = Observers([ConsumedSamples(), ProgressReports(self.store), *self.observers])
+        training = Training(task, self._trainer(task))
+        self._resume(training, observers)
+        num_skipped = self._train(training, data, observers) if training.trainer.parameters else 0
+        module = assembled(data, training.trainer, observers.recorded(), num_skipped)
+        cost = merged(gather_objects(meter.read()))
+        if rank() == 0:
+            self._commit(training, module, cost, observers)
+        barrier()  # nobody starts the next task before this one is durable: a crash then leaves at most one open
+
+    def _trainer(self, task: PlannedTask) -> TaskTrainer:
+        """The trainer at the beginning of its task."""
+        generator = torch.Generator().manual_seed(task.seed)
+        num_batches = -(-task.index.split("train").num_samples // self.config.train.batch_size)
+        return TaskTrainer(
+            self.method,
+            self.method.backbone.tokenize(task.class_names, task.templates[0]),
+            recipe_of(self.config),
+            num_steps=task.num_epochs * num_batches,
+            parameters=self.method.initial(generator, self._predecessor(task)),
+            seed=task.seed,
+        )
+
+    def _predecessor(self, task: PlannedTask) -> Parameters | None:
+        if task.predecessor is None:
+            return None
+        # Of the run's, else of the library's: in a sweep another run may have trained the tasks before.
+        module = TaskModule.from_bytes(self.store.module_by_key(task.predecessor))
+        # By name: safetensors gives tensors in another order in each process, and optimiser states and gradients of
+        # all ranks are matched by it.
+        return {name: torch.from_numpy(np.array(p)) for name, p in sorted(module.parameters.items())}
+
+    def _resume(self, training: Training, observers: Observer) -> None:
+        """Goes on from the newest good checkpoint, where there is one."""
+        saved = from_rank_zero(lambda: self.store.load_checkpoint(training.task.key))
+        if saved is not None:
+            header, arrays = read_tensors(saved[1])
+            training.trainer.load_state(header, arrays)
+            observers.on_resume(header)
+
+    def _train(self, training: Training, data: TaskData, observers: Observer) -> int:
+        """All epochs that are left; returns how many samples all ranks skipped."""
+        stream = data.train_stream()
+        first_epoch, first_batch = divmod(training.trainer.progress.step, stream.num_batches)
+        for epoch in range(first_epoch, training.task.num_epochs):
+            self._steps(training, stream, epoch, first_batch if epoch == first_epoch else 0, observers)
+            self._end_epoch(training, data, epoch, observers)
+        return sum_over_ranks(stream.ledger.total)
+
+    def _steps(
+        self, training: Training, stream: TrainStream, epoch: int, first_batch: int, observers: Observer
+    ) -> None:
+        """The steps of an epoch from a batch on, with the checkpoints between them."""
+        trainer = training.trainer
+        observers.before_epoch(training, epoch)
+        for batch in on_device(stream.epoch(epoch, first_batch), self.method.backbone.device):
+            observers.before_step(training, batch)
+            result = trainer.step(batch.images, batch.labels, batch.keys)
+            observers.after_step(training, batch, result.num_samples)
+            if batch.step + 1 < stream.num_batches and self._checkpoint_is_due(trainer.progress.step):
+                self._checkpoint(training, observers)
+
+    def _end_epoch(self, training: Training, data: TaskData, epoch: int, observers: Observer) -> None:
+        """Validation, and a checkpoint unless the module comes next."""
+        validation = self._validate(training.trainer, data)
+        observers.after_epoch(training, epoch, validation)
+        training.trainer.end_epoch(epoch, validation)
+        if epoch + 1 < training.task.num_epochs:
+            self._checkpoint(training, observers)
+
+    def _validate(self, trainer: TaskTrainer, data: TaskData) -> float | None:
+        """Accuracy on the validation split with the task's own module at w = 1; None without such a split."""
+        if "val" not in data.task.index.splits:
+            return None
+        class_features = trainer.class_features()
+        correct = count = 0
+        for images, labels in data.share_of("val"):
+            correct += trainer.num_correct(images, labels, class_features)
+            count += len(labels)
+        total = all_reduce_sum(torch.tensor([correct, count], dtype=torch.float64, device=trainer.device))
+        return float(total[0] / total[1])
+
+    def _checkpoint_is_due(self, step: int) -> bool:
+        if step % self.config.train.checkpoint_every_steps == 0:
+            return True
+        return step % DRAIN_CHECK_EVERY_STEPS == 0 and self.draining()
+
+    def _checkpoint(self, training: Training, observers: Observer) -> None:
+        """Saves the state, the same on every rank; rank 0 writes it."""
+        recorded = observers.recorded()
+        if rank() == 0:
+            trainer = training.trainer
+            header, arrays = trainer.state()
+            blob = write_tensors(header | recorded, arrays)
+            observers.before_checkpoint(training)
+            self.store.save_checkpoint(training.task.key, trainer.progress.step, blob)
+            observers.after_checkpoint(training)
+
+    def _commit(self, training: Training, module: TaskModule, cost: Cost, observers: Observer) -> None:
+        metadata = {
+            "task": module.task,
+            "num_classes": len(module.class_names),
+            "method": module.method,
+            "cost": cost,  # of the attempt that committed it
+        }
+        blob = module.to_bytes()
+        observers.before_commit(training)
+        self.store.commit_module(module.key, module.task, blob, metadata)
+        observers.after_commit(training)
+        self.store.drop_checkpoints(module.key)
