@@ -9,13 +9,14 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from diki_ray.config.affects import ChangesAnswers, ChangesModule
 from diki_ray.config.section import Section
 
 
 class ZeroShotSection(Section):
     """Nothing is trained: the frozen model answers. The baseline of every comparison."""
 
-    name: Literal["zero_shot"]
+    name: ChangesModule[Literal["zero_shot"]]
 
 
 def _trains_something(section: Any) -> Any:
@@ -27,13 +28,13 @@ def _trains_something(section: Any) -> Any:
 class PromptSection(Section):
     """Prompts in the first blocks of both towers."""
 
-    name: str
-    image_depth: int = Field(default=8, ge=0)
+    name: ChangesModule[str]
+    image_depth: ChangesModule[int] = Field(default=8, ge=0)
     """Blocks of the image tower, from the first, that have prompts."""
-    image_length: int = Field(default=8, ge=1)
+    image_length: ChangesModule[int] = Field(default=8, ge=1)
     """Prompts in each of them."""
-    text_depth: int = Field(default=8, ge=0)
-    text_length: int = Field(default=8, ge=1)
+    text_depth: ChangesModule[int] = Field(default=8, ge=0)
+    text_length: ChangesModule[int] = Field(default=8, ge=1)
 
     _some_block = model_validator(mode="after")(_trains_something)
 
@@ -41,48 +42,48 @@ class PromptSection(Section):
 class DikiSection(PromptSection):
     """Residual prompt attention. Published on ViT-B/16: depth 8, length 8 in both towers."""
 
-    name: Literal["diki"] = "diki"
+    name: ChangesModule[Literal["diki"]] = "diki"
 
 
 class ConcatPromptsSection(PromptSection):
     """Prompts in the attention's own softmax; settings as DIKI's."""
 
-    name: Literal["concat_prompts"]
+    name: ChangesModule[Literal["concat_prompts"]]
 
 
 class DpwSection(PromptSection):
     """Prompts weighted by a gate for each token, and an adapter for what the gates' cap cuts off. Published on
     ViT-B/16: depth 12, length 8 in both towers, rank 64."""
 
-    name: Literal["dpw"]
-    rank: int = Field(default=64, ge=1)
+    name: ChangesModule[Literal["dpw"]]
+    rank: ChangesModule[int] = Field(default=64, ge=1)
     """Of the adapter."""
 
 
 class CAdaSection(Section):
     """An adapter that grows by a slice a task."""
 
-    name: Literal["c_ada"]
-    image_depth: int = Field(default=12, ge=1)
+    name: ChangesModule[Literal["c_ada"]]
+    image_depth: ChangesModule[int] = Field(default=12, ge=1)
     """Blocks of the image tower, from the first, that have an adapter."""
-    text_depth: int = Field(default=12, ge=0)
-    rank: int = Field(default=16, ge=1)
+    text_depth: ChangesModule[int] = Field(default=12, ge=0)
+    rank: ChangesModule[int] = Field(default=16, ge=1)
     """Units of the slice that each task adds in each block."""
-    scale: float = Field(default=0.1, gt=0)
+    scale: ChangesModule[float] = Field(default=0.1, gt=0)
     """Of the adapters' output."""
-    orthogonality: float = Field(default=1.0, ge=0)
+    orthogonality: ChangesModule[float] = Field(default=1.0, ge=0)
     """Weight of the loss that keeps a new slice from reading what the old ones read."""
 
 
 class LowRankSection(Section):
     """Low-rank changes of the query, key and value projections, trained on from task to task."""
 
-    rank: int = Field(default=2, ge=1)
-    alpha: float = Field(default=1.0, gt=0)
+    rank: ChangesModule[int] = Field(default=2, ge=1)
+    alpha: ChangesModule[float] = Field(default=1.0, gt=0)
     """The change is alpha / rank times the product of the two factors."""
-    image_depth: int | None = Field(default=None, ge=0)
+    image_depth: ChangesModule[int | None] = Field(default=None, ge=0)
     """Blocks of the image tower, from the first, that are changed; all by default."""
-    text_depth: int | None = Field(default=None, ge=0)
+    text_depth: ChangesModule[int | None] = Field(default=None, ge=0)
 
     _some_block = model_validator(mode="after")(_trains_something)
 
@@ -90,45 +91,45 @@ class LowRankSection(Section):
 class SequentialLoraSection(LowRankSection):
     """Low-rank fine-tuning, task after task, with remedies against forgetting."""
 
-    name: Literal["sequential_lora"]
-    against_forgetting: Literal["none", "ewc", "badam"] = "none"
+    name: ChangesModule[Literal["sequential_lora"]]
+    against_forgetting: ChangesModule[Literal["none", "ewc", "badam"]] = "none"
     """ewc: elastic weight consolidation. badam: Bayesian adaptive moment regularisation."""
-    wise_ft: float = Field(default=1.0, ge=0, le=1)
+    wise_ft: ChangesModule[float] = Field(default=1.0, ge=0, le=1)
     """Answers are given under weights that are this share of the way from the frozen model to the fine-tuned one."""
-    ewc_lambda: float = Field(default=1000.0, gt=0)
+    ewc_lambda: ChangesModule[float] = Field(default=1000.0, gt=0)
     """ewc: strength of the penalty."""
-    badam_std: float = Field(default=0.01, gt=0)
+    badam_std: ChangesModule[float] = Field(default=0.01, gt=0)
     """badam: deviation of every weight before the first task."""
 
 
 class ZsclSection(LowRankSection):
     """Distillation from the frozen model on data of no task, and averages of the weights."""
 
-    name: Literal["zscl"]
-    temperature: float = Field(default=2.0, gt=0)
+    name: ChangesModule[Literal["zscl"]]
+    temperature: ChangesModule[float] = Field(default=2.0, gt=0)
     """Of the distillation."""
-    weight_consolidation: float = Field(default=1.0, ge=0)
+    weight_consolidation: ChangesModule[float] = Field(default=1.0, ge=0)
     """Of the squared distance to the weights at the start of the task."""
-    average_every: int = Field(default=100, ge=1)
+    average_every: ChangesModule[int] = Field(default=100, ge=1)
     """Steps from one sample of the average of the weights to the next."""
-    reference: str | None = None
+    reference: ChangesModule[str | None] = None
     """A prepared data set that is no task; with the embedded backbone its pre-training pictures by default."""
-    num_reference: int = Field(default=1024, ge=2)
+    num_reference: ChangesModule[int] = Field(default=1024, ge=2)
     """Images of it that are drawn from."""
-    reference_batch: int = Field(default=64, ge=2)
+    reference_batch: ChangesModule[int] = Field(default=64, ge=2)
     """Images, and captions, of it in a step."""
 
 
 class RailSection(Section):
     """Ridge regression on random features of the frozen ones; no gradient."""
 
-    name: Literal["rail"]
-    hidden_dim: int = Field(default=2048, ge=1)
+    name: ChangesModule[Literal["rail"]]
+    hidden_dim: ChangesModule[int] = Field(default=2048, ge=1)
     """Random features (published: 15,000); a task's sums take 8 bytes times its square."""
-    ridge: float = Field(default=0.1, gt=0)
-    fusion: float = Field(default=0.9, ge=0, le=1)
+    ridge: ChangesAnswers[float] = Field(default=0.1, gt=0)
+    fusion: ChangesAnswers[float] = Field(default=0.9, ge=0, le=1)
     """The regression's share of an answer; the rest is zero-shot."""
-    projection_seed: int = Field(default=0, ge=0)
+    projection_seed: ChangesModule[int] = Field(default=0, ge=0)
     """Of the random projection, which all tasks share."""
 
 

@@ -1,7 +1,8 @@
 """The configuration: one typed, frozen tree, read from YAML with dotted overrides (`train.epochs=3`).
 
 Every field says its unit and what its default means. An unknown key, a wrong type or a value out of range is an error
-that names the field, the value and what is allowed. The resolved tree and its hash travel with each result.
+that names the field, the value and what is allowed. The resolved tree and its hash travel with each result. What a
+field affects is in its type (diki_ray/config/affects.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Literal, Self
 import yaml
 from pydantic import Field, field_validator, model_validator
 
+from diki_ray.config.affects import Affects, ChangesAnswers, ChangesModule, ChangesNothing, settings
 from diki_ray.config.methods import DikiSection, MethodSection
 from diki_ray.config.protocols import protocol
 from diki_ray.config.section import Section
@@ -26,73 +28,73 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 class RunSection(Section):
     """Where a run lives. The same name on the same storage is the same run: it is continued."""
 
-    name: str = Field(pattern=NAME)
-    storage: str = "runs"
+    name: ChangesNothing[str] = Field(pattern=NAME)
+    storage: ChangesNothing[str] = "runs"
     """A local folder, or s3://, gs://, az:// and a prefix. Modules are shared by all runs of one storage."""
-    seed: int = Field(default=0, ge=0)
-    take_over: bool = False
+    seed: ChangesModule[int] = Field(default=0, ge=0)
+    take_over: ChangesNothing[bool] = False
     """True: take the run from another driver that still holds it; the other one's later writes are refused."""
 
 
 class BackboneSection(Section):
     """The frozen CLIP."""
 
-    name: str = "embedded"
+    name: ChangesModule[str] = "embedded"
     """`embedded` (the tiny CLIP of this package), an open_clip model (docs/backbones.md), `local-dir:` and a folder in
     open_clip's layout, or a Python file with create(directory)."""
-    pretrained: str | None = None
+    pretrained: ChangesModule[str | None] = None
     """open_clip's tag of the weights, or a local file of weights."""
-    directory: str | None = None
+    directory: ChangesModule[str | None] = None
     """Given to create(directory), the file's own folder by default; or the local folder of the tokenizer's files, for
     an open_clip model with a Hugging Face tokenizer."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: ChangesModule[Literal["auto", "float32", "bfloat16"]] = "auto"
     """Of the frozen weights and their activations; auto: bfloat16 on a GPU, float32 on a CPU."""
 
 
 class TrainSection(Section):
     """How a task is trained. Published: SGD, lr 5.0, cosine to lr/1000, batch 128, 10 epochs."""
 
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: float = Field(default=5.0, gt=0)
-    final_lr_fraction: float = Field(default=1e-3, ge=0, le=1)
-    weight_decay: float = Field(default=0.0, ge=0)
+    optimizer: ChangesModule[Literal["sgd", "adamw"]] = "sgd"
+    lr: ChangesModule[float] = Field(default=5.0, gt=0)
+    final_lr_fraction: ChangesModule[float] = Field(default=1e-3, ge=0, le=1)
+    weight_decay: ChangesModule[float] = Field(default=0.0, ge=0)
     """adamw only."""
-    epochs: int = Field(default=10, ge=1)
-    min_steps: int = Field(default=0, ge=0)
+    epochs: ChangesModule[int] = Field(default=10, ge=1)
+    min_steps: ChangesModule[int] = Field(default=0, ge=0)
     """A task whose epochs have fewer steps than this in all is trained for more of them: at 16 images a class, ten
     epochs of a hundred classes are ten times the steps of ten epochs of ten classes."""
-    batch_size: int = Field(default=128, ge=1)
+    batch_size: ChangesModule[int] = Field(default=128, ge=1)
     """Images in a global batch, over all workers."""
-    num_workers: int = Field(default=1, ge=1)
+    num_workers: ChangesModule[int] = Field(default=1, ge=1)
     """Data-parallel workers. From here and never from what happens to be free: it is part of a module's key."""
-    min_workers: int | None = Field(default=None, ge=1)
+    min_workers: ChangesNothing[int | None] = Field(default=None, ge=1)
     """Elastic: start with as few as these where nodes are missing, go on with fewer when one is lost, and take up to
     num_workers when nodes come. Modules keep their key; rounding is another (docs/reliability.md)."""
-    resize_every_s: float = Field(default=60.0, gt=0)
+    resize_every_s: ChangesNothing[float] = Field(default=60.0, gt=0)
     """With min_workers: seconds between looks for room for more workers. Taking them costs a restart of the group."""
-    num_streams: int = Field(default=24, ge=1)
+    num_streams: ChangesModule[int] = Field(default=24, ge=1)
     """Virtual streams; any number of workers up to it reads the same global batches."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: ChangesModule[Literal["auto", "cpu", "cuda"]] = "auto"
     """auto: cuda where this machine has it."""
-    strategy: Literal["ddp", "deepspeed"] = "ddp"
+    strategy: ChangesNothing[Literal["ddp", "deepspeed"]] = "ddp"
     """Of the frozen weights: ddp, whole on every worker; deepspeed, shared out to them (ZeRO-3), for backbones that one
     worker cannot hold. Modules agree to rounding and have the same key."""
-    offload: bool = False
+    offload: ChangesNothing[bool] = False
     """deepspeed on GPUs: the shares lie in the CPU's memory."""
-    cpus_per_worker: float = Field(default=1.0, gt=0)
-    activation_checkpointing: bool = False
+    cpus_per_worker: ChangesNothing[float] = Field(default=1.0, gt=0)
+    activation_checkpointing: ChangesNothing[bool] = False
     """True: keep only each block's input for the backward pass and compute the block again there; the same module for
     less memory and more time, for large towers."""
-    compile: bool = False
+    compile: ChangesNothing[bool] = False
     """True: both towers through torch.compile, which takes a minute at the start of a worker and rounds otherwise
     (1e-5); whether it wins depends on the device, see docs/benchmarks.md."""
-    checkpoint_every_steps: int = Field(default=50, ge=1)
+    checkpoint_every_steps: ChangesNothing[int] = Field(default=50, ge=1)
     """Steps between mid-task checkpoints; steps and not seconds, so that every worker agrees without asking."""
-    max_failures: int = Field(default=3, ge=-1)
+    max_failures: ChangesNothing[int] = Field(default=3, ge=-1)
     """Worker-group restarts before the run stops with the error; -1: no limit."""
-    collective_timeout_s: int = Field(default=120, ge=1)
+    collective_timeout_s: ChangesNothing[int] = Field(default=120, ge=1)
     """Seconds after which a worker that hangs is noticed by the others, and the group restarted."""
-    max_nonfinite_steps: int = Field(default=3, ge=1)
+    max_nonfinite_steps: ChangesModule[int] = Field(default=3, ge=1)
     """Batches in a row with a loss or gradient that is not finite before training stops."""
 
     @model_validator(mode="after")
@@ -119,22 +121,22 @@ class TrainSection(Section):
 class DataSection(Section):
     """Where data sets come from and prepared shards are kept, and how bad samples are dealt with."""
 
-    sources: str | None = None
+    sources: ChangesNothing[str | None] = None
     """With a protocol: the folder that holds its data sets' folders."""
 
-    root: str = "prepared"
+    root: ChangesNothing[str] = "prepared"
     """Folder of the data sets that are prepared on first use (embedded tasks, image folders)."""
-    max_skipped_fraction: float = Field(default=0.01, ge=0, le=1)
+    max_skipped_fraction: ChangesNothing[float] = Field(default=0.01, ge=0, le=1)
     """Share of a split's samples that may be skipped as unreadable before it is an error."""
-    num_threads: int = Field(default=2, ge=1)
+    num_threads: ChangesNothing[int] = Field(default=2, ge=1)
     """Threads of a worker that decode images."""
 
 
 class StatisticsSection(Section):
     """The Gaussians, as they are read from the moments."""
 
-    covariance_eps: float = Field(default=1e-7, gt=0)
-    shrinkage: Literal["none", "oas", "ledoit_wolf"] = "none"
+    covariance_eps: ChangesAnswers[float] = Field(default=1e-7, gt=0)
+    shrinkage: ChangesAnswers[Literal["none", "oas", "ledoit_wolf"]] = "none"
 
 
 class CalibrationSection(Section):
@@ -144,30 +146,30 @@ class CalibrationSection(Section):
     task's own validation images.
     """
 
-    form: Literal["published", "validated"] = "published"
-    scale: float | None = Field(default=None, gt=0)
+    form: ChangesAnswers[Literal["published", "validated"]] = "published"
+    scale: ChangesAnswers[float | None] = Field(default=None, gt=0)
     """published; the backbone's embedding dimension by default (512 for ViT-B/16)."""
-    slope: float = Field(default=1.0, gt=0)
+    slope: ChangesAnswers[float] = Field(default=1.0, gt=0)
     """validated."""
-    bias: float | None = None
+    bias: ChangesAnswers[float | None] = None
     """-1 for published (as the paper has it), 4 for validated by default."""
 
 
 class EvaluateSection(Section):
     """How the accuracy matrix is computed."""
 
-    routing: Literal["image", "batch"] = "image"
+    routing: ChangesAnswers[Literal["image", "batch"]] = "image"
     """image: each image for itself. batch: the published code's vote over batches of one data set."""
-    label_space: Literal["task", "seen", "all"] = "task"
+    label_space: ChangesAnswers[Literal["task", "seen", "all"]] = "task"
     """task: the classes of the data set under test (MTIL). seen: all learnt so far (ODCL-CIL). all: X-TAIL."""
-    batch_size: int = Field(default=256, ge=1)
+    batch_size: ChangesAnswers[int] = Field(default=256, ge=1)
     """Images in a canonical batch. Under routing=batch it is part of the result (published: 256)."""
-    text_grid: int = Field(default=33, ge=0)
+    text_grid: ChangesAnswers[int] = Field(default=33, ge=0)
     """Weights at which class features are tabulated; 0: exact for every image."""
-    skip_weight: float = Field(default=0.0, ge=0, le=1)
+    skip_weight: ChangesAnswers[float] = Field(default=0.0, ge=0, le=1)
     """Images with a lower weight get the frozen model's answer without a residual pass; 0: off."""
-    num_workers: int = Field(default=1, ge=1)
-    cpus_per_worker: float = Field(default=1.0, gt=0)
+    num_workers: ChangesNothing[int] = Field(default=1, ge=1)
+    cpus_per_worker: ChangesNothing[float] = Field(default=1.0, gt=0)
 
     @field_validator("text_grid")
     @classmethod
@@ -180,7 +182,7 @@ class EvaluateSection(Section):
 class ScheduleSection(Section):
     """Which tasks are trained at the same time. Tasks are independent: the modules are the same either way."""
 
-    concurrent_tasks: int = Field(default=1, ge=1)
+    concurrent_tasks: ChangesNothing[int] = Field(default=1, ge=1)
     """Worker groups side by side, where the cluster has room for them; each goes through its share of the tasks."""
 
 
@@ -188,39 +190,39 @@ class ClusterSection(Section):
     """The Ray cluster. Without an address the job starts its own on this machine and stops it at the end; under
     `ray job submit` it joins the cluster that runs it."""
 
-    address: str | None = None
-    num_cpus: int | None = Field(default=None, ge=1)
+    address: ChangesNothing[str | None] = None
+    num_cpus: ChangesNothing[int | None] = Field(default=None, ge=1)
     """Of the cluster started here; as many as the machine has by default."""
 
 
 class TelemetrySection(Section):
     """What is shown while a run goes on."""
 
-    port: int | None = Field(default=None, ge=1, le=65535)
+    port: ChangesNothing[int | None] = Field(default=None, ge=1, le=65535)
     """Prometheus metrics are served here on `host`; off by default."""
-    host: str = "127.0.0.1"
-    linger_s: float = Field(default=0.0, ge=0)
+    host: ChangesNothing[str] = "127.0.0.1"
+    linger_s: ChangesNothing[float] = Field(default=0.0, ge=0)
     """Seconds that the metrics stay after the end, so that a last scrape sees the final values."""
-    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
+    trackers: ChangesNothing[tuple[Literal["tensorboard", "mlflow", "wandb"], ...]] = ()
     """Experiment trackers that jobs/continual.py tells of the run; each needs the extra of its name. To look:
     `tensorboard --logdir tracking/tensorboard`, `MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri
     tracking/mlruns` (of the whole `mlflow`), `wandb sync tracking/wandb/offline-run-*`."""
-    tracking_root: str = "tracking"
+    tracking_root: ChangesNothing[str] = "tracking"
     """The local folder of their files."""
 
 
 class TaskSection(Section):
     """One task of the stream."""
 
-    data: str
+    data: ChangesModule[str]
     """`embedded:NAME`, a prepared data set (folder with index.json, local or remote), or a folder in a known layout."""
-    name: str | None = Field(default=None, pattern=NAME)
+    name: ChangesAnswers[str | None] = Field(default=None, pattern=NAME)
     """The data set's own name by default."""
-    template: str | None = None
+    template: ChangesModule[str | None] = None
     """The caption of a class, with {} for its name; the data set's own by default."""
-    shots: int | None = Field(default=None, ge=1)
+    shots: ChangesModule[int | None] = Field(default=None, ge=1)
     """Training images a class; all by default."""
-    split: Literal["coop", "zscl"] | None = None
+    split: ChangesModule[Literal["coop", "zscl"] | None] = None
     """For data sets of the benchmarks: whose train, val and test; coop by default."""
 
     @field_validator("template")
@@ -235,7 +237,7 @@ class Config(Section):
     """The whole tree."""
 
     run: RunSection
-    tasks: tuple[TaskSection, ...] = ()
+    tasks: ChangesModule[tuple[TaskSection, ...]] = ()
     """The stream, in order; without them those of the protocol, from data.sources."""
     backbone: BackboneSection = BackboneSection()
     method: MethodSection = DikiSection()
@@ -248,7 +250,7 @@ class Config(Section):
     schedule: ScheduleSection = ScheduleSection()
     cluster: ClusterSection = ClusterSection()
     telemetry: TelemetrySection = TelemetrySection()
-    protocol: str = "own"
+    protocol: ChangesAnswers[str] = "own"
     """The benchmark that is run, with its split, as in `mtil-1/coop`; results carry it with the routing."""
 
     @model_validator(mode="after")
@@ -279,17 +281,13 @@ class Config(Section):
         return self
 
     def digest(self) -> str:
-        """sha256 of what decides the numbers: everything but where and how fast it runs."""
-        tree = self.model_dump(mode="json", exclude={"schedule", "cluster", "telemetry"})
-        for key in ("storage", "name", "take_over"):
-            tree["run"].pop(key)
-        tree["train"].pop("compile")
-        for key in ("sources", "root", "num_threads"):
-            tree["data"].pop(key)
-        tree["train"].pop("activation_checkpointing")
-        for key in ("min_workers", "resize_every_s", "strategy", "offload"):
-            tree["train"].pop(key)
-        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+        """sha256 (hex) of what decides the numbers: the settings that change modules or answers.
+
+        Those at their default are left out, so that a setting that comes new, with a default that leaves everything as
+        it was, changes no digest. For the same reason a default must not change (tests/unit/test_affects.py).
+        """
+        deciding = settings(self, Affects.MODULE, Affects.ANSWER, defaults=False)
+        return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

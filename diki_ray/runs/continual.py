@@ -23,7 +23,7 @@ from diki_ray.runs.cluster import cluster
 from diki_ray.runs.evaluate.evaluator import evaluate
 from diki_ray.runs.plan import Plan, load_backbone, make_plan
 from diki_ray.runs.progress import Display, Listener, following
-from diki_ray.runs.results import build_results, protocol_id
+from diki_ray.runs.results import build_results, is_of_configuration, protocol_id
 from diki_ray.runs.store_client import StoreClient
 from diki_ray.runs.telemetry import Telemetry, serving
 from diki_ray.runs.tracking import Tracking, tracking
@@ -134,7 +134,7 @@ def _command() -> str:
 def _unchanged_results(plan: Plan, store: StoreClient) -> dict[str, Any] | None:
     """The stored results, if they are of this configuration and of the modules that are in the run now."""
     results = store.get_document(DOCUMENT)
-    if results is None or results["config_digest"] != plan.config.digest():
+    if results is None or not is_of_configuration(results, plan.config):
         return None
     digests = {entry.key: entry.digest for entry in store.modules()}
     same = [t["module"] for t in results["tasks"]]

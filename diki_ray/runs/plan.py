@@ -8,14 +8,16 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
 from diki_ray.clip import backbone as backbones
 from diki_ray.clip.backbone import LOCAL, Backbone
 from diki_ray.config import Config
+from diki_ray.config.affects import Affects, settings
 from diki_ray.config.protocols import protocol
 from diki_ray.config.run import TaskSection
 from diki_ray.data import prepare
@@ -150,6 +152,34 @@ def tasks_of(config: Config) -> tuple[TaskSection, ...]:
     )
 
 
+def shared_by_keys(config: Config, backbone_digest: str) -> dict[str, Any]:
+    """What the module keys of all tasks have in common: every setting that changes modules, but for the tasks' own.
+
+    Files are in it by what they hold, and the device by the precision that follows from it. The names and the nesting
+    are those that the keys of stored modules were made with.
+    """
+    changing = settings(config, Affects.MODULE)
+    del changing["tasks"], changing["backbone"]
+    run, train, method = changing.pop("run"), changing.pop("train"), changing.pop("method")
+    if "reference" in method:
+        method["reference"] = reference_digest(config)
+    del train["device"]
+    recipe = asdict(recipe_of(config))
+    others = {section: fields for section, fields in changing.items() if fields}
+    return (
+        others
+        | run
+        | {name: value for name, value in train.items() if name not in recipe}
+        | {
+            "backbone": backbone_digest,
+            "precision": str(precision_of(config)),
+            "method": method,
+            "method_version": METHODS[config.method.name].version,
+            "recipe": recipe,
+        }
+    )
+
+
 def make_plan(config: Config, backbone: Backbone) -> Plan:
     """Prepares or loads every data set's index and derives the module keys.
 
@@ -204,12 +234,6 @@ def with_absolute_paths(config: Config, folder: str = "") -> Config:
     return Config.model_validate(tree)
 
 
-def _method_of_keys(config: Config) -> dict[str, object]:
-    """The method's settings as module keys have them: of reference data what they hold, not where they are."""
-    settings = config.method.model_dump(exclude=set(METHODS[config.method.name].only_answering))
-    return settings | {"reference": reference_digest(config)} if "reference" in settings else settings
-
-
 def _absolute(place: str, folder: str = "") -> str:
     """A local path in full, `~` included; a URL or `embedded:NAME` as it is."""
     if "://" in place or place.startswith("embedded:"):
@@ -225,27 +249,17 @@ def _planned(
     templates: tuple[str, ...],
     earlier: Sequence[PlannedTask],
 ) -> PlannedTask:
-    method = METHODS[config.method.name]
-    predecessor = earlier[-1].key if method.sequential and earlier else None
-    splits = [s for s in ("train", "val") if s in index.splits]
-    data_digest = index.digest(*splits)
-    train = config.train
-    steps_an_epoch = math.ceil(index.split("train").num_samples / train.batch_size)
-    num_epochs = max(train.epochs, math.ceil(train.min_steps / steps_an_epoch))
-    key = module_key(
-        backbone=backbone_digest,
-        precision=str(precision_of(config)),
-        data=data_digest,
-        class_names=index.class_names,
-        template=templates[0],
-        method=_method_of_keys(config),
-        method_version=method.version,
-        recipe=recipe_of(config),
-        epochs=num_epochs,
-        batch_size=train.batch_size,
-        num_streams=train.num_streams,
-        num_workers=train.num_workers,
-        seed=config.run.seed,
-        predecessor=predecessor,
-    )
+    predecessor = earlier[-1].key if is_sequential(config) and earlier else None
+    data_digest = index.digest(*(s for s in ("train", "val") if s in index.splits))
+    steps_an_epoch = math.ceil(index.split("train").num_samples / config.train.batch_size)
+    num_epochs = max(config.train.epochs, math.ceil(config.train.min_steps / steps_an_epoch))
+    depends_on = shared_by_keys(config, backbone_digest) | {
+        "data": data_digest,
+        "class_names": index.class_names,
+        "template": templates[0],
+        "epochs": num_epochs,
+        "predecessor": predecessor,
+    }
+    del depends_on["min_steps"]  # it is in the number of epochs
+    key = module_key(**depends_on)
     return PlannedTask(name, index, templates, num_epochs, task_seed(config.run.seed, data_digest), key, predecessor)

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from diki_ray.config import Config
+from diki_ray.config import Config, parse
+from diki_ray.errors import ConfigError
 from diki_ray.learning.methods import METHODS
 from diki_ray.learning.module import TaskModule
-from diki_ray.report.results import FORMAT
+from diki_ray.report.results import DOCUMENT, FORMAT
 from diki_ray.runs.evaluate.evaluator import Evaluation
 from diki_ray.runs.plan import Plan
 
@@ -68,6 +69,17 @@ def build_results(
             for name, values in vars(evaluation.metrics).items()
         },
     }
+
+
+def is_of_configuration(results: dict[str, Any], config: Config) -> bool:
+    """Whether results were made under this configuration, as far as it decides the numbers.
+
+    Asked of the configuration that is stored with them, not of its digest: what a digest is made of has changed.
+    """
+    try:
+        return parse(results["config"], source=DOCUMENT).digest() == config.digest()
+    except ConfigError:
+        return False  # a version wrote it whose settings are not these
 
 
 def _task(plan: Plan, evaluation: Evaluation, j: int, module: TaskModule, digest: str) -> dict[str, Any]:

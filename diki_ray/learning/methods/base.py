@@ -78,9 +78,6 @@ class Method(ABC):
     """Which modules answer an image: `routed` (that of the densest Gaussian, at its weight), `latest` (the one learnt
     last, at w = 1), `frozen` (none), `joint` (all learnt, through `joint_logits`)."""
 
-    only_answering: ClassVar[frozenset[str]] = frozenset()
-    """Settings that change answers and no module: they are not in its key, and sweeping them trains nothing."""
-
     def __init__(self, backbone: Backbone):
         self.backbone = backbone
 

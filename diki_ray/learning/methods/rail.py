@@ -45,7 +45,6 @@ class Rail(Method):
         "images that zero-shot gives to a learnt class, zero-shot for all others"
     )
     answering = "joint"
-    only_answering = frozenset({"ridge", "fusion"})
 
     def __init__(self, backbone: Backbone, hidden_dim: int, ridge: float, fusion: float, projection_seed: int):
         super().__init__(backbone)

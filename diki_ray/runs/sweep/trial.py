@@ -14,7 +14,6 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,7 +38,7 @@ from diki_ray.runs.plan import (
     load_backbone,
     make_plan,
     precision_of,
-    recipe_of,
+    shared_by_keys,
     with_absolute_paths,
 )
 from diki_ray.runs.progress import following
@@ -141,7 +140,7 @@ def modules_of(plan: Plan, epochs: Epochs | None = None) -> list[str]:
         if all(found):
             return [record.digest for record in found if record is not None]
         try:
-            store = StoreClient.start(plan.config.run.storage, f"modules-{_shared(plan)}", wait_s=0)
+            store = StoreClient.start(plan.config.run.storage, _lease(plan), wait_s=0)
         except LeaseHeldError:
             time.sleep(WAIT_S)  # another trial trains them, or other modules of the same recipe
             continue
@@ -155,13 +154,10 @@ def modules_of(plan: Plan, epochs: Epochs | None = None) -> list[str]:
             store.stop()
 
 
-def _shared(plan: Plan) -> str:
-    """A digest of what the keys of all modules have in common that could ever be one of the plan's."""
-    config, train = plan.config, plan.config.train
-    batches = (train.epochs, train.min_steps, train.batch_size, train.num_streams, train.num_workers)
-    recipe = (config.method.model_dump(), asdict(recipe_of(config)), batches)
-    shared = (plan.backbone_digest, str(precision_of(config)), recipe, config.run.seed)
-    return digest(shared)[:16]
+def _lease(plan: Plan) -> str:
+    """The run by whose lease those take turns that could train a module of the plan. Where one asks for `epochs` and
+    another for as many by `min_steps`, they do not wait for each other: one of two equal modules is then kept."""
+    return f"modules-{digest(shared_by_keys(plan.config, plan.backbone_digest))[:16]}"
 
 
 def _train(plan: Plan, missing: Sequence[PlannedTask], store: StoreClient) -> None:

@@ -11,19 +11,15 @@ import torch
 import diki_ray
 from diki_ray.clip.residual import Parameters
 from diki_ray.config import Config
+from diki_ray.config.affects import Affects, settings
+from diki_ray.config.run import TrainSection
 from diki_ray.learning.collective import gather_objects
-from diki_ray.learning.methods import Method, TrainingBatch
+from diki_ray.learning.methods import TrainingBatch
 from diki_ray.learning.module import NUM_VALIDATION_FEATURES, TaskModule
 from diki_ray.learning.moments import Moments
 from diki_ray.learning.task_trainer import TaskTrainer
 from diki_ray.runs.plan import PlannedTask
 from diki_ray.runs.train.task_data import TaskData
-
-NOT_IN_A_MODULE = {
-    *("cpus_per_worker", "checkpoint_every_steps", "max_failures", "collective_timeout_s"),
-    *("compile", "min_workers", "resize_every_s", "offload", "min_steps"),
-}
-"""Settings that change nothing of what is learnt. After a failure one may want others, and still the same module."""
 
 
 def assembled(data: TaskData, trainer: TaskTrainer, recorded: dict[str, Any], num_skipped: int) -> TaskModule:
@@ -42,7 +38,7 @@ def assembled(data: TaskData, trainer: TaskTrainer, recorded: dict[str, Any], nu
         parameters={name: p.cpu().numpy() for name, p in parameters.items()},
         moments=moments,
         validation_features=validation_features(data),
-        provenance=_origin(data.config, task, method) | _course(trainer, num_skipped) | recorded,
+        provenance=_origin(data.config, task) | _course(trainer, num_skipped) | recorded,
     )
 
 
@@ -84,20 +80,28 @@ class Sums:
             self.tensors[name] = self.tensors[name] + term if name in self.tensors else term
 
 
-def _origin(config: Config, task: PlannedTask, method: Method) -> dict[str, Any]:
+def _origin(config: Config, task: PlannedTask) -> dict[str, Any]:
     """What the module was asked to be: data, settings, seed, versions."""
     index = task.index
     return {
         "data": {"name": index.name, "digest": index.digest(), "protocol": index.split_protocol},
         "seed": task.seed,
-        "method": config.method.model_dump(exclude=set(method.only_answering)),
-        "train": _train_settings(config) | {"epochs": task.num_epochs, "num_threads": torch.get_num_threads()},
+        "method": settings(config.method, Affects.MODULE),
+        "train": _trained_under(config.train, task),
         "versions": {"diki_ray": diki_ray.__version__, "torch": torch.__version__},
     }
 
 
-def _train_settings(config: Config) -> dict[str, Any]:
-    return config.train.model_dump(exclude=NOT_IN_A_MODULE)
+def _trained_under(train: TrainSection, task: PlannedTask) -> dict[str, Any]:
+    """The settings that change modules, and how this one was computed."""
+    changing = settings(train, Affects.MODULE)
+    del changing["min_steps"]  # it is in the number of epochs
+    return changing | {
+        "epochs": task.num_epochs,
+        "strategy": train.strategy,
+        "activation_checkpointing": train.activation_checkpointing,
+        "num_threads": torch.get_num_threads(),
+    }
 
 
 def _course(trainer: TaskTrainer, num_skipped: int) -> dict[str, Any]:

@@ -1,0 +1,69 @@
+"""What a setting affects. Each field of a run's configuration says it once, in its type:
+
+    lr: ChangesModule[float] = Field(default=5.0, gt=0)
+
+From these marks follow a configuration's digest, a module's key and provenance, a sweep's lease and its question. A
+field without a mark is an error as soon as one of them is asked for.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+
+class Affects(Enum):
+    """The values are the words that docs/configuration.md uses."""
+
+    MODULE = "modules"
+    """Another value trains another module, under another key."""
+    ANSWER = "answers"
+    """Another value gives other results with the same modules: the run is evaluated anew and nothing is trained."""
+    NOTHING = "–"
+    """Where, when and how fast, up to rounding: nothing is computed anew and no result is forgotten."""
+
+
+T = TypeVar("T")
+ChangesModule = Annotated[T, Affects.MODULE]
+ChangesAnswers = Annotated[T, Affects.ANSWER]
+ChangesNothing = Annotated[T, Affects.NOTHING]
+
+
+def affects(field: FieldInfo) -> Affects | None:
+    """What the field's mark says; None where it has none."""
+    return next((mark for mark in field.metadata if isinstance(mark, Affects)), None)
+
+
+def settings(section: BaseModel, *wanted: Affects, defaults: bool = True) -> dict[str, Any]:
+    """The fields of a section, and of the sections in it, that affect what is wanted.
+
+    defaults: False leaves out the fields that have their default value, and the sections in which nothing is left.
+
+    Raises:
+        TypeError: a field does not say what it affects.
+    """
+    found: dict[str, Any] = {}
+    for name, field in type(section).model_fields.items():
+        value, mark = getattr(section, name), affects(field)
+        if isinstance(value, BaseModel):
+            inner = settings(value, *wanted, defaults=defaults)
+            if inner or defaults:
+                found[name] = inner
+        elif mark is None:
+            raise TypeError(
+                f"{type(section).__name__}.{name} does not say what it affects: write its type as ChangesModule[…], "
+                "ChangesAnswers[…] or ChangesNothing[…]"
+            )
+        elif mark in wanted and (defaults or value != field.get_default()):
+            found[name] = _plain(value, wanted, defaults)
+    return found
+
+
+def _plain(value: Any, wanted: tuple[Affects, ...], defaults: bool) -> Any:
+    """The value of a field, with the sections of a list as their fields."""
+    if isinstance(value, tuple):
+        return [settings(v, *wanted, defaults=defaults) if isinstance(v, BaseModel) else v for v in value]
+    return value
