@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from diki_ray.config import Config
+from diki_ray.config.affects import Affects, affects
 from diki_ray.config.sweep import SweepConfig
 from diki_ray.serving.settings import Settings
 
@@ -30,7 +31,14 @@ unknown field, a wrong type or a value out of range is an error that names the f
 default of – means that the field must be given; `null` is *not set*.
 """
 ROOTS = (
-    (Config, "A run", "`jobs/continual.py --config FILE [section.field=value …]`. Examples are in `configs/`."),
+    (
+        Config,
+        "A run",
+        "`jobs/continual.py --config FILE [section.field=value …]`. Examples are in `configs/`. What another value of a "
+        "field *changes*: *modules* are trained anew, under other keys, and those of the former value stay; *answers*: "
+        "the run is evaluated anew with the modules that are there; *nothing*: a finished run has nothing to do, and "
+        "a sweep still knows its settings.",
+    ),
     (SweepConfig, "A sweep", "`jobs/sweep.py --config FILE`, see [sweeps](sweeps.md)."),
     (Settings, "A server", "Options of `jobs/serve.py`, written `--max-images 8`."),
 )
@@ -57,13 +65,24 @@ def _tables(model: type[BaseModel], path: str) -> Iterator[str]:
             variant = f" ({_discriminator(section)})" if len(sections) > 1 else ""
             inner.append((section, f"`{label}`{variant}" if not path.startswith("`") else label))
         if not sections:
-            rows.append(f"| `{name}` | {_type(info)} | {_default(info)} | {_text(told.get(name, ''))} |")
+            rows.append((name, _type(info), _default(info), affects(info), told.get(name, "")))
         elif told.get(name):
-            rows.append(f"| `{name}` | below | | {_text(told[name])} |")
+            rows.append((name, "below", "", affects(info), told[name]))
     if rows:
-        yield "\n".join(["| field | type | default | |", "|---|---|---|---|", *rows])
+        yield _table(rows)
     for section, label in inner:
         yield from _tables(section, label)
+
+
+def _table(rows: list[tuple[str, str, str, Affects | None, str]]) -> str:
+    """Its fields; with what they change where fields say it, as those of a run do."""
+    marked = any(mark for *_, mark, _ in rows)
+    lines = ["| field | type | default | changes | |" if marked else "| field | type | default | |"]
+    lines.append("|---" * (4 + marked) + "|")
+    for name, type_, default, mark, text in rows:
+        changes = f" {mark.value if mark else ''} |" if marked else ""
+        lines.append(f"| `{name}` | {type_} | {default} |{changes} {_text(text)} |")
+    return "\n".join(lines)
 
 
 def _documented(model: type[BaseModel]) -> dict[str, str]:

@@ -22,7 +22,7 @@ class Affects(Enum):
     """Another value trains another module, under another key."""
     ANSWER = "answers"
     """Another value gives other results with the same modules: the run is evaluated anew and nothing is trained."""
-    NOTHING = "–"
+    NOTHING = "nothing"
     """Where, when and how fast, up to rounding: nothing is computed anew and no result is forgotten."""
 
 

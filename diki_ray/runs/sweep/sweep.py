@@ -42,7 +42,7 @@ def run_sweep(sweep: SweepConfig, config: Config, say: Callable[[str], None] = p
     config = with_absolute_paths(config)
     plan = make_plan(config, load_backbone(config))  # what is wrong with it is said before any trial starts
     orders = orders_of(sweep.orders, [t.name for t in plan.tasks])
-    results = SweepResults(config.run.storage, sweep.name, _question(sweep, plan, orders))
+    results = SweepResults(config.run.storage, sweep.name, question_of(sweep, plan, orders))
     before = results.num_modules()
     _run_trials(sweep, config, orders, results, say)
     trials = results.trials(sweep)
@@ -72,7 +72,7 @@ def run_sweep(sweep: SweepConfig, config: Config, say: Callable[[str], None] = p
     return document
 
 
-def _question(sweep: SweepConfig, plan: Plan, orders: Orders) -> str:
+def question_of(sweep: SweepConfig, plan: Plan, orders: Orders) -> str:
     """What a setting's result depends on beside the setting: the configuration it changes, data, orders, seeds."""
     data = [task.index.digest() for task in plan.tasks]
     return digest([plan.config.digest(), plan.backbone_digest, data, sorted(map(list, orders.values())), sweep.seeds])

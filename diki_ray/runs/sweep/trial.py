@@ -140,7 +140,7 @@ def modules_of(plan: Plan, epochs: Epochs | None = None) -> list[str]:
         if all(found):
             return [record.digest for record in found if record is not None]
         try:
-            store = StoreClient.start(plan.config.run.storage, _lease(plan), wait_s=0)
+            store = StoreClient.start(plan.config.run.storage, lease_of(plan), wait_s=0)
         except LeaseHeldError:
             time.sleep(WAIT_S)  # another trial trains them, or other modules of the same recipe
             continue
@@ -154,7 +154,7 @@ def modules_of(plan: Plan, epochs: Epochs | None = None) -> list[str]:
             store.stop()
 
 
-def _lease(plan: Plan) -> str:
+def lease_of(plan: Plan) -> str:
     """The run by whose lease those take turns that could train a module of the plan. Where one asks for `epochs` and
     another for as many by `min_steps`, they do not wait for each other: one of two equal modules is then kept."""
     return f"modules-{digest(shared_by_keys(plan.config, plan.backbone_digest))[:16]}"
