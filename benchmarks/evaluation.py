@@ -9,17 +9,19 @@ from torch import Tensor
 
 from benchmarks.timing import interleaved
 from benchmarks.world import TEMPLATE, Port, World, all_tokens_in_the_last_block
+from diki_ray.answering.class_features import Candidates, ClassFeatures, Exact, Tabulated
 from diki_ray.answering.gaussians import Gaussians
-from diki_ray.answering.predictor import Candidates, Predictor
-from diki_ray.answering.routing import Published, Routes, Routing
+from diki_ray.answering.predictor import Predictor
+from diki_ray.answering.routing import GaussianRouter, Published, Routes, Routing
 from diki_ray.learning.module import TaskModule
 
 Row = dict[str, Any]
 
 
-def make_predictor(world: World, modules: list[TaskModule], text_grid: int = 33) -> Predictor:
+def make_predictor(world: World, modules: list[TaskModule], class_features: ClassFeatures | None = None) -> Predictor:
     gaussians = Gaussians([m.moments for m in modules], shrinkage="oas")
-    return Predictor(world.method, modules, gaussians, Published(float(world.backbone.embed_dim)), text_grid)
+    router = GaussianRouter(gaussians, Published(float(world.backbone.embed_dim)))
+    return Predictor(world.method, modules, router, class_features or Tabulated(33))
 
 
 class Answering:
@@ -28,15 +30,17 @@ class Answering:
     def __init__(self, world: World, num_classes: int, batch: int):
         self.world, self.images = world, world.images(batch)
         names = world.names(num_classes)
-        self.predictor = make_predictor(world, [world.module(0, names, self.images)])
+        modules = [world.module(0, names, self.images)]
+        self.predictor, self.exact = make_predictor(world, modules), make_predictor(world, modules, Exact())
         self.candidates, self.tokens = Candidates.of(world.backbone, names, [TEMPLATE]), world.tokens(num_classes)
         self.port = Port(world)
 
     def ours(self, routing: Routing = "image", kept: Tensor | None = None) -> Tensor:
         """The answers [B]; kept: the frozen features, where they are known."""
-        frozen = self.predictor.frozen_features(self.images) if kept is None else kept
-        routes = self.predictor.route(self.predictor.log_density(frozen), routing)
-        return self.predictor.logits(self.images, frozen, routes, self.candidates).argmax(1)
+        predictor = self.predictor if routing == "image" else self.exact  # as `build_class_features` chooses
+        frozen = predictor.frozen_features(self.images) if kept is None else kept
+        routes = predictor.routes(predictor.scores(frozen), routing)
+        return predictor.logits(self.images, frozen, routes, self.candidates).argmax(1)
 
     def ports(self) -> Tensor:
         return self.port.evaluate_batch(self.images, self.predictor, self.tokens, 1)
@@ -71,7 +75,7 @@ def ablation(world: World, num_classes: int, batch: int, rounds: int, num_tasks:
     """What answering a mixed batch costs with one optimisation taken away, against answering it as it is."""
     images, names = world.images(batch), world.names(num_classes)
     modules = [world.module(t, names, images) for t in range(num_tasks)]
-    tabulated, exact, skipping = (make_predictor(world, modules, grid) for grid in (33, 0, 33))
+    tabulated, exact, skipping = (make_predictor(world, modules, c) for c in (Tabulated(33), Exact(), Tabulated(33)))
     candidates = Candidates.of(world.backbone, names, [TEMPLATE])
     task = torch.arange(batch) % num_tasks
     weight = torch.linspace(0.0, 1.0, batch, dtype=torch.float64)

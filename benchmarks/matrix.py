@@ -11,7 +11,8 @@ from benchmarks.evaluation import Row, make_predictor
 from benchmarks.timing import interleaved
 from benchmarks.world import TEMPLATE, Port, World
 from diki_ray.answering.answers import Answers, answer, needed_routes
-from diki_ray.answering.predictor import Candidates, Predictor
+from diki_ray.answering.class_features import Candidates
+from diki_ray.answering.predictor import Predictor
 
 
 class Stream:
@@ -43,9 +44,9 @@ class Stream:
         features, answers = known or (predictor.frozen_features(images), None)
         if answers is None:
             answers = Answers.empty(np.zeros(len(features)), self.num_tasks, 1)
-        densities = predictor.log_density(features)
-        answers.log_density[:] = densities.numpy()
-        answers.weight[:] = predictor.weights(densities).numpy()
+        scores = predictor.scores(features)
+        answers.log_density[:] = scores.log_density.numpy()
+        answers.weight[:] = scores.weight.numpy()
         needed = needed_routes(answers.log_density, [range(learnt)])
         answer(predictor, images, features, answers, [self.candidates[j]], needed)
         return answers

@@ -164,9 +164,8 @@ class Port:
     @torch.no_grad()
     def evaluate_batch(self, images: Tensor, predictor: Predictor, tokens: Tensor, learnt: int) -> Tensor:
         """Answers of one batch under the vote: frozen pass, densities, residual pass, text tower; nothing is kept."""
-        densities = predictor.log_density(self.image(images).cpu())
-        routes = predictor.route(densities, "batch", range(learnt))
-        parameters = predictor._parameters[int(routes.task[0])]
+        routes = predictor.routes(predictor.scores(self.image(images).cpu(), range(learnt)), "batch")
+        parameters = predictor.parameters[int(routes.task[0])]
         features = self.image(images, parameters, routes.weight.float().to(images.device))
         text = self.text(tokens, parameters, float(routes.text_weight[0]))
         return self.backbone.logits(features, text).argmax(1).cpu()

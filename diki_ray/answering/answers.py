@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diki_ray.answering.predictor import Candidates, Predictor
+from diki_ray.answering.class_features import Candidates
+from diki_ray.answering.predictor import Predictor
 from diki_ray.answering.routing import NO_TASK, Answering, Routes
 
 Names = Sequence[Sequence[str]]
@@ -195,11 +196,10 @@ def predict_along(
 
     candidates_after, columns_after: for each prefix, as in `Answers.predict`.
     """
-    densities = predictor.log_density(features)
     passes: dict[tuple[int, bytes], list[Tensor]] = {}
     predictions = []
     for n, (candidates, columns) in enumerate(zip(candidates_after, columns_after, strict=True), start=1):
-        routes = predictor.route(densities, "batch", range(n))
+        routes = predictor.routes(predictor.scores(features, range(n)), "batch")
         key = (int(routes.task[0]), routes.weight.numpy().tobytes())
         if key not in passes:
             passes[key] = list(_block_logits(predictor, images, features, routes, blocks))

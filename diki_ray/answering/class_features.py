@@ -1,30 +1,91 @@
-"""Class features at the points of a grid of weights, each computed when an image first needs it.
+"""Where the features of candidate classes come from: computed at each image's own weight, or interpolated between the
+points of a grid of weights. A predictor is given one of the two.
 
-A new task or vocabulary costs two text passes at first, not one for every image and not a whole table.
+Class features change with the integration weight, so the exact ones cost a text pass over all candidates for every
+distinct weight. A table costs two text passes when an image first needs a cell of it, and none after.
 
-Shapes: G points, C classes, E embedding dimensions.
+Shapes: B images, C candidate classes, K templates a class, L tokens, E embedding dimensions, G grid points.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+import math
+from abc import ABC, abstractmethod
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from diki_ray.clip.backbone import Backbone
+
+Key = tuple[str, str, float]
+"""The digest of a module (empty: the frozen model), the key of candidates, and a weight."""
+TEXT_BATCH = 1024
+"""Texts that are encoded at once."""
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """The classes an image may be answered with: names, and tokens [C, K, L] (K templates: the mean of their
+    normalised features, normalised again, is the class's feature)."""
+
+    names: tuple[str, ...]
+    tokens: Tensor
+    key: str
+    """Identifies these candidates where class features are kept."""
+    passing: bool = False
+    """Whether only one request names them. Their features are kept apart and so drive out no others."""
+
+    @staticmethod
+    def of(
+        backbone: Backbone, class_names: Sequence[str], templates: Sequence[str], passing: bool = False
+    ) -> Candidates:
+        tokens = torch.stack([backbone.tokenize(class_names, template) for template in templates], dim=1)
+        return Candidates(tuple(class_names), tokens, repr((tuple(class_names), tuple(templates))), passing)
+
+
+@dataclass(frozen=True, eq=False)
+class PromptedClasses:
+    """Candidates under the text prompts of one task's module, or under none (the frozen model)."""
+
+    backbone: Backbone
+    candidates: Candidates
+    encode: Callable[[Tensor, float], Tensor]
+    """Normalised features [N, E] of tokens [N, L] at a weight."""
+    digest: str
+    """The module's; empty for the frozen model."""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.digest, self.candidates.key
+
+    @torch.no_grad()
+    def features(self, weight: float) -> Tensor:
+        """[C, E] at a weight, on the CPU."""
+        c, k, _ = self.candidates.tokens.shape
+        chunks = self.candidates.tokens.flatten(0, 1).split(TEXT_BATCH)
+        features = torch.cat([self.encode(chunk, weight) for chunk in chunks]).unflatten(0, (c, k))
+        return (features[:, 0] if k == 1 else F.normalize(features.mean(1), dim=-1)).cpu()
 
 
 class FeatureCache:
-    """Class features [C, E] by key, the longest unused dropped beyond a number of bytes. For one thread."""
+    """Class features [C, E] by key, the longest unused dropped beyond a number of bytes. It is for one thread."""
 
     def __init__(self, max_bytes: float) -> None:
         self.num_bytes = 0
         self._max_bytes = max_bytes
-        self._kept: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self._kept: OrderedDict[Key, Tensor] = OrderedDict()
 
-    def get(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+    def known(self) -> list[Key]:
+        return list(self._kept)
+
+    def get(self, key: Key, compute: Callable[[], Tensor]) -> Tensor:
         found = self._kept.get(key)
         if found is None:
-            found = self._kept[key] = compute().cpu()
+            found = self._kept[key] = compute()
             self.num_bytes += found.nbytes
         self._kept.move_to_end(key)
         while self.num_bytes > self._max_bytes and len(self._kept) > 1:
@@ -32,22 +93,95 @@ class FeatureCache:
         return found
 
 
-class ClassTable(Sequence[Tensor]):
-    """[G, C, E] at G weights from 0 to 1, point by point.
+class ClassFeatures(ABC):
+    """Gives logits of image features among candidate classes.
 
-    kept: where the points are kept, under (key, point). at: class features [C, E] at a weight.
+    One object may serve several predictors over the same backbone: what it keeps is known by the modules' digests.
+
+    max_bytes: class features that are kept; max_passing_bytes: the same of `passing` candidates, apart from the others
+        (by default together with them). The longest unused are computed again beyond that.
     """
 
-    def __init__(self, num_points: int, kept: FeatureCache, key: Hashable, at: Callable[[float], Tensor]) -> None:
-        self._num_points = num_points
-        self._kept = kept
-        self._key = key
-        self._at = at
+    def __init__(self, max_bytes: float = math.inf, max_passing_bytes: float | None = None) -> None:
+        self.kept = FeatureCache(max_bytes)
+        self.passing = self.kept if max_passing_bytes is None else FeatureCache(max_passing_bytes)
 
-    def __len__(self) -> int:
-        return self._num_points
+    @abstractmethod
+    def logits(self, features: Tensor, weight: Tensor, classes: PromptedClasses) -> Tensor:
+        """[B, C] of image features [B, E], each among the classes at its own weight, float32 [B]; on the CPU."""
 
-    def __getitem__(self, point: int) -> Tensor:  # type: ignore[override]
-        if not 0 <= point < self._num_points:
-            raise IndexError(point)
-        return self._kept.get((self._key, point), lambda: self._at(point / (self._num_points - 1)))
+    def error(self, classes: PromptedClasses) -> float:
+        """The largest absolute error of one of these class features (whose norm is 1) over all weights."""
+        return 0.0
+
+    def tables(self) -> list[tuple[str, str]]:
+        """The keys of those `PromptedClasses` whose features have been interpolated, as far as they are kept."""
+        return []
+
+    def _at(self, weight: float, classes: PromptedClasses) -> Tensor:
+        cache = self.passing if classes.candidates.passing else self.kept
+        return cache.get((*classes.key, weight), lambda: classes.features(weight))
+
+
+class Exact(ClassFeatures):
+    """Class features at each image's own weight, one text pass for each distinct weight.
+
+    Kept are those of weight 0, the frozen model's, and of weight 1, for which batch after batch asks.
+    """
+
+    def __init__(self, max_bytes: float = 256 * 2**20) -> None:
+        super().__init__(max_bytes)
+
+    def logits(self, features: Tensor, weight: Tensor, classes: PromptedClasses) -> Tensor:
+        out = torch.empty(len(features), len(classes.candidates.names))
+        for w in weight.unique().tolist():
+            text = self._at(w, classes) if w in (0.0, 1.0) else classes.features(w)
+            rows = weight == w
+            out[rows] = classes.backbone.logits(features[rows], text)
+        return out
+
+
+class Tabulated(ClassFeatures):
+    """Class features at G weights in [0, 1], each computed when an image first needs it, and interpolated linearly
+    between them: exact at the grid points, among them the frozen model's and those at weight 1.
+
+    An image is always interpolated between the same two points, so its answer does not depend on what shares its batch
+    or was asked before.
+    """
+
+    def __init__(self, num_points: int, max_bytes: float = math.inf, max_passing_bytes: float | None = None) -> None:
+        super().__init__(max_bytes, max_passing_bytes)
+        self.num_points = num_points
+
+    def logits(self, features: Tensor, weight: Tensor, classes: PromptedClasses) -> Tensor:
+        """f · normalise((1−a) T_g + a T_{g+1}) for each image, without its own [C, E] class features: both ends are
+        unit vectors, so the norm is √((1−a)² + a² + 2a(1−a) T_g·T_{g+1})."""
+        logits = classes.backbone.logits
+        position = weight * (self.num_points - 1)
+        cell = position.long().clamp(max=self.num_points - 2)
+        a = (position - cell).unsqueeze(1)
+        out = torch.empty(len(features), len(classes.candidates.names))
+        for g in cell.unique().tolist():
+            rows = cell == g
+            f, ar = features[rows], a[rows]
+            if bool((ar == ar[0]).all()) and float(ar[0]) in (0.0, 1.0):  # only at a grid point
+                out[rows] = logits(f, self._point(g + int(ar[0]), classes))
+                continue
+            low, high = self._point(g, classes), self._point(g + 1, classes)
+            norm = ((1 - ar) ** 2 + ar**2 + 2 * ar * (1 - ar) * (low * high).sum(1)).sqrt()
+            out[rows] = ((1 - ar) * logits(f, low) + ar * logits(f, high)) / norm
+        return out
+
+    def error(self, classes: PromptedClasses) -> float:
+        """Measured in the middle of every cell, where the error of a linear interpolation is greatest."""
+        table = torch.stack([self._point(g, classes) for g in range(self.num_points)])
+        middle = F.normalize((table[1:] + table[:-1]) / 2, dim=-1)
+        exact = torch.stack([classes.features((g + 0.5) / (len(table) - 1)) for g in range(len(middle))])
+        return float((middle - exact).abs().max())
+
+    def tables(self) -> list[tuple[str, str]]:
+        keys = {key for cache in (self.kept, self.passing) for key in cache.known()}
+        return [table for table, count in Counter((digest, name) for digest, name, _ in keys).items() if count > 1]
+
+    def _point(self, point: int, classes: PromptedClasses) -> Tensor:
+        return self._at(point / (self.num_points - 1), classes)

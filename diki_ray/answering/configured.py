@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
+from diki_ray.answering.class_features import ClassFeatures, Exact, Tabulated
 from diki_ray.answering.coarse import CoarseGaussians
 from diki_ray.answering.gaussians import Gaussians
 from diki_ray.answering.predictor import Predictor
-from diki_ray.answering.routing import Calibration, Published, Validated
+from diki_ray.answering.routing import Calibration, GaussianRouter, Published, Router, Validated
 from diki_ray.config import Config
 from diki_ray.errors import ConfigError
 from diki_ray.learning.methods import METHODS, Method
@@ -24,40 +24,51 @@ def build_predictor(
     config: Config,
     method: Method,
     modules: Sequence[TaskModule],
+    class_features: ClassFeatures | None = None,
     coarse_from: int | None = None,
-    **tables: Any,
 ) -> Predictor:
     """The predictor over these modules, in their order.
 
+    class_features: where class features come from; by default as an evaluation under this configuration needs them.
     coarse_from: with so many modules or more, only the densities that decide an image's route are computed, and the
         others are minus infinity; every density by default, as tables of answers need them.
-    tables: the predictor's `always_tabulated` and `table_bytes`.
 
     Raises:
         ConfigError: the calibration needs what a module does not have.
     """
-    gaussians = (
-        Gaussians([m.moments for m in modules], config.statistics.covariance_eps, config.statistics.shrinkage)
-        if modules
-        else None
-    )
-    if gaussians is not None:
-        gaussians.to(method.backbone.device)
-    coarse = gaussians is not None and coarse_from is not None and len(gaussians) >= coarse_from
     return Predictor(
         method,
         modules,
-        CoarseGaussians(gaussians) if coarse and gaussians else gaussians,
-        build_calibration(config, method.backbone.embed_dim, gaussians, modules),
-        text_grid=config.evaluate.text_grid,
+        build_router(config, method, modules, coarse_from),
+        build_class_features(config) if class_features is None else class_features,
         skip_weight=config.evaluate.skip_weight,
-        **tables,
     )
+
+
+def build_class_features(config: Config) -> ClassFeatures:
+    """What an evaluation needs: tables where each image has a weight of its own. Under `batch` routing all images of a
+    batch share one text weight, and one exact text pass answers them."""
+    evaluate = config.evaluate
+    return Exact() if not evaluate.text_grid or evaluate.routing == "batch" else Tabulated(evaluate.text_grid)
+
+
+def build_router(
+    config: Config, method: Method, modules: Sequence[TaskModule], coarse_from: int | None = None
+) -> Router:
+    """The router over the Gaussians of these modules; arguments and errors are those of `build_predictor`."""
+    embed_dim, statistics = method.backbone.embed_dim, config.statistics
+    if not modules:
+        return GaussianRouter(None, build_calibration(config, embed_dim, None, modules))
+    gaussians = Gaussians([m.moments for m in modules], statistics.covariance_eps, statistics.shrinkage)
+    gaussians.to(method.backbone.device)
+    coarse = CoarseGaussians(gaussians) if coarse_from is not None and len(gaussians) >= coarse_from else None
+    return GaussianRouter(gaussians, build_calibration(config, embed_dim, gaussians, modules), coarse)
 
 
 def build_calibration(
     config: Config, embed_dim: int, gaussians: Gaussians | None, modules: Sequence[TaskModule]
 ) -> Calibration:
+    """The calibration that the configuration names. Raises ConfigError where a module has no validation features."""
     c = config.calibration
     if c.form == "published" or gaussians is None or METHODS[config.method.name].answering != "routed":
         return Published(scale=c.scale or float(embed_dim), bias=-1.0 if c.bias is None else c.bias)

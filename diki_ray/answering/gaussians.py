@@ -74,13 +74,15 @@ class Gaussians:
         factor[h:, h:] = self.corners[task, : e - h, 1 : e - h + 1].triu().T
         return factor
 
-    def log_density(self, features: Tensor) -> Tensor:
-        """log N(f; μ_t, Σ_t) [N, T] float64 of features [N, E], by triangular solves with the Cholesky factors."""
+    def log_density(self, features: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
+        """log N(f; μ_t, Σ_t) [N, T] float64 of features [N, E], by triangular solves with the Cholesky factors; under
+        these tasks, by default under all."""
+        chosen: Sequence[int] = range(len(self)) if tasks is None else tasks
         f = features.to(self.mean.device, torch.float64)
-        out = f.new_empty(len(self), len(f))
+        out = f.new_empty(len(chosen), len(f))
         step = max(1, CHUNK_BYTES // max(1, 8 * f.numel()))
-        for first in range(0, len(self), step):
-            out[first : first + step] = self._log_density(slice(first, first + step), f[None])
+        for first in range(0, len(chosen), step):
+            out[first : first + step] = self._log_density(_rows(chosen[first : first + step], f.device), f[None])
         return out.T.to(features.device)
 
     def log_density_of(self, tasks: Tensor, features: Tensor) -> Tensor:
@@ -107,3 +109,10 @@ class Gaussians:
         second = torch.linalg.solve_triangular(corners[:, : e - h, 1 : e - h + 1].mT, rest, upper=False)
         squared = (first**2).sum(1) + (second**2).sum(1)
         return -0.5 * squared - self.half_log_det[tasks][:, None] - self.constant
+
+
+def _rows(tasks: Sequence[int], device: torch.device) -> slice | Tensor:
+    """The index of these tasks' factors; a slice, which copies none of them, where they follow one another."""
+    if list(tasks) == list(range(tasks[0], tasks[0] + len(tasks))):
+        return slice(tasks[0], tasks[0] + len(tasks))
+    return torch.as_tensor(list(tasks), device=device)

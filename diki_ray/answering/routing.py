@@ -1,6 +1,6 @@
 """From log densities to a task and an integration weight (method.md, "Inference").
 
-Shapes: N images, T tasks learnt so far. Densities are log N(f; μ_t, Σ_t), float64.
+Shapes: N images, E embedding dimensions, T tasks learnt. Densities are log N(f; μ_t, Σ_t), float64.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from diki_ray.answering.coarse import CoarseGaussians
 from diki_ray.answering.gaussians import Gaussians
 from diki_ray.learning.methods.base import Answering
 
@@ -24,7 +25,7 @@ class Calibration(Protocol):
     """How much of a task's module to let in, given the log density of its own Gaussian."""
 
     def weight(self, log_density: Tensor, task: Tensor) -> Tensor:
-        """Integration weights in [0, 1] [N] for the log densities [N] of the tasks [N] (indices)."""
+        """Integration weights in [0, 1] for log densities [N, T] under the tasks [T] (numbers), or [N] under [N]."""
         ...
 
 
@@ -77,17 +78,6 @@ class Validated:
 
 
 @dataclass(frozen=True, eq=False)
-class Reordered:
-    """A calibration seen from a selection of tasks: column i of it is task order[i]."""
-
-    calibration: Calibration
-    order: Tensor
-
-    def weight(self, log_density: Tensor, task: Tensor) -> Tensor:
-        return self.calibration.weight(log_density, self.order[task])
-
-
-@dataclass(frozen=True, eq=False)
 class Routes:
     """For each image the task whose module answers (NO_TASK: none) and its weights.
 
@@ -98,10 +88,71 @@ class Routes:
     weight: Tensor  # float64 [N]
     text_weight: Tensor  # float64 [N]
 
-    def renamed(self, order: Tensor) -> Routes:
-        """Routes among the columns of a selection `order`, said in the numbers of what was selected from."""
-        task = torch.where(self.task == NO_TASK, NO_TASK, order[self.task.clamp(min=0)])
-        return Routes(task, self.weight, self.text_weight)
+    def of(self, rows: Tensor) -> Routes:
+        """The routes of some of the images, by their numbers [M]."""
+        return Routes(self.task[rows], self.weight[rows], self.text_weight[rows])
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What a router finds about N images once T tasks are learnt; column i is task learnt[i]."""
+
+    learnt: Sequence[int]
+    log_density: Tensor  # float64 [N, T]
+    weight: Tensor  # float64 [N, T], the integration weight of each image were it answered by that task
+
+    def routes(self, routing: Routing) -> Routes:
+        """Chooses a task for each image of one batch; ties go to the task learnt first.
+
+        `image`: every image goes to its own densest task. `batch`: all images are one canonical batch and the
+        majority's task answers for all; each image keeps the weight of its own densest task, and the text weight is
+        their mean.
+        """
+        n, num_tasks = self.log_density.shape
+        if num_tasks == 0 or n == 0:
+            return unrouted(n, "frozen", self.learnt)
+        best = self.log_density.max(1).indices
+        weight = self.weight.gather(1, best[:, None])[:, 0]
+        order = torch.as_tensor(list(self.learnt))
+        if routing == "image":
+            return Routes(order[best], weight, weight)
+        majority = torch.bincount(best, minlength=num_tasks).argmax()
+        return Routes(order[majority].expand(n), weight, weight.mean().expand(n))
+
+
+class Router(Protocol):
+    """Says to which of the tasks learnt an image belongs, and how much of that task's module to let in.
+
+    What it says of one task may depend on which others are learnt.
+    """
+
+    def scores(self, features: Tensor, learnt: Sequence[int]) -> Scores:
+        """The scores of frozen features [N, E] once the tasks `learnt` (numbers of modules) are learnt, on the CPU."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianRouter:
+    """Routes by the density of each task's Gaussian, weighed by a calibration of that density alone.
+
+    gaussians: those of all modules; None where there is no module.
+    coarse: rules tasks out by a bound where all modules are learnt; their densities are then minus infinity. Every
+        density is computed by default, as tables of answers need them.
+    """
+
+    gaussians: Gaussians | None
+    calibration: Calibration
+    coarse: CoarseGaussians | None = None
+
+    def scores(self, features: Tensor, learnt: Sequence[int]) -> Scores:
+        if self.gaussians is None:
+            log_density = torch.zeros(len(features), 0, dtype=torch.float64)
+        elif self.coarse is not None and list(learnt) == list(range(len(self.gaussians))):
+            log_density = self.coarse.log_density(features).cpu()
+        else:
+            log_density = self.gaussians.log_density(features, learnt).cpu()
+        weight = self.calibration.weight(log_density, torch.as_tensor(list(learnt), dtype=torch.long))
+        return Scores(learnt, log_density, weight)
 
 
 def unrouted(num_images: int, answering: Answering, learnt: Sequence[int]) -> Routes:
@@ -109,22 +160,3 @@ def unrouted(num_images: int, answering: Answering, learnt: Sequence[int]) -> Ro
     latest = answering == "latest" and len(learnt) > 0
     weight = torch.full((num_images,), 1.0 if latest else 0.0, dtype=torch.float64)
     return Routes(torch.full((num_images,), learnt[-1] if latest else NO_TASK), weight, weight)
-
-
-def route(log_density: Tensor, calibration: Calibration, routing: Routing) -> Routes:
-    """Chooses among the T learnt tasks for one batch; ties go to the lowest task.
-
-    `image`: every image for itself. `batch`: all images are one canonical batch, the majority's task answers for all;
-    each image keeps the weight of its own best density, and the text weight is their mean.
-    """
-    n, num_tasks = log_density.shape
-    if num_tasks == 0 or n == 0:
-        zero = torch.zeros(n, dtype=torch.float64)
-        return Routes(torch.full((n,), NO_TASK), zero, zero)
-    best, task = log_density.max(1)
-    weight = calibration.weight(best, task)
-    if routing == "image":
-        return Routes(task, weight, weight)
-    votes = torch.bincount(task, minlength=num_tasks)
-    majority = int(votes.argmax())
-    return Routes(torch.full_like(task, majority), weight, weight.mean().expand(n))

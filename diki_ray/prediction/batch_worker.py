@@ -16,13 +16,13 @@ import pyarrow as pa
 import ray
 import torch
 
-from diki_ray.answering.predictor import Candidates
+from diki_ray.answering.class_features import Candidates, Exact, Tabulated
 from diki_ray.config import Config
 from diki_ray.data.images import UndecodableImageError, decode_image
 from diki_ray.data.inputs import from_json
 from diki_ray.errors import ConfigError
 from diki_ray.learning.module import TaskModule
-from diki_ray.prediction.run_predictor import Answer, RunPredictor, load_predictor, on_this_machine, predictor_over
+from diki_ray.prediction.run_predictor import RunPredictor, load_predictor, on_this_machine, predictor_over
 from diki_ray.runs.plan import build_method, device_of, load_backbone, precision_of, with_absolute_paths
 from diki_ray.runs.stored_run import config_of, open_learnt
 
@@ -86,7 +86,8 @@ class Learnt:
         backbone.to(device_of(config), precision_of(config))
         modules = [TaskModule.from_bytes(blob) for blob in self.modules]
         method = build_method(config, backbone)
-        found = predictor_over(config, method, modules, always_tabulated=True, table_bytes=TABLE_BYTES)
+        grid = config.evaluate.text_grid
+        found = predictor_over(config, method, modules, Tabulated(grid, TABLE_BYTES) if grid else Exact(TABLE_BYTES))
         return found if self.classes is None else found.among(self.classes, self.template)
 
 
@@ -101,9 +102,9 @@ class Worker:
     def __call__(self, rows: pa.Table) -> pa.Table:
         found = list(self._threads.map(self._pixels, rows["data"].to_pylist(), rows["error"].to_pylist()))
         ready = [pixels for pixels in found if not isinstance(pixels, str)]
-        answers = self._predictor.answer_pixels(torch.stack(ready)) if ready else iter(())
+        answers = iter(self._predictor.answer_pixels(torch.stack(ready)) if ready else ())
         answered = [
-            {"image": image, "error": pixels} if isinstance(pixels, str) else _row(image, next(answers))
+            {"image": image} | ({"error": pixels} if isinstance(pixels, str) else asdict(next(answers)))
             for image, pixels in zip(rows["image"].to_pylist(), found, strict=True)
         ]
         return pa.Table.from_pylist(answered, ANSWERED)
@@ -119,10 +120,6 @@ class Worker:
         if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
             return "too long and thin"
         return self._predictor.predictor.backbone.preprocess(image)
-
-
-def _row(image: str, answer: Answer) -> dict[str, Any]:
-    return {"image": image} | asdict(answer) | {"log_densities": list(answer.log_densities.items())}
 
 
 def read_parts(rows: dict[str, Any]) -> Iterator[pa.Table]:

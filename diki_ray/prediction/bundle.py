@@ -20,8 +20,8 @@ from typing import Any
 from PIL import Image, ImageOps
 
 import diki_ray
-from diki_ray.answering.configured import build_predictor
-from diki_ray.answering.predictor import Candidates
+from diki_ray.answering.class_features import Exact
+from diki_ray.answering.image_answers import Answer
 from diki_ray.clip.backbone import Backbone
 from diki_ray.config import Config, parse
 from diki_ray.config.run import BackboneSection
@@ -29,7 +29,7 @@ from diki_ray.data.images import UndecodableImageError, decode_image
 from diki_ray.data.index import join, read_bytes, write_bytes
 from diki_ray.errors import ConfigError, CorruptError, DataError
 from diki_ray.learning.module import TaskModule, read_tensors, write_tensors
-from diki_ray.prediction.run_predictor import Answer, RunPredictor, read_image
+from diki_ray.prediction.run_predictor import RunPredictor, predictor_over, read_image
 from diki_ray.report.model_card import model_card
 from diki_ray.report.results import DOCUMENT
 from diki_ray.runs.plan import build_method, device_of, load_backbone, precision_of
@@ -163,7 +163,6 @@ def load_bundle(
     config = config.model_copy(
         update={
             "train": config.train.model_copy(update={"device": device}),
-            "evaluate": config.evaluate.model_copy(update={"text_grid": 0}),  # exact: an answer is the image's own
             "backbone": config.backbone
             if backbone is None
             else BackboneSection(
@@ -175,9 +174,7 @@ def load_bundle(
     _check_weights(content["backbone"], loaded)
     loaded.to(device_of(config), precision_of(config))
     modules = [_module(place, number, m, tensors) for number, m in enumerate(content["modules"])]
-    predictor = build_predictor(config, build_method(config, loaded), modules)
-    candidates = tuple(Candidates.of(loaded, m.class_names, m.templates) for m in modules)
-    return Model(content["run"], RunPredictor(predictor, candidates))
+    return Model(content["run"], predictor_over(config, build_method(config, loaded), modules, Exact()))
 
 
 def _module(place: str, number: int, stored: dict[str, Any], tensors: dict[str, Any]) -> TaskModule:

@@ -6,18 +6,17 @@ A run's predictor needs its storage and nothing else: no cluster, and no lease, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from math import inf
-from typing import Any
 
 import torch
 from PIL import Image
 
+from diki_ray.answering.class_features import Candidates, ClassFeatures, Exact
 from diki_ray.answering.configured import COARSE_FROM_TASKS, build_predictor
-from diki_ray.answering.predictor import Candidates, Predictor
-from diki_ray.answering.routing import NO_TASK
+from diki_ray.answering.image_answers import Answer, decide
+from diki_ray.answering.predictor import Predictor
 from diki_ray.config import Config
 from diki_ray.data.images import UndecodableImageError, decode_image
 from diki_ray.data.index import read_bytes
@@ -29,21 +28,6 @@ from diki_ray.runs.stored_run import check_backbone, config_of, open_learnt
 from diki_ray.store.run_store import RunStore
 
 IMAGES_PER_PASS = 32
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What one image was answered with, and how it came about."""
-
-    class_name: str
-    confidence: float
-    """Softmax probability among the candidate classes."""
-    task: str | None
-    """Whose module answered; None: the frozen model alone, or all modules together (a method that answers jointly)."""
-    weight: float
-    """The image's integration weight, 0 to 1."""
-    log_densities: Mapping[str, float]
-    """Of the image under every task's Gaussian, but for tasks that a bound ruled out; the highest is the route."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,25 +60,9 @@ class RunPredictor:
         while chunk := list(islice(ready, IMAGES_PER_PASS)):
             yield from self.answer_pixels(torch.stack(chunk))
 
-    def answer_pixels(self, images: torch.Tensor) -> Iterator[Answer]:
+    def answer_pixels(self, images: torch.Tensor) -> list[Answer]:
         """An answer for each of one pass of preprocessed images [B, 3, H, W]."""
-        predictor = self.predictor
-        frozen = predictor.frozen_features(images)
-        densities = predictor.log_density(frozen)
-        routes = predictor.route(densities, "image")
-        logits = predictor.answer_logits(images, frozen, routes, self.candidates)
-        confidence, best = logits.softmax(1).max(1)
-        names = [name for c in self.candidates for name in c.names]
-        for n in range(len(images)):
-            task, weight = int(routes.task[n]), float(routes.weight[n])
-            alone = task == NO_TASK or weight < predictor.skip_weight
-            yield Answer(
-                class_name=names[int(best[n])],
-                confidence=float(confidence[n]),
-                task=None if alone else self.tasks[task],
-                weight=weight,
-                log_densities={t: s for t, s in zip(self.tasks, densities[n].tolist(), strict=True) if s > -inf},
-            )
+        return [d.answer for d in decide(self.predictor, images, [self.candidates] * len(images))]
 
 
 def read_image(path: str) -> Image.Image:
@@ -122,7 +90,7 @@ def load_predictor(storage: str, run: str, config: Config | None = None) -> RunP
     """
     store = open_learnt(storage, run)
     config, method = load_method(store, config)
-    return predictor_over(config, method, read_modules(store))
+    return predictor_over(config, method, read_modules(store), Exact())
 
 
 def read_modules(store: RunStore) -> list[TaskModule]:
@@ -130,8 +98,10 @@ def read_modules(store: RunStore) -> list[TaskModule]:
     return [TaskModule.from_bytes(store.read_module(entry.digest)) for entry in store.modules()]
 
 
-def predictor_over(config: Config, method: Method, modules: Sequence[TaskModule], **tables: Any) -> RunPredictor:
-    """The predictor over modules that are at hand, among all classes learnt; `tables` as for `build_predictor`.
+def predictor_over(
+    config: Config, method: Method, modules: Sequence[TaskModule], class_features: ClassFeatures
+) -> RunPredictor:
+    """The predictor over modules that are at hand, among all classes learnt.
 
     Raises:
         ConfigError: a module of a backbone of other dimensions.
@@ -143,19 +113,17 @@ def predictor_over(config: Config, method: Method, modules: Sequence[TaskModule]
                 f"task {module.task!r} was learnt on a backbone of {len(module.moments.mean)} dimensions and "
                 f"{config.backbone.name!r} has {backbone.embed_dim}: give the configuration it was learnt with."
             )
-    predictor = build_predictor(config, method, modules, COARSE_FROM_TASKS, **tables)
+    predictor = build_predictor(config, method, modules, class_features, COARSE_FROM_TASKS)
     return RunPredictor(predictor, tuple(Candidates.of(backbone, m.class_names, m.templates) for m in modules))
 
 
 def load_method(store: RunStore, config: Config | None = None) -> tuple[Config, Method]:
-    """A run's configuration as it answers on this machine, with exact class features, and its method on its backbone,
-    on the device.
+    """A run's configuration as it answers on this machine, and its method on its backbone, on the device.
 
     Raises:
         ConfigError: no configuration, or a backbone that is not the run's.
     """
     config = on_this_machine(config_of(store, config))
-    config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"text_grid": 0})})
     backbone = load_backbone(config)
     check_backbone(store, backbone.name, backbone.digest())
     backbone.to(device_of(config), precision_of(config))

@@ -19,8 +19,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
 import diki_ray
-from diki_ray.answering.predictor import Candidates
-from diki_ray.serving.engine import Engine, Question
+from diki_ray.answering.class_features import Candidates
+from diki_ray.serving.engine import Question, answer_questions
 from diki_ray.serving.guard import BodyTooLarge, Guard, too_large
 from diki_ray.serving.metrics import Metrics, exposition
 from diki_ray.serving.page import PAGE, POLICY
@@ -55,8 +55,7 @@ class Service:
         warnings.filterwarnings("ignore", module="PIL")  # its remarks on odd files, of which strangers may send many
         self.settings = settings
         self.snapshots = Snapshots(settings)
-        self.engine = Engine(settings)
-        self.metrics = Metrics(self.snapshots, self.engine)
+        self.metrics = Metrics(self.snapshots)
         self.ask = ask or self._ask_alone
         self.decoders = ThreadPoolExecutor(settings.decode_threads, "diki-serve-decode")
         self._model = ThreadPoolExecutor(1, "diki-serve-model")
@@ -65,7 +64,7 @@ class Service:
     async def answer_together(self, questions: list[Question]) -> list[ImageAnswer | None]:
         """One pass over these questions, in the one thread that the model has."""
         started = time.monotonic()
-        answers = await asyncio.get_running_loop().run_in_executor(self._model, self.engine.answer, questions)
+        answers = await asyncio.get_running_loop().run_in_executor(self._model, answer_questions, questions)
         self.metrics.batch_images.observe(len(questions))
         self.metrics.batch_seconds.observe(time.monotonic() - started)
         return answers

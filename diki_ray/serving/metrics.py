@@ -9,7 +9,6 @@ from importlib.metadata import version
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
 from prometheus_client.metrics_core import Metric
 
-from diki_ray.serving.engine import Engine
 from diki_ray.serving.schema import ImageAnswer
 from diki_ray.serving.snapshot import Snapshots
 
@@ -20,8 +19,8 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 class Metrics:
     """One replica's metrics, in a registry of their own."""
 
-    def __init__(self, snapshots: Snapshots, engine: Engine) -> None:
-        self._snapshots, self._engine = snapshots, engine
+    def __init__(self, snapshots: Snapshots) -> None:
+        self._snapshots = snapshots
         self.registry = registry = CollectorRegistry()
 
         def counter(name: str, what: str, *labels: str) -> Counter:
@@ -72,8 +71,8 @@ class Metrics:
         self._stale.set(snapshots.stale_since is not None)
         self._failures.inc(snapshots.failures - self._told_failures)
         self._told_failures = snapshots.failures
-        self._bytes.labels("learnt").set(self._engine.learnt.num_bytes)
-        self._bytes.labels("named").set(self._engine.named.num_bytes)
+        self._bytes.labels("learnt").set(snapshots.class_features.kept.num_bytes)
+        self._bytes.labels("named").set(snapshots.class_features.passing.num_bytes)
         return list(self.registry.collect())
 
 

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from diki_ray.answering.class_features import Candidates, Tabulated
 from diki_ray.answering.configured import COARSE_FROM_TASKS, build_predictor
-from diki_ray.answering.predictor import Candidates, Predictor
+from diki_ray.answering.predictor import Predictor
 from diki_ray.clip.backbone import Backbone
 from diki_ray.errors import StorageError, UserError
 from diki_ray.learning.module import TaskModule
@@ -66,14 +67,14 @@ class Vocabularies:
         key = (tuple(class_names), template)
         with self._lock:
             if key not in self._kept:
-                self._kept[key] = self._tokenized(class_names, [template])
+                self._kept[key] = self._tokenized(class_names, [template], passing=True)
             self._kept.move_to_end(key)
             while len(self._kept) > _KEPT_VOCABULARIES:
                 self._kept.popitem(last=False)
             return self._kept[key]
 
-    def _tokenized(self, class_names: Sequence[str], templates: Sequence[str]) -> Candidates:
-        candidates = Candidates.of(self._backbone, class_names, templates)
+    def _tokenized(self, class_names: Sequence[str], templates: Sequence[str], passing: bool = False) -> Candidates:
+        candidates = Candidates.of(self._backbone, class_names, templates, passing)
         if self._words is not None:
             self._words.clear()
             self._words.update(self._first_words)
@@ -93,6 +94,7 @@ class Snapshots:
         self._config, self._method = load_method(self._store)
         self.backbone = self._method.backbone
         self.vocabularies = Vocabularies(self.backbone)
+        self.class_features = Tabulated(settings.text_grid, settings.learnt_cache_bytes, settings.named_cache_bytes)
         self._modules: dict[str, TaskModule] = {}
         self.failures = 0
         self.stale_since: float | None = None
@@ -142,7 +144,7 @@ class Snapshots:
         snapshot = Snapshot(
             version=self._store.version,
             digests=tuple(entry.digest for entry in entries),
-            predictor=build_predictor(self._config, self._method, ordered, COARSE_FROM_TASKS),
+            predictor=build_predictor(self._config, self._method, ordered, self.class_features, COARSE_FROM_TASKS),
             learnt=tuple(self.vocabularies.learnt(module) for module in ordered),
         )
         self._modules = modules

@@ -60,7 +60,7 @@ def confidences(run: RunPredictor, path: str) -> dict[str, float]:
     predictor = run.predictor
     pixels = predictor.backbone.preprocess(Image.open(path)).unsqueeze(0)
     frozen = predictor.frozen_features(pixels)
-    routes = predictor.route(predictor.log_density(frozen), "image")
+    routes = predictor.routes(predictor.scores(frozen), "image")
     features = predictor.image_features(pixels, frozen, routes)
     logits = torch.cat([predictor.logits_of_features(features, routes, c) for c in run.candidates], dim=1)
     names = [name for c in run.candidates for name in c.names]

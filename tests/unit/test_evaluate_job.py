@@ -20,9 +20,9 @@ from PIL import Image
 from tiny_backbone import write_tiny_backbone
 
 from diki_ray.answering.answers import candidate_tasks
+from diki_ray.answering.class_features import Candidates, Exact
 from diki_ray.answering.configured import build_predictor
 from diki_ray.answering.evaluation import Evaluated, report
-from diki_ray.answering.predictor import Candidates
 from diki_ray.clip.backbone import Backbone
 from diki_ray.config import Config, parse
 from diki_ray.data.stream import eval_batches
@@ -163,12 +163,12 @@ def afresh(stored: Stored, order: list[int], learnt: int, j: int, routing: str, 
     right, how sure, and how far the best logit is ahead."""
     plan, names = stored.plan, [t.class_names for t in stored.plan.tasks]
     own, backbone = order[:learnt], stored.backbone
-    predictor = build_predictor(plan.config, build_method(plan.config, backbone), [stored.modules[t] for t in own])
-    predictor.text_grid = 0
+    modules = [stored.modules[t] for t in own]
+    predictor = build_predictor(plan.config, build_method(plan.config, backbone), modules, Exact())
     right, confidence, lead = [], [], []
     for batch in eval_batches(plan.tasks[j].index, "test", batch_size=8, transform=backbone.preprocess):
         frozen = predictor.frozen_features(batch.images)
-        routes = predictor.route(predictor.log_density(frozen), routing)  # type: ignore[arg-type]
+        routes = predictor.routes(predictor.scores(frozen), routing)  # type: ignore[arg-type]
         candidates = candidate_tasks(space, j, own, len(names))
         blocks = [Candidates.of(backbone, names[t], plan.tasks[t].templates) for t in candidates]
         logits = torch.cat([predictor.logits(batch.images, frozen, routes, block) for block in blocks], 1)

@@ -87,10 +87,10 @@ def largest_difference(run: RunPredictor, learnt: int) -> float:
     for task in range(T):
         images = GOLDEN[f"task{task}.test.images"]
         frozen = predictor.frozen_features(images)
-        densities = predictor.log_density(frozen)
+        scores = predictor.scores(frozen, range(learnt))
         expected = f"eval.learnt{learnt}.task{task}"
-        batch = predictor.route(densities, "batch", range(learnt))
-        image = predictor.route(densities, "image", range(learnt))
+        batch = predictor.routes(scores, "batch")
+        image = predictor.routes(scores, "image")
         assert batch.task.unique().tolist() == [int(GOLDEN[f"{expected}.batch.majority"])]
         assert image.task.tolist() == GOLDEN[f"{expected}.image.routed"].tolist()
         for routing, routes in (("batch", batch), ("image", image)):

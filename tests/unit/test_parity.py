@@ -8,9 +8,10 @@ import pytest
 import torch
 from golden import Golden
 
+from diki_ray.answering.class_features import Candidates, Exact
 from diki_ray.answering.gaussians import Gaussians
-from diki_ray.answering.predictor import Candidates, Predictor
-from diki_ray.answering.routing import Published
+from diki_ray.answering.predictor import Predictor
+from diki_ray.answering.routing import GaussianRouter, Published
 from diki_ray.learning.moments import Moments
 from diki_ray.learning.task_trainer import Recipe, TaskTrainer
 
@@ -24,7 +25,7 @@ def predictor() -> Predictor:
     modules = [GOLDEN.module(t) for t in TASKS]
     gaussians = Gaussians([m.moments for m in modules], eps=meta["covariance_eps"])
     calibration = Published(meta["calibration_scale"], meta["calibration_bias"])
-    return Predictor(GOLDEN.method, modules, gaussians, calibration, text_grid=0)
+    return Predictor(GOLDEN.method, modules, GaussianRouter(gaussians, calibration), Exact())
 
 
 def candidates(task: int) -> Candidates:
@@ -72,8 +73,8 @@ def test_losses_and_trained_prompts(task: int) -> None:
 
 def test_log_densities(predictor: Predictor) -> None:
     images = torch.cat([GOLDEN[f"task{t}.test.images"] for t in TASKS])
-    densities = predictor.log_density(predictor.frozen_features(images))
-    assert_close(densities, GOLDEN["eval.log_density"], atol=0, rtol=1e-4)
+    scores = predictor.scores(predictor.frozen_features(images))
+    assert_close(scores.log_density, GOLDEN["eval.log_density"], atol=0, rtol=1e-4)
 
 
 @pytest.mark.parametrize("learnt", range(1, GOLDEN.num_tasks + 1))
@@ -81,10 +82,10 @@ def test_log_densities(predictor: Predictor) -> None:
 def test_both_routings_after_each_task(predictor: Predictor, learnt: int, task: int) -> None:
     images, labels = GOLDEN[f"task{task}.test.images"], GOLDEN[f"task{task}.test.labels"]
     frozen = predictor.frozen_features(images)
-    densities = predictor.log_density(frozen)
+    scores = predictor.scores(frozen, range(learnt))
     expected = f"eval.learnt{learnt}.task{task}"
 
-    batch = predictor.route(densities, "batch", range(learnt))
+    batch = predictor.routes(scores, "batch")
     assert batch.task.unique().tolist() == [int(GOLDEN[f"{expected}.batch.majority"])]
     assert_close(batch.text_weight[0], GOLDEN[f"{expected}.batch.text_weight"], 1e-5)
     logits = predictor.logits(images, frozen, batch, candidates(task))
@@ -92,7 +93,7 @@ def test_both_routings_after_each_task(predictor: Predictor, learnt: int, task: 
     accuracy = (logits.argmax(1) == labels).double().mean()
     assert_close(accuracy, GOLDEN["eval.accuracy"][learnt - 1, task], 1e-7)
 
-    image = predictor.route(densities, "image", range(learnt))
+    image = predictor.routes(scores, "image")
     assert torch.equal(image.task, GOLDEN[f"{expected}.image.routed"])
     assert_close(image.weight, GOLDEN[f"{expected}.image.weight"], 1e-5)
     logits = predictor.logits(images, frozen, image, candidates(task))

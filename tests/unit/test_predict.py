@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from tiny_backbone import write_tiny_backbone
 
-from diki_ray.answering.predictor import Candidates
+from diki_ray.answering.class_features import Candidates
 from diki_ray.config import Config, parse
 from diki_ray.errors import ConfigError, DataError
 from diki_ray.learning.module import TaskModule
@@ -121,14 +121,14 @@ def test_an_answer_is_what_the_predictor_computes(stored: Stored) -> None:
     p = loaded.predictor
     pixels = p.backbone.preprocess(image)[None]
     frozen = p.frozen_features(pixels)
-    routes = p.route(p.log_density(frozen), "image")
+    routes = p.routes(p.scores(frozen), "image")
     blocks = [Candidates.of(p.backbone, CLASSES[t], TEMPLATES[t]) for t in CLASSES]
     logits = torch.cat([p.logits(pixels, frozen, routes, block) for block in blocks], dim=1)
     names = [name for block in blocks for name in block.names]
     assert found.class_name == names[int(logits.argmax())]
     assert found.confidence == pytest.approx(float(logits.softmax(1).max()), abs=1e-6)
     assert found.weight == pytest.approx(float(routes.weight), abs=1e-9)
-    assert list(found.log_densities.values()) == pytest.approx(p.log_density(frozen)[0].tolist())
+    assert list(found.log_densities.values()) == pytest.approx(p.scores(frozen).log_density[0].tolist())
 
 
 def test_an_answer_does_not_depend_on_what_else_is_asked(stored: Stored) -> None:

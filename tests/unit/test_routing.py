@@ -10,7 +10,7 @@ import torch
 
 from diki_ray.answering.gaussians import Gaussians
 from diki_ray.answering.metrics import Metrics
-from diki_ray.answering.routing import NO_TASK, Published, Reordered, Validated, route
+from diki_ray.answering.routing import NO_TASK, GaussianRouter, Published, Routes, Routing, Scores, Validated
 from diki_ray.learning.moments import Moments
 
 PUBLISHED = Published(scale=2.0, bias=-1.0)
@@ -21,25 +21,30 @@ def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
+def routed(densities: torch.Tensor, routing: Routing) -> Routes:
+    learnt = range(densities.shape[1])
+    return Scores(learnt, densities, PUBLISHED.weight(densities, torch.arange(len(learnt)))).routes(routing)
+
+
 def test_image_routing_takes_the_best_density_and_ties_go_to_the_lowest_task() -> None:
-    routes = route(DENSITIES, PUBLISHED, "image")
+    routes = routed(DENSITIES, "image")
     assert routes.task.tolist() == [0, 1, 0]
     np.testing.assert_allclose(routes.weight, [sigmoid(1), sigmoid(2), sigmoid(0.5)])
     assert torch.equal(routes.text_weight, routes.weight)
 
 
 def test_batch_routing_votes_but_keeps_each_images_own_weight() -> None:
-    routes = route(DENSITIES, PUBLISHED, "batch")
+    routes = routed(DENSITIES, "batch")
     assert routes.task.tolist() == [0, 0, 0]
     weights = [sigmoid(1), sigmoid(2), sigmoid(0.5)]  # image 1 keeps the weight of task 1's density
     np.testing.assert_allclose(routes.weight, weights)
     np.testing.assert_allclose(routes.text_weight, [sum(weights) / 3] * 3)
-    tie = route(DENSITIES[:2], PUBLISHED, "batch")
+    tie = routed(DENSITIES[:2], "batch")
     assert tie.task.tolist() == [0, 0]
 
 
 def test_nothing_learnt_routes_nowhere() -> None:
-    routes = route(torch.zeros(2, 0, dtype=torch.float64), PUBLISHED, "image")
+    routes = routed(torch.zeros(2, 0, dtype=torch.float64), "image")
     assert routes.task.tolist() == [NO_TASK, NO_TASK]
     assert routes.weight.tolist() == [0, 0]
 
@@ -67,10 +72,18 @@ def test_validated_calibration_means_the_same_at_every_scale() -> None:
         Validated.from_validation(gaussians, [validation[0], validation[1][:1]])
 
 
-def test_a_selection_of_tasks_keeps_their_own_calibration() -> None:
-    calibration = Validated(torch.tensor([0.0, 10.0]), torch.tensor([1.0, 2.0]), slope=1.0, bias=0.0)
-    selected = Reordered(calibration, torch.tensor([1]))
-    assert float(selected.weight(torch.tensor([10.0]), torch.tensor([0]))) == 0.5
+@pytest.mark.parametrize("learnt", [(1,), (2, 0), (0, 1, 2), (1, 2)])
+def test_a_selection_of_tasks_keeps_its_densities_and_calibration(learnt: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(1)
+    gaussians = Gaussians([Moments.of(rng.normal(size=(50, 4)) + t) for t in range(3)])
+    calibration = Validated(torch.tensor([0.0, 10.0, -5.0]), torch.tensor([1.0, 2.0, 3.0]), slope=1.0, bias=0.0)
+    router, features = GaussianRouter(gaussians, calibration), torch.from_numpy(rng.normal(size=(20, 4)) + 1)
+    whole, selected = router.scores(features, range(3)), router.scores(features, learnt)
+    assert torch.equal(selected.log_density, whole.log_density[:, list(learnt)])
+    assert torch.equal(selected.weight, whole.weight[:, list(learnt)])
+    best = selected.log_density.argmax(1).tolist()
+    assert selected.routes("image").task.tolist() == [learnt[i] for i in best]
+    assert set(selected.routes("batch").task.tolist()) <= set(learnt)
 
 
 def test_metrics_of_a_matrix_computed_by_hand() -> None:

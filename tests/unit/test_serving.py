@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,11 @@ from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 from served_run import CLASSES, TOKEN, ServedRun, as_json, picture, picture_file
 
+from diki_ray.answering.class_features import FeatureCache, Tabulated
 from diki_ray.errors import ConfigError
 from diki_ray.prediction.run_predictor import load_predictor
 from diki_ray.serving.app import Ask, Service, build_app
-from diki_ray.serving.engine import Engine, FeatureCache, Question
+from diki_ray.serving.engine import Question, answer_questions
 from diki_ray.serving.metrics import exposition
 from diki_ray.serving.page import PAGE, POLICY
 from diki_ray.serving.settings import Settings, token_digest
@@ -120,17 +122,19 @@ def questions(snapshots: Snapshots, *tasks: str) -> list[Question]:
 def test_an_answer_does_not_depend_on_what_shares_its_pass_or_was_asked_before(run: ServedRun) -> None:
     """Among others: questions under a snapshot that is no longer current, in one pass with those under the next."""
     settings = Settings(storage=run.storage, run="colours")
-    snapshots, engine = Snapshots(settings), Engine(settings)
+    snapshots = Snapshots(settings)
     before = questions(snapshots, "warm", "cold", "lush", "warm", "lush")
     run.learn("lush")
     assert snapshots.refresh()
     after = questions(snapshots, "warm", "cold", "lush", "warm", "lush")
     mixed = [q for pair in zip(before, after, strict=True) for q in pair]
-    together = engine.answer(mixed)
+    together = answer_questions(mixed)
     assert [a.task for a in together[1::2]] == ["warm", "cold", "lush", "warm", "lush"]
     assert all(set(a.log_densities) == {"warm", "cold"} for a in together[0::2])
     for question, answer in zip(mixed, together, strict=True):
-        (alone,) = Engine(settings).answer([question])
+        predictor = replace(question.snapshot.predictor, class_features=Tabulated(settings.text_grid))  # nothing kept
+        unasked = replace(question, snapshot=replace(question.snapshot, predictor=predictor))
+        (alone,) = answer_questions([unasked])
         assert (alone.class_name, alone.task) == (answer.class_name, answer.task)
         assert alone.confidence == pytest.approx(answer.confidence, abs=1e-5)
         assert alone.weight == pytest.approx(answer.weight, abs=1e-6)
@@ -139,7 +143,7 @@ def test_an_answer_does_not_depend_on_what_shares_its_pass_or_was_asked_before(r
 def test_nobody_is_answered_whose_time_is_over(service: Service) -> None:
     (question,) = questions(service.snapshots, "warm")
     late = Question(question.pixels, question.snapshot, question.candidates, time.monotonic() - 1)
-    first, second = service.engine.answer([late, question])
+    first, second = answer_questions([late, question])
     assert first is None
     assert second is not None
 
@@ -303,9 +307,9 @@ def test_more_images_than_may_wait_are_sent_away(service: Service) -> None:
 def test_class_features_are_kept_up_to_a_number_of_bytes() -> None:
     cache = FeatureCache(max_bytes=3 * 40)
     for n in (0, 1, 2, 0, 3):
-        cache.get(("", n, "x"), lambda n=n: torch.full((10,), float(n)))
+        cache.get(("", "x", n), lambda n=n: torch.full((10,), float(n)))
     assert cache.num_bytes == 3 * 40
-    kept = [cache.get(("", n, "x"), lambda: torch.full((10,), -1.0))[0].item() for n in (0, 2, 3, 1)]
+    kept = [cache.get(("", "x", n), lambda: torch.full((10,), -1.0))[0].item() for n in (0, 2, 3, 1)]
     assert kept == [0.0, 2.0, 3.0, -1.0]  # 1 was the longest unused
 
 
@@ -315,13 +319,13 @@ def test_vocabularies_of_strangers_drive_nothing_out_and_leave_nothing_behind(un
     client = TestClient(build_app(service))
     image = picture_file("warm", 1)
     expected = client.post("/predict", json=as_json(image)).json()
-    learnt, words = service.engine.learnt.num_bytes, len(service.snapshots.backbone.tokenizer.cache)
+    learnt, words = service.snapshots.class_features.kept.num_bytes, len(service.snapshots.backbone.tokenizer.cache)
     for n in range(100):
         names = [f"strange{n}x{k}" for k in range(5)]
         assert client.post("/predict", json=as_json(image, classes=names)).status_code == 200
     assert len(service.snapshots.vocabularies._kept) <= 64
-    assert 0 < service.engine.named.num_bytes <= 20_000
-    assert service.engine.learnt.num_bytes == learnt > 0
+    assert 0 < service.snapshots.class_features.passing.num_bytes <= 20_000
+    assert service.snapshots.class_features.kept.num_bytes == learnt > 0
     assert len(service.snapshots.backbone.tokenizer.cache) == words
     assert client.post("/predict", json=as_json(image)).json() == expected
     service.close()
@@ -385,6 +389,6 @@ def test_frozen_answers_come_below_skip_weight(run: ServedRun) -> None:
     run.store.put_document(run.epoch, "config.yaml", config.to_yaml())
     settings = Settings(storage=run.storage, run="colours")
     snapshots = Snapshots(settings)
-    for answer in Engine(settings).answer(questions(snapshots, "warm", "cold")):
+    for answer in answer_questions(questions(snapshots, "warm", "cold")):
         assert answer.task is None
         assert answer.top == answer.plain_clip

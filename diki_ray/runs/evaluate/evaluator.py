@@ -26,9 +26,9 @@ from diki_ray.answering.answers import (
     needed_routes,
     predict_along,
 )
+from diki_ray.answering.class_features import Candidates
 from diki_ray.answering.configured import build_predictor
 from diki_ray.answering.metrics import Metrics
-from diki_ray.answering.predictor import Candidates
 from diki_ray.config import Config
 from diki_ray.data.shards import SkipLedger
 from diki_ray.data.stream import eval_batches
@@ -176,9 +176,9 @@ class Evaluating:
             answers = Answers.empty(labels, num_tasks, len(blocks), self.predictor.method.answering)
         else:
             features, answers = torch.from_numpy(known.features), known.answers
-        densities = self.predictor.log_density(features)
-        answers.log_density[:] = densities.numpy()
-        answers.weight[:] = self.predictor.weights(densities).numpy()
+        scores = self.predictor.scores(features)
+        answers.log_density[:] = scores.log_density.numpy()
+        answers.weight[:] = scores.weight.numpy()
         along: list[Prediction] = []
         orders = self.orders
         if answered_along(self.config):

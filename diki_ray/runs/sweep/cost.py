@@ -81,7 +81,8 @@ def images_per_s(stream: Stream, split: str) -> float:
         started = time.monotonic()
         for images, candidates in batches:
             frozen = predictor.frozen_features(images)
-            routes = predictor.route(predictor.log_density(frozen), plan.config.evaluate.routing)
-            predictor.answer_logits(images, frozen, routes, candidates)
+            routes = predictor.routes(predictor.scores(frozen), plan.config.evaluate.routing)
+            features = predictor.image_features(images, frozen, routes)
+            predictor.answer_logits(features, frozen, routes, candidates)
         taken.append(time.monotonic() - started)
     return sum(len(images) for images, _ in batches) / float(np.min(taken))
