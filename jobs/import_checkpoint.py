@@ -17,6 +17,7 @@ from diki_ray.data.protocols import protocol
 from diki_ray.errors import UserError
 from diki_ray.runtime.foreign import NamedTask, import_checkpoint, read_checkpoint, read_tasks
 from diki_ray.runtime.plan import load_backbone, make_plan
+from diki_ray.runtime.stored_run import backbone_options, needs_word
 
 
 def main() -> int:
@@ -45,6 +46,8 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     where = f"{arguments.storage} {arguments.run}"
+    if needs_word(config.backbone):
+        where += f" {backbone_options(config.backbone)}"
     print(f"run {arguments.run!r}: {len(entries)} tasks imported ({', '.join(e.task for e in entries)}).")
     print(f"Published figures are voted by batch: python jobs/evaluate.py {where} --routing batch")
     return 0

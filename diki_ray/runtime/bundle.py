@@ -20,7 +20,7 @@ from typing import Any
 from PIL import Image, ImageOps
 
 import diki_ray
-from diki_ray.config import BackboneSection, Config, parse
+from diki_ray.config import Config, parse
 from diki_ray.data.images import UndecodableImageError, decode_image
 from diki_ray.data.index import join, read_bytes, write_bytes
 from diki_ray.errors import ConfigError, CorruptError, DataError
@@ -28,10 +28,17 @@ from diki_ray.model.backbone import Backbone
 from diki_ray.model.module import TaskModule, read_tensors, write_tensors
 from diki_ray.model.predictor import Candidates
 from diki_ray.runtime.inference import Answer, RunPredictor, build_predictor, read_image
-from diki_ray.runtime.model_card import model_card
+from diki_ray.runtime.model_card import load_arguments, model_card
 from diki_ray.runtime.plan import build_method, device_of, load_backbone, precision_of
 from diki_ray.runtime.results import DOCUMENT
-from diki_ray.runtime.stored_run import check_backbone, config_of, open_learnt
+from diki_ray.runtime.stored_run import (
+    check_backbone,
+    config_of,
+    named_backbone,
+    open_learnt,
+    refuse_what_runs,
+    with_backbone,
+)
 
 FORMAT = 1
 BUNDLE, CARD, CONFIG = "bundle.safetensors", "README.md", "config.yaml"
@@ -143,10 +150,11 @@ def load_bundle(
     path: the folder that jobs/export.py wrote, or its bundle.safetensors.
     device: auto (a GPU where there is one), cpu or cuda.
     backbone, pretrained, directory: where this machine has the backbone, if elsewhere than the bundle says; its
-        weights are compared with the run's.
+        weights are compared with the run's. A Python file or a folder is taken from here alone: a bundle runs no code.
 
     Raises:
-        DataError: no bundle there. CorruptError: a damaged one. ConfigError: the backbone is not the run's.
+        DataError: no bundle there. CorruptError: a damaged one. ConfigError: the backbone is not the run's, or the
+            bundle names one that needs the caller's word.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"device is {device!r}; it can be auto, cpu or cuda.")
@@ -158,15 +166,15 @@ def load_bundle(
     if content.get("format") != FORMAT or "modules" not in content:
         raise CorruptError(f"{place} is no bundle of format {FORMAT}: export the run again with this version.")
     config = parse(content["config"], source=place)
+    told = named_backbone(backbone, pretrained, directory)
+    if told is None:
+        refuse_what_runs(config.backbone, f"the bundle {place}", load_arguments(config.backbone))
+    else:
+        config = with_backbone(config, told)
     config = config.model_copy(
         update={
             "train": config.train.model_copy(update={"device": device}),
             "evaluate": config.evaluate.model_copy(update={"text_grid": 0}),  # exact: an answer is the image's own
-            "backbone": config.backbone
-            if backbone is None
-            else BackboneSection(
-                name=backbone, pretrained=pretrained, directory=directory, precision=config.backbone.precision
-            ),
         }
     )
     loaded = load_backbone(config)

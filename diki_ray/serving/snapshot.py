@@ -21,7 +21,7 @@ from diki_ray.model.module import TaskModule
 from diki_ray.model.predictor import Candidates, Predictor
 from diki_ray.runtime.inference import COARSE_FROM_TASKS, build_predictor, load_method
 from diki_ray.runtime.results import DOCUMENT
-from diki_ray.runtime.stored_run import open_learnt
+from diki_ray.runtime.stored_run import config_of, named_backbone, open_learnt
 from diki_ray.serving.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,8 @@ class Snapshots:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._store = open_learnt(settings.storage, settings.run)
-        self._config, self._method = load_method(self._store)
+        told = named_backbone(settings.backbone, settings.pretrained, settings.directory)
+        self._config, self._method = load_method(self._store, config_of(self._store, backbone=told))
         self.backbone = self._method.backbone
         self.vocabularies = Vocabularies(self.backbone)
         self._modules: dict[str, TaskModule] = {}
