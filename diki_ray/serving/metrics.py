@@ -81,14 +81,15 @@ def exposition(replicas: dict[str, list[Metric]]) -> bytes:
 
     class Together:
         def collect(self) -> Iterator[Metric]:
-            yield from _together(replicas)
+            yield from together(replicas)
 
     registry = CollectorRegistry(auto_describe=False)
     registry.register(Together())
     return generate_latest(registry)
 
 
-def _together(replicas: dict[str, list[Metric]]) -> Iterable[Metric]:
+def together(replicas: dict[str, list[Metric]]) -> Iterable[Metric]:
+    """The metrics of several replicas by their names, each sample with its replica's name as the label `replica`."""
     families: dict[str, Metric] = {}
     for replica, metrics in sorted(replicas.items()):
         for metric in metrics:
