@@ -20,7 +20,7 @@ import pyarrow as pa
 import ray
 
 from diki_ray.config import Config
-from diki_ray.data.inputs import Part, to_json
+from diki_ray.data.inputs import InputPart, to_json
 from diki_ray.errors import ConfigError, DataError, UserError
 from diki_ray.learning.methods import METHODS
 from diki_ray.prediction.batch_output import open_output
@@ -76,7 +76,7 @@ class Tally:
 
 def answer_all(
     learnt: Learnt,
-    parts: Sequence[Part],
+    parts: Sequence[InputPart],
     output: str,
     workers: Workers,
     max_skipped: int | None = None,
@@ -128,7 +128,7 @@ def _skipped(tally: Tally) -> str:
 
 
 def answer_parts(
-    learnt: Learnt, parts: Sequence[Part], workers: Workers, tally: Tally
+    learnt: Learnt, parts: Sequence[InputPart], workers: Workers, tally: Tally
 ) -> Generator[pa.Table, None, None]:
     """Answers (`ANSWERED`) of every input of the parts, in their order; counted in `tally` as they come.
 

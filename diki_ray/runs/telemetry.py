@@ -173,7 +173,7 @@ class Telemetry:
 
 
 @contextmanager
-def serving(config: Config, protocol: str) -> Iterator[Telemetry]:
+def exporting(config: Config, protocol: str) -> Iterator[Telemetry]:
     """A run's telemetry; served on `telemetry.host:port` while in it, and `telemetry.linger_s` longer.
 
     Raises:
