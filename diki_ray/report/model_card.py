@@ -8,7 +8,7 @@ from typing import Any
 from diki_ray.learning.methods import METHODS
 
 MAX_CLASSES_SHOWN = 30
-EXPLAINED_METRICS = {
+MEANINGS = {
     "transfer": "mean accuracy on tasks not learnt yet",
     "average": "mean accuracy over the whole stream",
     "last": "mean accuracy once all is learnt",
@@ -111,10 +111,7 @@ def _figures(results: Mapping[str, Any] | None, digests: Sequence[str]) -> list[
         "",
         "| metric | % | |",
         "|---|---|---|",
-        *(
-            f"| {name} | {_percent(results['metrics'][name]['mean'])} | {what} |"
-            for name, what in EXPLAINED_METRICS.items()
-        ),
+        *(f"| {name} | {_percent(results['metrics'][name]['mean'])} | {what} |" for name, what in MEANINGS.items()),
         "",
     ]
 

@@ -29,7 +29,7 @@ UNNAMED = "unreadable"
 
 
 class Telemetry:
-    """A run's metrics in a registry of their own; a Listener of its progress. Nothing is served until `serving`."""
+    """A run's metrics in a registry of their own; a Listener of its progress. Nothing is served until `exporting`."""
 
     def __init__(self, config: Config, protocol: str) -> None:
         self.registry = registry = CollectorRegistry()
