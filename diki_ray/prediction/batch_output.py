@@ -1,4 +1,4 @@
-"""Where answers go: one JSONL file, or a folder of Parquet files; local, or in object storage.
+"""Answers are written to one JSONL file or a folder of Parquet files, local or in object storage.
 
 A JSONL file appears when it is whole. A Parquet folder is whole once it has `_SUCCESS`.
 """
@@ -30,7 +30,7 @@ class Output(Protocol):
 
 
 class JsonLines:
-    """One JSON object a line."""
+    """Writes one JSON object a line."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -47,7 +47,7 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
 
 
 class ParquetFolder:
-    """part-00000.parquet, …, each written whole."""
+    """Writes part-00000.parquet and so on, each whole."""
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
@@ -84,7 +84,8 @@ def check(place: str) -> None:
 
 @contextmanager
 def open_output(place: str) -> Iterator[Output]:
-    """The output, finished when the block ends without an error; StorageError if it cannot be written."""
+    """Yields the output, which is finished when the block ends without an error. Raises StorageError if it cannot be
+    written."""
     if place.endswith(".parquet"):
         folder = ParquetFolder(place)
         yield folder

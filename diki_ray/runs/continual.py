@@ -25,7 +25,7 @@ from diki_ray.runs.plan import Plan, load_backbone, make_plan
 from diki_ray.runs.progress import Display, Listener, following
 from diki_ray.runs.results import build_results, is_of_configuration, protocol_id
 from diki_ray.runs.store_client import StoreClient
-from diki_ray.runs.telemetry import Telemetry, serving
+from diki_ray.runs.telemetry import Telemetry, exporting
 from diki_ray.runs.tracking import Tracking, tracking
 from diki_ray.runs.train.group import train
 from diki_ray.store.run_store import CONFIG_DOCUMENT
@@ -41,7 +41,7 @@ def run_continual(config: Config, console: Console, config_file: str | None = No
         UserError: what the user can put right; what was committed before stays.
     """
     display, protocol = Display(console), protocol_id(config)
-    with serving(config, protocol) as telemetry, tracking(config, protocol, display.say) as tracked:
+    with exporting(config, protocol) as telemetry, tracking(config, protocol, display.say) as tracked:
         results = _run(config, display, telemetry, tracked)
         console.print(table(results))
         console.print(next_steps(config, _command(), config_file), highlight=False, markup=False, soft_wrap=True)

@@ -29,7 +29,7 @@ UNNAMED = "unreadable"
 
 
 class Telemetry:
-    """A run's metrics in a registry of their own; a Listener of its progress. Nothing is served until `serving`."""
+    """A run's metrics in a registry of their own; a Listener of its progress. Nothing is served until `exporting`."""
 
     def __init__(self, config: Config, protocol: str) -> None:
         self.registry = registry = CollectorRegistry()
@@ -173,7 +173,7 @@ class Telemetry:
 
 
 @contextmanager
-def serving(config: Config, protocol: str) -> Iterator[Telemetry]:
+def exporting(config: Config, protocol: str) -> Iterator[Telemetry]:
     """A run's telemetry; served on `telemetry.host:port` while in it, and `telemetry.linger_s` longer.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A server's life: a cluster joined or started, the application deployed, its URL, and an orderly end."""
+"""A server joins or starts a cluster, deploys the application, says its URL, and ends in order."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from diki_ray.serving.settings import Settings
 
 APP_NAME = "diki"
 _PROXY_GRACE_S = 5.0
-"""The proxy's own limit comes after the application's, which can say why."""
+"""The proxy's own limit comes so much later than the application's, which can say why."""
 
 
 @contextmanager
@@ -37,10 +37,10 @@ def serving(
     gpus_per_replica: float = 0.0,
     address: str | None = None,
 ) -> Iterator[str]:
-    """The URL of a server that answers while in it.
+    """Yields the URL of a server that answers while in it.
 
-    On the cluster at `address` or in RAY_ADDRESS, else on one of this machine's, started and stopped here. In a process
-    that is connected already, that connection is used and kept.
+    It runs on the cluster at `address` or in RAY_ADDRESS, else on one of this machine's, started and stopped here. In a
+    process that is connected already, that connection is used and kept.
 
     Raises:
         ConfigError: no such run, a port that is taken, a cluster that cannot be joined, replicas that do not start.
@@ -107,11 +107,11 @@ def _run(settings: Settings, replicas: int, actor_options: dict[str, float]) -> 
     try:
         serve.run(deploy(settings, num_replicas=replicas, ray_actor_options=actor_options), name=APP_NAME)
     except RuntimeError as error:
-        raise ConfigError(f"no replica could be started: {_told(str(error))}") from error
+        raise ConfigError(f"no replica could be started: {_reason(str(error))}") from error
 
 
-def _told(message: str) -> str:
-    """The last line of a replica's traceback, where the reason is."""
+def _reason(message: str) -> str:
+    """Returns the last line of a replica's traceback, where the reason is."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     reasons = [line for line in lines if "Error: " in line]
     return (reasons or lines)[-1]
