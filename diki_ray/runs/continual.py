@@ -28,6 +28,7 @@ from diki_ray.runs.store_client import StoreClient
 from diki_ray.runs.telemetry import Telemetry, serving
 from diki_ray.runs.tracking import Tracking, tracking
 from diki_ray.runs.train.group import train
+from diki_ray.store.interface import HeldRun
 from diki_ray.store.run_store import CONFIG_DOCUMENT
 
 
@@ -55,9 +56,7 @@ def _run(config: Config, display: Display, telemetry: Telemetry, tracked: Tracki
     clock.start("cluster")
     with cluster(config), _store(config) as store:
         telemetry.watch(store, [task.key for task in plan.tasks])
-        display.say(
-            f"run {config.run.name!r} on {store.handle.storage}: {len(plan.tasks)} tasks, {protocol_id(config)}"
-        )
+        display.say(f"run {config.run.name!r} on {store.storage}: {len(plan.tasks)} tasks, {protocol_id(config)}")
         if sentence := plan.few_images():
             display.say(sentence)
         clock.start("train")
@@ -100,7 +99,7 @@ def _learn(plan: Plan, store: StoreClient, display: Display, listeners: Sequence
 
 
 def _evaluated(
-    plan: Plan, store: StoreClient, display: Display, telemetry: Telemetry, clock: _Clock, trained: list[str]
+    plan: Plan, store: HeldRun, display: Display, telemetry: Telemetry, clock: _Clock, trained: list[str]
 ) -> dict[str, Any]:
     def on_progress(done: int, total: int) -> None:
         for listener in (display, telemetry):
@@ -131,7 +130,7 @@ def _command() -> str:
     return shlex.join(["python", *sys.argv])
 
 
-def _unchanged_results(plan: Plan, store: StoreClient) -> dict[str, Any] | None:
+def _unchanged_results(plan: Plan, store: HeldRun) -> dict[str, Any] | None:
     """The stored results, if they are of this configuration and of the modules that are in the run now."""
     results = store.get_document(DOCUMENT)
     if results is None or not is_of_configuration(results, plan.config):

@@ -32,6 +32,11 @@ class Library:
         self._objects = objects
         self.corrupt = 0
 
+    @staticmethod
+    def open(storage: str) -> "Library":
+        """Return the library of a storage: a local path or a bucket's URL."""
+        return Library(Objects.open(storage))
+
     def find(self, key: str) -> Record | None:
         """The record of a key, None when there is none or it is damaged. Says nothing about its blob."""
         data = self._objects.get(key_path(key))

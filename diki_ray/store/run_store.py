@@ -1,15 +1,15 @@
 """The run's store: a log that outlives any process, and the blobs it names. What was acknowledged is never lost.
 
 The store knows nothing of torch: a module is bytes under a key. Its promises rest on two facts. Objects are created
-atomically, durably and once (objects.py), and everything a reader believes is reached from the log (store_log.py,
-store_journal.py), whose entries are written only after what they point to. So a crash leaves at worst a blob nobody
-names, never a name without its blob, and there is nothing to repair at start.
+atomically, durably and once (objects.py), and everything a reader believes is reached from the log (log.py,
+journal.py), whose entries are written only after what they point to. So a crash leaves at worst a blob nobody names,
+never a name without its blob, and there is nothing to repair at start.
 
-<storage>/library/…                  modules, shared by all runs of the storage (store_library.py)
-<storage>/runs/<run>/log/…           what was committed, removed, rolled back, and by whom (store_journal.py)
-<storage>/runs/<run>/checkpoints/…   tasks in training (store_checkpoints.py)
+<storage>/library/…                  modules, shared by all runs of the storage (library.py)
+<storage>/runs/<run>/log/…           what was committed, removed, rolled back, and by whom (journal.py)
+<storage>/runs/<run>/checkpoints/…   tasks in training (checkpoints.py)
 <storage>/runs/<run>/results/…       small documents for people: configuration, results
-<storage>/cache/…                    derived arrays, shared by all runs, safe to delete
+<storage>/cache/…                    derived arrays, shared by all runs, safe to delete (caches.py)
 """
 
 import json
@@ -18,9 +18,10 @@ from typing import Any
 from diki_ray.errors import CorruptError, StorageError, UserError
 from diki_ray.store import upkeep as store_upkeep
 from diki_ray.store.checkpoints import Checkpoints
+from diki_ray.store.interface import ReadableRun
 from diki_ray.store.journal import RunLog
 from diki_ray.store.library import Library, Record, checked_name
-from diki_ray.store.log import Entry, Holder, State, canonical, digest_of
+from diki_ray.store.log import Entry, Holder, State, canonical
 from diki_ray.store.objects import Objects, checked_path
 from diki_ray.store.upkeep import Problem, PurgeReport
 
@@ -31,7 +32,7 @@ CONFIG_DOCUMENT = "config.yaml"
 DEFAULT_TTL_S = 30.0  # how long a driver that died unseen, on another machine, keeps the run to itself
 
 
-class RunStore:
+class RunStore(ReadableRun):
     """One run of one storage. Writers pass the `epoch` that `acquire` gave them; readers need none.
 
     Not thread-safe: one thread at a time may write (the store actor sees to it).
@@ -124,10 +125,6 @@ class RunStore:
         record = self.library.find_intact(key)
         return self._enter(epoch, task, record) if record is not None else None
 
-    def has_module(self, key: str) -> bool:
-        """Whether the run has an intact module under `key`; a damaged one is to be trained again."""
-        return any(entry.key == key and self.library.intact(entry.digest) for entry in self.modules())
-
     def module_by_key(self, key: str) -> bytes:
         """The verified bytes of the run's, else the library's, module under `key`; StorageError when there is none."""
         digest = next((entry.digest for entry in self.modules() if entry.key == key), None) or self.find_in_library(key)
@@ -218,7 +215,7 @@ class RunStore:
     def corrupt_modules(self) -> int:
         return self.library.corrupt
 
-    # Documents and caches
+    # Documents
 
     def put_document(self, epoch: int, name: str, document: dict[str, Any] | list[Any] | str) -> None:
         """Write `results/<name>` atomically: JSON for a dict or list, a str as it is. Durable when it returns.
@@ -242,15 +239,6 @@ class RunStore:
             raise CorruptError(
                 f"{self.objects.uri}/{self._document(name)} is damaged: {error}; run the job again"
             ) from error
-
-    def cache_put(self, name: str, data: bytes) -> None:
-        """Keep derived bytes under a name that says what they depend on."""
-        self.objects.put(self._cached(name), digest_of(data).encode() + data)
-
-    def cache_get(self, name: str) -> bytes | None:
-        """The bytes kept under `name`; None when there are none or they are damaged."""
-        kept = self.objects.get(self._cached(name)) or b""
-        return kept[64:] if len(kept) >= 64 and digest_of(kept[64:]).encode() == kept[:64] else None
 
     # Upkeep
 
@@ -289,6 +277,3 @@ class RunStore:
 
     def _document(self, name: str) -> str:
         return checked_path(f"{self.log.folder}/results/{name}")
-
-    def _cached(self, name: str) -> str:
-        return checked_path(f"cache/{name}")
