@@ -19,11 +19,11 @@ from diki_ray.learning.module import TaskModule
 from diki_ray.report.next_steps import next_steps
 from diki_ray.report.results import DOCUMENT, table
 from diki_ray.report.run import REPORT, render
-from diki_ray.runs.cluster import cluster
 from diki_ray.runs.evaluate.evaluator import evaluate
 from diki_ray.runs.plan import Plan, load_backbone, make_plan
 from diki_ray.runs.progress import Display, Listener, following
 from diki_ray.runs.results import build_results, is_of_configuration, protocol_id
+from diki_ray.runs.run_cluster import cluster
 from diki_ray.runs.store_client import StoreClient
 from diki_ray.runs.telemetry import Telemetry, serving
 from diki_ray.runs.tracking import Tracking, tracking
@@ -74,7 +74,7 @@ def _run(config: Config, display: Display, telemetry: Telemetry, tracked: Tracki
         return results
 
 
-def _learn(plan: Plan, store: StoreClient, display: Display, listeners: Sequence[Listener]) -> list[str]:
+def _learn(plan: Plan, store: HeldRun, display: Display, listeners: Sequence[Listener]) -> list[str]:
     """Makes every task's module part of the run; the names of those that had to be trained."""
     damaged = {entry.key for entry in store.damaged_modules()}
     committed = {entry.key: entry for entry in store.modules() if entry.key not in damaged}

@@ -147,6 +147,7 @@ class StoreActor:
             store = self._opened()
             return {
                 "pid": os.getpid(),
+                "driver_pid": self._handle.holder.pid,
                 "epoch": self._handle.epoch,
                 "version": store.version,
                 "num_modules": len(store.modules()),

@@ -15,6 +15,7 @@ class RunStatus(TypedDict):
     """Plain numbers about a held run and the process that writes it, for people and metrics."""
 
     pid: int
+    driver_pid: int
     epoch: int
     version: int
     num_modules: int

@@ -106,6 +106,7 @@ def test_a_run_through_the_actor(start, storage):
     assert client.snapshot() == (version + 1, (replaced,))
     assert RunStore.open(storage, "run").verify() == ()
     assert client.status()["num_modules"] == 1
+    assert client.status()["driver_pid"] == os.getpid()
 
 
 def test_workers_reach_the_store_through_a_copy_of_the_client(start):

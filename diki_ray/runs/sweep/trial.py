@@ -48,6 +48,7 @@ from diki_ray.runs.train.faults import injected_faults
 from diki_ray.runs.train.group import train
 from diki_ray.runs.train.worker import TaskWorker
 from diki_ray.store import caches
+from diki_ray.store.interface import HeldRun
 from diki_ray.store.library import Library
 
 METRICS = ("transfer", "average", "last", "forgetting", "zero_shot", "weight_auroc")
@@ -161,7 +162,7 @@ def lease_of(plan: Plan) -> str:
     return f"modules-{digest(shared_by_keys(plan.config, plan.backbone_digest))[:16]}"
 
 
-def _train(plan: Plan, missing: Sequence[PlannedTask], store: StoreClient) -> None:
+def _train(plan: Plan, missing: Sequence[PlannedTask], store: HeldRun) -> None:
     config = plan.config
     if config.train.num_workers > 1 or config.schedule.concurrent_tasks > 1:
         if missing:
