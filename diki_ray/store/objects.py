@@ -5,8 +5,7 @@ store rests on: of any number of writers, on any number of machines, exactly one
 
 Buckets (s3://, gs://, az://) go through obstore, whose conditional put does that. A local path does not: obstore's
 `LocalStore` links its temporary file into place without an fsync, so an acknowledged write could vanish, or be empty,
-after a power loss. Disk.py says how a file is written here. Credentials and endpoints of services come from the
-environment (AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, …).
+after a power loss. disk.py says how a file is written here.
 """
 
 import contextlib
@@ -16,19 +15,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+from obstore.exceptions import AlreadyExistsError, PreconditionError
 
 from diki_ray.errors import UserError
 from diki_ray.store import disk
-from diki_ray.store.storage_errors import brief, explained
-
-# A wrong endpoint or a lost network must become an error a person reads, not obstore's three minutes of silence.
-_RETRY_TIMEOUT_S = 30.0
+from diki_ray.store.bucket import open_bucket
+from diki_ray.store.storage_errors import explained
 
 
 @dataclass(frozen=True)
@@ -225,7 +221,7 @@ class BucketObjects(Objects):
 
     def __init__(self, uri: str, store: Any = None, **options: Any) -> None:
         self.uri = uri.rstrip("/")
-        self._store = _bucket(self.uri, options) if store is None else store
+        self._store = open_bucket(self.uri, **options) if store is None else store
 
     def get(self, path: str, start: int = 0, stop: int | None = None) -> bytes | None:
         checked = checked_path(path)
@@ -292,17 +288,3 @@ def checked_path(path: str) -> str:
     if not path or "\\" in path or "\0" in path or any(part in ("", ".", "..") for part in parts):
         raise UserError(f"{path!r} is no object name: use relative names without empty, '.' or '..' parts")
     return path
-
-
-def _bucket(uri: str, options: dict[str, Any]) -> Any:
-    endpoint = options.get("endpoint") or os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT") or ""
-    # Plain http only where the user's own endpoint says so (a MinIO beside the cluster, a test server).
-    is_http = endpoint.startswith("http://") or uri.startswith("http://")
-    ours: Any = {
-        "client_options": {"allow_http": True} if is_http else {},
-        "retry_config": {"max_retries": 5, "retry_timeout": timedelta(seconds=_RETRY_TIMEOUT_S)},
-    }
-    try:
-        return obstore.store.from_url(uri, **(ours | options))
-    except (BaseError, ValueError) as error:
-        raise UserError(f"{uri} is no storage: give a local path, s3://, gs:// or az:// ({brief(error)})") from error

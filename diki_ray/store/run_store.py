@@ -2,11 +2,11 @@
 
 The store knows nothing of torch: a module is bytes under a key. Its promises rest on two facts. Objects are created
 atomically, durably and once (objects.py), and everything a reader believes is reached from the log (log.py,
-journal.py), whose entries are written only after what they point to. So a crash leaves at worst a blob nobody names,
+run_log.py), whose entries are written only after what they point to. So a crash leaves at worst a blob nobody names,
 never a name without its blob, and there is nothing to repair at start.
 
 <storage>/library/…                  modules, shared by all runs of the storage (library.py)
-<storage>/runs/<run>/log/…           what was committed, removed, rolled back, and by whom (journal.py)
+<storage>/runs/<run>/log/…           what was committed, removed, rolled back, and by whom (run_log.py)
 <storage>/runs/<run>/checkpoints/…   tasks in training (checkpoints.py)
 <storage>/runs/<run>/results/…       small documents for people: configuration, results
 <storage>/cache/…                    derived arrays, shared by all runs, safe to delete (caches.py)
@@ -19,10 +19,10 @@ from diki_ray.errors import CorruptError, StorageError, UserError
 from diki_ray.store import upkeep as store_upkeep
 from diki_ray.store.checkpoints import Checkpoints
 from diki_ray.store.interface import ReadableRun
-from diki_ray.store.journal import RunLog
 from diki_ray.store.library import Library, Record, checked_name
 from diki_ray.store.log import Entry, Holder, State, canonical
 from diki_ray.store.objects import Objects, checked_path
+from diki_ray.store.run_log import RunLog
 from diki_ray.store.upkeep import Problem, PurgeReport
 
 __all__ = ["Entry", "Holder", "Problem", "PurgeReport", "RunStore"]

@@ -14,11 +14,11 @@ from typing import Any
 
 from diki_ray.errors import FencedError, LeaseHeldError, StorageError, UserError
 from diki_ray.store.checkpoints import Checkpoints
-from diki_ray.store.journal import UPKEEP_LOCK, RunLog
 from diki_ray.store.library import Library, key_path, module_path
 from diki_ray.store.log import Holder, holder_of, seal, unseal
 from diki_ray.store.objects import LocalObjects, Objects, checked_path
 from diki_ray.store.process import is_alive, this_process
+from diki_ray.store.run_log import UPKEEP_LOCK, RunLog
 
 _LOCK_TTL_S = 60.0  # how long a purge or import that died elsewhere keeps runs from starting
 _LEFTOVER_AGE_S = 3600.0  # no write of ours takes an hour: an older temporary file has no writer any more
