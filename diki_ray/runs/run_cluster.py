@@ -29,7 +29,7 @@ def cluster(config: Config, dashboard: bool = False) -> Iterator[None]:
 
 
 def _check_storage(config: Config) -> None:
-    """A job's folder on a cluster is a temporary copy, and other nodes have other disks."""
+    """Refuse relative places: a job's folder on a cluster is a temporary copy, and other nodes have other disks."""
     places = [("run.storage", config.run.storage), ("data.root", config.data.root)]
     if config.telemetry.trackers:
         places.append(("telemetry.tracking_root", config.telemetry.tracking_root))
@@ -42,7 +42,7 @@ def _check_storage(config: Config) -> None:
 
 
 def _check_capacity(config: Config, joined: bool) -> None:
-    """Refuses what could never be scheduled; without this Ray would wait for ever. A joined cluster may still grow."""
+    """Refuse what could never be scheduled, for which Ray would wait for ever. A joined cluster may still grow."""
     there = ray.cluster_resources()
     train, evaluate = config.train, config.evaluate
     for section, workers, cpus in (

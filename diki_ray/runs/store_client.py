@@ -287,11 +287,11 @@ class StoreClient(HeldRun):
 
 
 def _job_id() -> str:
-    """The name to give `ray job stop`, where this driver is a submitted job."""
+    """Return the name to give `ray job stop`, where this driver is a submitted job."""
     submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {})
     return submitted.get("job_submission_id") or ray.get_runtime_context().get_job_id()
 
 
 def actor_name(storage: str, run: str) -> str:
-    """Two storages may have runs of one name, in one cluster."""
+    """Return the actor's name, in which the storage counts: two may have runs of one name, in one cluster."""
     return f"diki-store-{run}-{hashlib.sha256(storage.encode()).hexdigest()[:8]}"

@@ -56,7 +56,7 @@ class Objects(ABC):
 
     @staticmethod
     def open(uri: str, **options: Any) -> "Objects":
-        """The objects under a local path (plain or file://) or a bucket URL; `options` are obstore's."""
+        """Return the objects under a local path (plain or file://) or a bucket URL; `options` are obstore's."""
         scheme, separator, rest = uri.partition("://")
         if not separator:
             return LocalObjects(uri)
@@ -88,7 +88,7 @@ class Objects(ABC):
 
     @abstractmethod
     def list(self, prefix: str) -> tuple[ObjectInfo, ...]:
-        """All objects below the folder `prefix`, at any depth, sorted by path; none when there is no such folder."""
+        """Return all objects below the folder `prefix`, at any depth, sorted by path; none without such a folder."""
 
     @abstractmethod
     def delete(self, paths: Iterable[str]) -> None:
@@ -96,18 +96,18 @@ class Objects(ABC):
 
     @abstractmethod
     def exists(self, path: str) -> bool:
-        """Whether there is such an object."""
+        """Tell whether there is such an object."""
 
     @abstractmethod
     def folders(self, prefix: str) -> tuple[str, ...]:
-        """Names of the folders directly below `prefix`, sorted."""
+        """Return the names of the folders directly below `prefix`, sorted."""
 
     def settle(self, folder: str) -> None:
         """Make what is visible in a folder durable, should its writer have been killed before it could say so."""
         return None
 
     def sweep(self, older_than_s: float) -> int:
-        """Delete what killed writers left half written and no listing shows; the bytes freed."""
+        """Delete what killed writers left half written and no listing shows; return how many bytes that freed."""
         return 0
 
 
@@ -184,7 +184,7 @@ class LocalObjects(Objects):
         return self._root / checked_path(path)
 
     def _make_folder(self, folder: Path) -> None:
-        """A folder whose own entry is durable, or a power loss takes it with every acknowledged file in it.
+        """Make a folder whose own entry is durable, or a power loss takes it with every acknowledged file in it.
 
         One that is there already may come from a process killed before it could sync it: the first write of this
         process into each folder makes sure.
@@ -283,7 +283,7 @@ class BucketObjects(Objects):
 
 
 def checked_path(path: str) -> str:
-    """The path itself when it stays below the root, else a UserError: names come from people and from tar files."""
+    """Return the path itself when it stays below the root, else raise UserError: people and tar files give names."""
     parts = path.split("/")
     if not path or "\\" in path or "\0" in path or any(part in ("", ".", "..") for part in parts):
         raise UserError(f"{path!r} is no object name: use relative names without empty, '.' or '..' parts")

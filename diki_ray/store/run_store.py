@@ -33,9 +33,10 @@ DEFAULT_TTL_S = 30.0  # how long a driver that died unseen, on another machine, 
 
 
 class RunStore(ReadableRun):
-    """One run of one storage. Writers pass the `epoch` that `acquire` gave them; readers need none.
+    """A run of a storage, read and written by this process.
 
-    Not thread-safe: one thread at a time may write (the store actor sees to it).
+    Writers pass the `epoch` that `acquire` gave them; readers need none. The object is not thread-safe: one thread at a
+    time may write (the store actor sees to it).
     """
 
     def __init__(self, objects: Objects, run: str, salvage: bool = False) -> None:
@@ -56,7 +57,7 @@ class RunStore(ReadableRun):
 
     @staticmethod
     def runs(storage: str) -> tuple[str, ...]:
-        """Names of all runs of a storage."""
+        """Return the names of all runs of a storage."""
         return Objects.open(storage).folders("runs")
 
     # Who may write
@@ -74,7 +75,7 @@ class RunStore(ReadableRun):
         return self.log.acquire(holder, ttl_s, take_over, wait_s)
 
     def resume(self, holder: Holder) -> int:
-        """The epoch `holder` has already (a restarted process of the same driver); FencedError if it lost the run."""
+        """Return the epoch `holder` has already, after a restart of its process; FencedError if it lost the run."""
         return self.log.resume(holder)
 
     def renew(self, epoch: int) -> None:
@@ -89,19 +90,20 @@ class RunStore(ReadableRun):
 
     @property
     def state(self) -> State:
+        """What the log entries read so far add up to."""
         return self.log.state
 
     @property
     def version(self) -> int:
-        """Number of the last log entry read: grows with every change, so equal versions mean equal modules."""
+        """The number of the last log entry read: it grows with every change, so equal versions mean equal modules."""
         return self.log.state.seq
 
     def refresh(self) -> int:
-        """Read what others have appended since; the new version."""
+        """Read what others have appended since, and return the new version."""
         return self.log.refresh().seq
 
     def modules(self) -> tuple[Entry, ...]:
-        """The run's modules in the order in which their tasks were first committed."""
+        """Return the run's modules in the order in which their tasks were first committed."""
         return self.log.state.modules
 
     def commit_module(
@@ -126,27 +128,27 @@ class RunStore(ReadableRun):
         return self._enter(epoch, task, record) if record is not None else None
 
     def module_by_key(self, key: str) -> bytes:
-        """The verified bytes of the run's, else the library's, module under `key`; StorageError when there is none."""
+        """Return the verified bytes of the run's, else the library's, module under `key`; StorageError without one."""
         digest = next((entry.digest for entry in self.modules() if entry.key == key), None) or self.find_in_library(key)
         if digest is None:
             raise StorageError(f"{self.objects.uri} has no intact module under key {key}: train its task first")
         return self.read_module(digest)
 
     def find_in_library(self, key: str) -> str | None:
-        """Digest of the module that any run of this storage has committed under `key`, if its blob is intact."""
+        """Return the digest of the intact module that any run of this storage has committed under `key`."""
         record = self.library.find_intact(key)
         return record.digest if record is not None else None
 
     def read_module(self, digest: str) -> bytes:
-        """The module's bytes, verified against their sha256; CorruptError otherwise."""
+        """Return the module's bytes, verified against their sha256; CorruptError otherwise."""
         return self.library.read(digest)
 
     def damaged_modules(self) -> tuple[Entry, ...]:
-        """Modules of the run whose blob is gone or altered: train these tasks again, committing puts them right."""
+        """Return the modules whose blob is gone or altered: train their tasks again, committing puts them right."""
         return tuple(entry for entry in self.modules() if not self.library.intact(entry.digest))
 
     def remove_task(self, epoch: int, task: str) -> Entry:
-        """Take a task out of the run, exactly as if it had never been learnt; its removal entry. Twice is one entry.
+        """Take a task out of the run, as if it had never been learnt, and return the entry that says so; twice is one.
 
         Its blob stays in the library until `purge`; `roll_back` can bring it back until then.
         """
@@ -162,7 +164,7 @@ class RunStore(ReadableRun):
         return removal
 
     def roll_back(self, epoch: int, seq: int) -> tuple[Entry, ...]:
-        """Make the run's modules what they were after log entry `seq`; the modules that are left. Twice is one entry.
+        """Make the run's modules what they were after log entry `seq`, and return them. Twice is one entry.
 
         It is an entry like any other: rolling back to the number before it undoes it, as long as nothing was purged.
         """
@@ -178,7 +180,7 @@ class RunStore(ReadableRun):
         ).modules
 
     def compact(self, epoch: int) -> int:
-        """Write a snapshot, so that opening reads one object instead of the whole log; the number it covers.
+        """Write a snapshot, so that opening need not read the whole log; return the number of the last entry in it.
 
         The log's entries stay (about 1 KB each): they are the history that `roll_back` needs, and as nothing is
         deleted there is no moment in which state is missing, nor a number a fenced writer could use a second time.
@@ -198,7 +200,7 @@ class RunStore(ReadableRun):
         self.checkpoints.save(key, step, blob, json.loads(canonical(metadata or {})))
 
     def load_checkpoint(self, key: str) -> tuple[int, bytes, dict[str, Any]] | None:
-        """(step, blob, metadata) of the newest whole checkpoint of a key; damaged ones are passed over and counted."""
+        """Return (step, blob, metadata) of a key's newest whole checkpoint; damaged ones are skipped and counted."""
         return self.checkpoints.load(key)
 
     def drop_checkpoints(self, epoch: int, key: str) -> None:
@@ -209,10 +211,12 @@ class RunStore(ReadableRun):
 
     @property
     def corrupt_checkpoints(self) -> int:
+        """How many damaged checkpoints this object has met."""
         return self.checkpoints.corrupt
 
     @property
     def corrupt_modules(self) -> int:
+        """How many damaged modules and keys this object has met."""
         return self.library.corrupt
 
     # Documents
@@ -229,7 +233,7 @@ class RunStore(ReadableRun):
         self.objects.put(self._document(name), text.encode())
 
     def get_document(self, name: str) -> Any:
-        """The document: parsed when its name ends in .json, else its text; None when there is none."""
+        """Return the document: parsed when its name ends in .json, else its text; None when there is none."""
         data = self.objects.get(self._document(name))
         if data is None:
             return None
@@ -243,7 +247,7 @@ class RunStore(ReadableRun):
     # Upkeep
 
     def purge(self, epoch: int, dry_run: bool = False) -> PurgeReport:
-        """Delete the library's blobs that no run of this storage refers to; what, and how many bytes.
+        """Delete the library's blobs that no run of this storage refers to, and report what and how many bytes.
 
         Refused (LeaseHeldError) while another run is held, for its driver may be about to refer to one of them. After a
         purge `roll_back` can't bring the deleted modules back.
@@ -253,16 +257,16 @@ class RunStore(ReadableRun):
         return store_upkeep.purge(self.log, self.library, dry_run)
 
     def verify(self) -> tuple[Problem, ...]:
-        """Everything that is wrong with the run: log, modules, keys, checkpoints, documents. Reads all of it."""
+        """Read all of the run (log, modules, keys, checkpoints, documents) and return everything that is wrong."""
         return store_upkeep.verify(self.log, self.library, self.checkpoints)
 
     def export(self, path: str) -> int:
-        """Copy the run to a folder, or a tar if `path` ends in .tar, that opens as a storage; its bytes. No caches."""
+        """Copy the run, without caches, to a folder or .tar that opens as a storage; return how many bytes it has."""
         return store_upkeep.export_run(self.log, self.library, path)
 
     @staticmethod
     def import_(storage: str, run: str, path: str) -> "RunStore":
-        """Copy an exported run in. Stopped half-way it is an earlier state of the run; a second time completes it."""
+        """Copy an exported run in. Stopped half-way it is an earlier state; a second call completes it."""
         store_upkeep.import_run(Objects.open(storage), checked_name(run, "run name"), path)
         return RunStore.open(storage, run)
 

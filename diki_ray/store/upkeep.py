@@ -89,7 +89,7 @@ def verify(log: RunLog, library: Library, checkpoints: Checkpoints) -> tuple[Pro
 
 
 def export_run(log: RunLog, library: Library, path: str) -> int:
-    """Copy a run out; its bytes. A tar appears whole or not at all."""
+    """Copy a run out and return how many bytes it has. A tar appears whole or not at all."""
     if not path.endswith(".tar"):
         return _copy(log.objects, log.run, Objects.open(path), log.run)
     target = Path(path).absolute()
@@ -119,7 +119,7 @@ def import_run(objects: Objects, run: str, path: str) -> None:
 
 
 def _unreferenced(objects: Objects, log: RunLog, library: Library) -> tuple[dict[str, int], list[str]]:
-    """Bytes of each blob that no run refers to, and the keys that lead to them. A damaged run's log stops it all."""
+    """Return the bytes of each blob that no run refers to, and the keys that lead there. A damaged log stops it."""
     runs = objects.folders("runs")
     used = {entry.digest for run in runs for entry in RunLog(objects, run).state.modules}
     used |= {entry.digest for entry in log.state.modules}
@@ -195,7 +195,7 @@ class _StillOurs:
 
 
 def _copy(source: Objects, source_run: str, target: Objects, target_run: str) -> int:
-    """Blobs and keys, then the run's folders, its log last and in order: stopped anywhere, it is an earlier state.
+    """Copy blobs and keys, then the run's folders, its log last and in order: stopped anywhere, it is an earlier state.
 
     Under the upkeep lock of the target: a purge there would find blobs that no log refers to yet.
     """
@@ -251,7 +251,7 @@ def _only_run(objects: Objects, run: str, path: str) -> str:
 
 
 def _unpack(archive: Path, folder: str) -> None:
-    """Regular files with plain relative names only; a tar from elsewhere may hold links, devices and '../'."""
+    """Unpack regular files with plain relative names only: a tar may hold links, devices and '../'."""
     target = LocalObjects(folder)
     try:
         with tarfile.open(archive, "r:") as tar:
