@@ -15,10 +15,11 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from diki_ray.data.images import EXTENSIONS
-from diki_ray.data.index import INDEX_FILE, DatasetIndex, Shard, join, list_files, read_bytes, scheme_of
+from diki_ray.data.index import INDEX_FILE, DatasetIndex, Shard
 from diki_ray.data.shards import BadSampleError, SkipLedger, decode_sample, read_encoded, read_shard
 from diki_ray.data.sources.folders import image_files
 from diki_ray.errors import DataError, StorageError
+from diki_ray.store.files import join, list_files, read_bytes, scheme_of
 
 FILES_PER_PART = 64
 _READ_THREADS = 8  # of a part: files in object storage are waited for, not worked on

@@ -25,7 +25,7 @@ from diki_ray.errors import ConfigError, DataError, UserError
 from diki_ray.learning.methods import METHODS
 from diki_ray.prediction.batch_output import open_output
 from diki_ray.prediction.batch_worker import IMAGES_PER_PASS, Learnt, Worker, interpolation_error, read_parts
-from diki_ray.runs.cluster import cluster
+from diki_ray.runs.run_cluster import cluster
 
 MAX_BLOCKS = 1024
 """A whole job has about so many reading tasks; each passes some milliseconds in Ray's scheduler."""

@@ -26,7 +26,6 @@ from diki_ray.clip.backbone import Backbone
 from diki_ray.clip.trust import named_backbone, refuse_what_runs, with_backbone
 from diki_ray.config import Config, parse
 from diki_ray.data.images import UndecodableImageError, decode_image
-from diki_ray.data.index import join, read_bytes, write_bytes
 from diki_ray.errors import ConfigError, CorruptError, DataError
 from diki_ray.learning.module import TaskModule, read_tensors, write_tensors
 from diki_ray.prediction.run_predictor import RunPredictor, predictor_over, read_image
@@ -34,6 +33,7 @@ from diki_ray.report.model_card import load_arguments, model_card
 from diki_ray.report.results import DOCUMENT
 from diki_ray.runs.plan import build_method, device_of, load_backbone, precision_of
 from diki_ray.runs.stored_run import check_backbone, config_of, open_learnt
+from diki_ray.store.files import join, read_bytes, write_bytes
 
 FORMAT = 1
 BUNDLE, CARD, CONFIG = "bundle.safetensors", "README.md", "config.yaml"

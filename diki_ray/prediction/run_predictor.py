@@ -18,12 +18,12 @@ from diki_ray.answering.image_answers import Answer, decide
 from diki_ray.answering.predictor import Predictor
 from diki_ray.config import Config
 from diki_ray.data.images import UndecodableImageError, decode_image
-from diki_ray.data.index import read_bytes
 from diki_ray.errors import ConfigError, DataError
 from diki_ray.learning.methods import Method
 from diki_ray.learning.module import TaskModule
 from diki_ray.runs.plan import build_method, device_of, load_backbone, precision_of
 from diki_ray.runs.stored_run import check_backbone, config_of, open_learnt
+from diki_ray.store.files import read_bytes
 from diki_ray.store.run_store import RunStore
 
 IMAGES_PER_PASS = 32

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import threading
@@ -16,6 +15,7 @@ from ray.serve.config import HTTPOptions
 
 from diki_ray.clip.trust import named_backbone
 from diki_ray.errors import ConfigError
+from diki_ray.runs.cluster import connected
 from diki_ray.runs.plan import with_absolute_paths
 from diki_ray.runs.stored_run import config_of, open_learnt
 from diki_ray.serving.deployment import deploy
@@ -53,10 +53,7 @@ def serving(
         names = {"backbone": located.name, "pretrained": located.pretrained, "directory": located.directory}
         settings = settings.model_copy(update=names)
     _check_port(host, port)
-    own_connection = not ray.is_initialized()
-    if own_connection:
-        _connect(address or os.environ.get("RAY_ADDRESS"))
-    try:
+    with connected(address, setting="address"):
         # HTTP options are a cluster's: another application's server, with its host and port, would be used silently.
         if serve.status().applications:
             raise ConfigError("this cluster serves something already: end that first, or leave the address out.")
@@ -68,9 +65,6 @@ def serving(
             yield f"http://{shown}:{port}"
         finally:
             serve.shutdown()
-    finally:
-        if own_connection:
-            ray.shutdown()
 
 
 def wait_for_end() -> None:
@@ -84,16 +78,6 @@ def wait_for_end() -> None:
 
 def absolute(storage: str) -> str:
     return storage if "://" in storage else str(Path(storage).expanduser().resolve())
-
-
-def _connect(address: str | None) -> None:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        ray.init(address=address or "local", include_dashboard=None if address else False, log_to_driver=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"address={address!r}: no Ray cluster could be joined there ({str(error).splitlines()[0]})."
-        ) from error
 
 
 def _run(settings: Settings, replicas: int, actor_options: dict[str, float]) -> None:

@@ -17,8 +17,8 @@ from sample_results import sample_results
 
 from diki_ray.config import Config, parse
 from diki_ray.errors import ConfigError, StorageError
-from diki_ray.runs.store_client import StoreClient
 from diki_ray.runs.telemetry import MAX_PAIRED_TASKS, Telemetry, exporting
+from diki_ray.store.interface import HeldRun
 
 NAMES = ["digits", "neon", "mist"]
 
@@ -65,8 +65,8 @@ class FakeStore:
         return [SimpleNamespace(key=name) for name in [*NAMES, "another run's"][: self.tasks]]
 
 
-def as_store(fake: FakeStore) -> StoreClient:
-    return cast(StoreClient, fake)
+def as_store(fake: FakeStore) -> HeldRun:
+    return cast(HeldRun, fake)
 
 
 def step(task: str, step: int, **more: Any) -> dict[str, Any]:
