@@ -83,11 +83,8 @@ def verify(log: RunLog, library: Library, checkpoints: Checkpoints) -> tuple[Pro
             found.append(Problem(module_path(entry.digest), f"module of task {entry.task!r}: {error}"))
         record = library.find(entry.key)
         if record is None:
-            found.append(
-                Problem(
-                    key_path(entry.key), f"key of task {entry.task!r} is gone or damaged: other runs train it again"
-                )
-            )
+            what = f"key of task {entry.task!r} is gone or damaged: other runs train it again"
+            found.append(Problem(key_path(entry.key), what))
     found += [Problem(checkpoints.folder, what) for what in checkpoints.problems()]
     for info in log.objects.list(f"{log.folder}/results"):
         if info.path.endswith(".json"):
