@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -291,6 +291,7 @@ def eval_batches(
     batch_size: int,
     transform: Transform,
     batches: Iterable[int] | None = None,
+    samples: Sequence[Int64] | None = None,
     num_threads: int | None = None,
     ledger: SkipLedger | None = None,
     prefetch_batches: int = 2,
@@ -298,7 +299,8 @@ def eval_batches(
     """The canonical batches of a split: batch k is samples [k·B, (k+1)·B) in index order, under any sharing of work.
 
     `batches` chooses some, in the given order (default: all); only their bytes are read. DataError for a batch that
-    does not exist.
+    does not exist. `samples`: these batches of chosen samples (their ascending places in the split) instead; only what
+    is chosen is read, neighbours by one range request.
     """
     threads = default_num_threads() if num_threads is None else num_threads
     reader = _SplitReader(index, split, transform, threads, prefetch_batches, ledger, cache_bytes=0)
@@ -309,14 +311,16 @@ def eval_batches(
     for batch in chosen:
         if not 0 <= batch < num_batches:
             raise DataError(f"split {split!r} of {index.name} has batches 0 … {num_batches - 1}, not {batch}")
+    firsts = [batch * batch_size for batch in chosen]
+    read = [np.arange(first, min(first + batch_size, num_samples), dtype=np.int64) for first in firsts]
+    if samples is not None:
+        chosen, read = list(range(len(samples))), [np.asarray(s, np.int64) for s in samples]
 
     def samples_of_read(_: int, turn: int) -> Int64:
-        first = chosen[turn] * batch_size if turn < len(chosen) else num_samples
-        return np.arange(first, min(first + batch_size, num_samples), dtype=np.int64)
+        return read[turn] if turn < len(read) else np.zeros(0, np.int64)
 
-    def planned() -> Iterator[PlannedBatch]:
-        for turn, batch in enumerate(chosen):
-            samples = samples_of_read(0, turn)
-            yield PlannedBatch(batch, samples, samples, ((0, turn),) * samples.size, global_size=samples.size)
-
-    yield from reader.batches(0, planned(), samples_of_read)
+    planned = (
+        PlannedBatch(batch, read[turn], read[turn], ((0, turn),) * len(read[turn]), global_size=len(read[turn]))
+        for turn, batch in enumerate(chosen)
+    )
+    yield from reader.batches(0, planned, samples_of_read)

@@ -19,7 +19,7 @@ from diki_ray.learning.module import TaskModule
 from diki_ray.report.next_steps import next_steps
 from diki_ray.report.results import DOCUMENT, table
 from diki_ray.report.run import REPORT, render
-from diki_ray.runs.evaluate.evaluator import evaluate
+from diki_ray.runs.evaluate.split import evaluate_run
 from diki_ray.runs.plan import Plan, load_backbone, make_plan
 from diki_ray.runs.progress import Display, Listener, following
 from diki_ray.runs.results import build_results, is_of_configuration, protocol_id
@@ -107,7 +107,7 @@ def _evaluated(
 
     display.say("evaluating …")
     with display.bars:
-        evaluation, notes = evaluate(plan, store, on_progress)
+        evaluation = evaluate_run(plan, store, on_progress)
     entries = {entry.key: entry for entry in store.modules()}
     digests = [entries[task.key].digest for task in plan.tasks]
     results = build_results(
@@ -115,7 +115,7 @@ def _evaluated(
         [TaskModule.from_bytes(store.read_module(digest)) for digest in digests],
         digests,
         evaluation,
-        notes=notes,
+        notes={"text_feature_error": evaluation.text_feature_error, "text_grid": plan.config.evaluate.text_grid},
         seconds=clock.laps(),
         trained=trained,
         command=_command(),

@@ -12,12 +12,12 @@ import yaml
 from pyarrow import parquet
 from rich.console import Console
 
-from diki_ray.answering.evaluation import report
+from diki_ray.answering.figures import report
 from diki_ray.answering.metrics import Metrics
 from diki_ray.config import Config, load, parse
 from diki_ray.config.sweep import SweepConfig, orders_of, varied
 from diki_ray.runs.continual import run_continual
-from diki_ray.runs.evaluate.stored_evaluation import Asked, evaluate_stored
+from diki_ray.runs.evaluate.stored import Asked, evaluate_stored
 from diki_ray.runs.plan import load_backbone, make_plan
 from diki_ray.runs.sweep.sweep import run_sweep
 from diki_ray.runs.sweep.trial import matrices_of_orders, modules_of

@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from diki_ray.answering.orders import Orders
 from golden import Golden
 
 from diki_ray.answering.answers import (
@@ -17,11 +18,9 @@ from diki_ray.answering.answers import (
     needed_routes,
     predict_along,
 )
-from diki_ray.answering.class_features import Candidates, Exact, Tabulated
 from diki_ray.answering.gaussians import Gaussians
-from diki_ray.answering.orders import Orders
-from diki_ray.answering.predictor import Predictor
-from diki_ray.answering.routing import GaussianRouter, Published
+from diki_ray.answering.predictor import Candidates, Predictor
+from diki_ray.answering.routing import Published
 
 GOLDEN = Golden.load()
 T = GOLDEN.num_tasks
@@ -32,8 +31,7 @@ BLOCKS = [Candidates.of(GOLDEN.backbone, m.class_names, m.templates) for m in MO
 def make_predictor(learnt: tuple[int, ...] = tuple(range(T)), text_grid: int = 5, scale: float = 60.0) -> Predictor:
     """Scale 60, where weights differ between images (with the published 512 this tiny model's hardly do)."""
     modules = [MODULES[t] for t in learnt]
-    router = GaussianRouter(Gaussians([m.moments for m in modules]), Published(scale))
-    return Predictor(GOLDEN.method, modules, router, Tabulated(text_grid) if text_grid else Exact())
+    return Predictor(GOLDEN.method, modules, Gaussians([m.moments for m in modules]), Published(scale), text_grid)
 
 
 def table(predictor: Predictor, task: int, space: str, orders) -> Answers:
@@ -41,9 +39,10 @@ def table(predictor: Predictor, task: int, space: str, orders) -> Answers:
     features = predictor.frozen_features(images)
     blocks = [BLOCKS[t] for t in block_tasks(space, task, T)]
     answers = Answers.empty(labels, T, len(blocks))
-    scores = predictor.scores(features)
-    answers.log_density[:] = scores.log_density.numpy()
-    answers.weight[:] = scores.weight.numpy()
+    densities = predictor.log_density(features)
+    answers.log_density[:] = densities.numpy()
+    for t in range(T):
+        answers.weight[:, t] = predictor.calibration.weight(densities[:, t], torch.full((len(labels),), t)).numpy()
     answer(predictor, images, features, answers, blocks, needed_routes(answers.log_density, orders))
     return answers
 
@@ -68,7 +67,7 @@ def test_every_order_by_indexing_equals_evaluating_each_cell_afresh(space: str) 
                     cells[learnt] = make_predictor(learnt)
                 # Afresh: a predictor that only has the learnt modules.
                 alone = cells[learnt]
-                routes = alone.routes(alone.scores(frozen), "image")
+                routes = alone.route(alone.log_density(frozen), "image")
                 logits = torch.cat([alone.logits(images, frozen, routes, BLOCKS[t]) for t in candidates], 1)
                 owners = np.concatenate([[t] * len(MODULES[t].class_names) for t in candidates])
                 numbers = np.concatenate([np.arange(len(MODULES[t].class_names)) for t in candidates])
@@ -129,7 +128,7 @@ def test_batch_routing_along_the_stream_equals_each_prefix_alone(space: str) -> 
         along = predict_along(whole, images, frozen, [BLOCKS[t] for t in block_of], after, columns)
         for n, (candidates, prediction) in enumerate(zip(after, along, strict=True), start=1):
             alone = make_predictor(tuple(range(n)))
-            routes = alone.routes(alone.scores(frozen), "batch")
+            routes = alone.route(alone.log_density(frozen), "batch")
             logits = torch.cat([alone.logits(images, frozen, routes, BLOCKS[t]) for t in candidates], 1)
             owners = np.concatenate([[t] * len(MODULES[t].class_names) for t in candidates])
             assert prediction.block.tolist() == owners[logits.argmax(1).numpy()].tolist()
@@ -151,7 +150,7 @@ def test_interpolated_class_features_have_the_error_they_state() -> None:
     for task in range(T):
         images = GOLDEN[f"task{task}.test.images"]
         frozen = exact.frozen_features(images)
-        routes = exact.routes(exact.scores(frozen), "image")
+        routes = exact.route(exact.log_density(frozen), "image")
         difference = (
             tabulated.logits(images, frozen, routes, BLOCKS[task]) - exact.logits(images, frozen, routes, BLOCKS[task])
         ).abs()
@@ -174,7 +173,7 @@ def test_images_below_skip_weight_get_the_frozen_answer() -> None:
     predictor = make_predictor()
     images = GOLDEN["task0.test.images"]
     frozen = predictor.frozen_features(images)
-    routes = predictor.routes(predictor.scores(frozen), "image")
+    routes = predictor.route(predictor.log_density(frozen), "image")
     predictor.skip_weight = float(routes.weight.median())
     logits = predictor.logits(images, frozen, routes, BLOCKS[0])
     zero_shot = GOLDEN.backbone.logits(frozen, GOLDEN["task0.zero_shot.text_features"])

@@ -22,14 +22,15 @@ from tiny_backbone import write_tiny_backbone
 from diki_ray.answering.answers import candidate_tasks
 from diki_ray.answering.class_features import Candidates, Exact
 from diki_ray.answering.configured import build_predictor
-from diki_ray.answering.evaluation import Evaluated, report
+from diki_ray.answering.figures import Along, report
 from diki_ray.clip.backbone import Backbone
 from diki_ray.config import Config, parse
 from diki_ray.data.stream import eval_batches
 from diki_ray.learning.module import TaskModule
 from diki_ray.learning.moments import Moments
-from diki_ray.runs.evaluate.evaluator import Evaluating, accuracy_of, num_batches_of
-from diki_ray.runs.evaluate.stored_evaluation import Asked, evaluate_stored
+from diki_ray.runs.evaluate.cache import NoCache
+from diki_ray.runs.evaluate.split import evaluate_here
+from diki_ray.runs.evaluate.stored import Asked, evaluate_stored
 from diki_ray.runs.plan import Plan, build_method, load_backbone, make_plan
 from diki_ray.runs.results import build_results
 from diki_ray.store.process import this_process
@@ -130,20 +131,19 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Stored:
         store.commit_module(epoch, task.key, task.name, module.to_bytes())
         modules.append(module)
     digests = [entry.digest for entry in store.modules()]
-    evaluating = Evaluating(config, plan.tasks, digests, store.read_module)
-    parts = [evaluating.evaluate(j, range(num_batches_of(config, t))) for j, t in enumerate(plan.tasks)]
-    evaluation = accuracy_of(config, plan.tasks, parts)
+    evaluation = evaluate_here(plan, digests, store.read_module, [range(3)], "test", NoCache())
     results = build_results(plan, modules, digests, evaluation, notes={}, seconds={}, trained=[], command="a test")
     store.put_document(epoch, "config.yaml", config.to_yaml())
     store.put_document(epoch, "results.json", results)
     store.release(epoch)
-    assert len(np.unique(evaluation.accuracy)) > 3  # an experiment in which something happens
-    assert any(len(set(p[-1].routed.tolist())) > 1 for p in evaluation.predictions)
-    assert max(p[-1].weight.std() for p in evaluation.predictions) > 0.1
+    assert len(np.unique(evaluation.accuracy())) > 3  # an experiment in which something happens
+    last = [evaluation.predict(j, range(3)) for j in range(3)]
+    assert any(len(set(p.routed.tolist())) > 1 for p in last)
+    assert max(p.weight.std() for p in last) > 0.1
     return Stored(config, backbone, plan, modules, store.get_document("results.json"))
 
 
-def evaluated(stored: Stored, **asked: Any) -> Evaluated:
+def evaluated(stored: Stored, **asked: Any) -> Along:
     return evaluate_stored(stored.storage, "three", Asked(**asked), stored.config)
 
 
