@@ -12,8 +12,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from diki_ray.answering.answers import Answers, BestClasses, Rows, Wanted
+from diki_ray.answering.answers import Answers
 from diki_ray.answering.routing import NO_TASK
+from diki_ray.answering.rows import BestClasses, Rows, Wanted
 from diki_ray.learning.methods import METHODS
 from diki_ray.learning.module import read_tensors, write_tensors
 from diki_ray.runs.plan import Plan, precision_of

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from diki_ray.answering.answers import Answers, BestClasses, Rows, Wanted, candidate_tasks
+from diki_ray.answering.answers import Answers, candidate_tasks
 from diki_ray.answering.configured import build_router
 from diki_ray.answering.evaluation import Evaluation
 from diki_ray.answering.routing import NO_TASK
+from diki_ray.answering.rows import BestClasses, Rows, Wanted
 from diki_ray.answering.split_routes import RoutesAfter, SplitRouter
 from diki_ray.errors import DataError
 from diki_ray.learning.methods import METHODS
@@ -50,7 +51,9 @@ def evaluate_run(plan: Plan, store: HeldRun, on_progress: Progress) -> Evaluatio
     digests, asked = [entries[t.key].digest for t in plan.tasks], prefixes([range(len(plan.tasks))])
     workers = RayWorkers(with_absolute_paths(plan.config), plan.tasks, digests, store.read_module, "test", asked)
     try:
-        return SplitEvaluation(plan, digests, store.read_module, "test", asked, Cache.open(store.storage)).by(workers, on_progress)
+        return SplitEvaluation(plan, digests, store.read_module, "test", asked, Cache.open(store.storage)).by(
+            workers, on_progress
+        )
     finally:
         workers.stop()
 

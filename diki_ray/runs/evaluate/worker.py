@@ -15,10 +15,11 @@ import ray
 import torch
 from torch import Tensor
 
-from diki_ray.answering.answers import Answers, BestClasses, Rows, Wanted, candidate_tasks, needed_rows
+from diki_ray.answering.answers import Answers, candidate_tasks, needed_rows
 from diki_ray.answering.class_features import Candidates
 from diki_ray.answering.configured import build_predictor
-from diki_ray.answering.routing import NO_TASK, Routes
+from diki_ray.answering.routing import NO_TASK
+from diki_ray.answering.rows import ROWS_AT_ONCE, BestClasses, Rows, Wanted, best_classes, computed_rows
 from diki_ray.answering.split_routes import SplitRouter
 from diki_ray.config import Config
 from diki_ray.data.shards import SkipLedger
@@ -27,9 +28,6 @@ from diki_ray.data.to_device import on_device
 from diki_ray.errors import UserError
 from diki_ray.learning.module import TaskModule
 from diki_ray.runs.plan import PlannedTask, build_method, device_of, load_backbone, precision_of
-
-ROWS_AT_ONCE = 4096
-"""Logits of so many images are in memory at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +76,7 @@ class EvaluationWorker:
             sample = np.array(b.positions, np.int64)
             frozen = self.predictor.frozen_features(b.images)
             needed = needed_rows(sample, self.router.routes(frozen, [len(sample)]), self.asked)
-            rows = {t: Rows(w, self._features(t, b.images, sample, w)) for t, w in needed.items()}
+            rows = {t: self._rows(t, b.images, sample, w) for t, w in needed.items()}
             zero = np.zeros(len(sample))
             rows[NO_TASK] = Rows(Wanted(sample, zero, zero), frozen.numpy())
             found.append(Answers(b.keys, sample, b.labels.numpy(), {}, rows))
@@ -93,7 +91,7 @@ class EvaluationWorker:
         """
         sample = np.unique(np.concatenate([w.sample for w in wanted.values()]))
         [batch] = on_device(self._read(task, SkipLedger(0), samples=[sample]), self.predictor.backbone.device)
-        return {t: Rows(w, self._features(t, batch.images, sample, w)) for t, w in wanted.items()}
+        return {t: self._rows(t, batch.images, sample, w) for t, w in wanted.items()}
 
     def score(self, module: int, pieces: Sequence[ToScore], errors: Mapping[int, float]) -> list[list[BestClasses]]:
         """For rows of one module (NO_TASK: the frozen model) their best among the classes of each data set.
@@ -113,7 +111,7 @@ class EvaluationWorker:
             parts = []
             for f in torch.from_numpy(features).split(ROWS_AT_ONCE):
                 zero_shot = self.predictor.zero_shot_logits(f, among)
-                parts.append(_best(self.predictor.joint_logits(f, zero_shot, names, learnt)))
+                parts.append(BestClasses.of(self.predictor.joint_logits(f, zero_shot, names, learnt)))
             found.append(BestClasses.joined(parts))
         return found
 
@@ -128,32 +126,16 @@ class EvaluationWorker:
             **chosen,
         )
 
-    def _features(self, module: int, images: Tensor, sample: np.ndarray, wanted: Wanted) -> np.ndarray:
-        """float32 [M, E]: one residual pass for each image and weight."""
-        pairs, row = np.unique(np.stack([wanted.sample, wanted.weight]), axis=1, return_inverse=True)
-        at = torch.from_numpy(np.searchsorted(sample, pairs[0])).to(images.device)
-        passes = []
-        for places, weight in zip(at.split(self.config.evaluate.batch_size), self._split(pairs[1]), strict=True):
-            routes = Routes(torch.full((len(places),), module), weight, weight)
-            frozen = torch.zeros(len(places), self.predictor.backbone.embed_dim)
-            passes.append(self.predictor.image_features(images[places], frozen, routes))
-        return torch.cat(passes).numpy()[row.reshape(-1)]
-
-    def _split(self, weight: np.ndarray) -> Sequence[Tensor]:
-        return torch.from_numpy(weight).split(self.config.evaluate.batch_size)
+    def _rows(self, module: int, images: Tensor, sample: np.ndarray, wanted: Wanted) -> Rows:
+        return computed_rows(self.predictor, module, images, sample, wanted, self.config.evaluate.batch_size)
 
     def _scores(self, module: int, rows: ToScore, data_set: int, errors: dict[int, float]) -> BestClasses:
-        candidates, text_weight = self.candidates[data_set], torch.from_numpy(rows.text_weight)
-        parts = []
-        for piece in torch.arange(len(text_weight)).split(ROWS_AT_ONCE):
-            full = torch.ones(len(piece), dtype=torch.float64)  # what skip_weight leaves out is the frozen model's
-            routes = Routes(torch.full((len(piece),), module), full, text_weight[piece])
-            features = torch.from_numpy(rows.features)[piece]
-            parts.append(_best(self.predictor.logits_of_features(features, routes, candidates)))
+        candidates = self.candidates[data_set]
+        found = best_classes(self.predictor, module, rows.features, rows.text_weight, candidates)
         if data_set not in errors:
             tabulated = (module, candidates.key) in self.predictor.tables()
             errors[data_set] = self.predictor.interpolation_error(module, candidates) if tabulated else 0.0
-        return replace(BestClasses.joined(parts), error=errors[data_set])
+        return replace(found, error=errors[data_set])
 
 
 Work = Callable[[EvaluationWorker], Any]
@@ -215,8 +197,3 @@ class RayWorkers:
 def skip_budget(config: Config, task: PlannedTask, split: str) -> int:
     """How many images of a test set may be unreadable."""
     return int(config.data.max_skipped_fraction * task.index.split(split).num_samples)
-
-
-def _best(logits: Tensor) -> BestClasses:
-    best = logits.max(1)
-    return BestClasses(best.values.numpy(), best.indices.int().numpy(), logits.logsumexp(1).numpy())
