@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from served_run import ServedRun, picture
+from stored_run import StoredRun, picture
 
 from diki_ray.data import prepare
 from diki_ray.prediction.run_predictor import RunPredictor, load_predictor
@@ -26,8 +26,8 @@ TOLERANCE = 2e-3  # of a confidence: class features are interpolated
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> ServedRun:
-    return ServedRun(tmp_path_factory.mktemp("run"), "warm", "cold", "lush")
+def run(tmp_path_factory: pytest.TempPathFactory) -> StoredRun:
+    return StoredRun(tmp_path_factory.mktemp("run"), "warm", "cold", "lush")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def job(
-    run: ServedRun, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], local_cluster: None
+    run: StoredRun, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], local_cluster: None
 ) -> Callable[..., tuple[int, str, str]]:
     main = runpy.run_path(str(JOB))["main"]
 
@@ -69,7 +69,7 @@ def confidences(run: RunPredictor, path: str) -> dict[str, float]:
 
 
 def test_every_input_is_a_row_answered_as_one_by_one(
-    run: ServedRun, photos: Path, tmp_path: Path, job: Callable[..., tuple[int, str, str]]
+    run: StoredRun, photos: Path, tmp_path: Path, job: Callable[..., tuple[int, str, str]]
 ) -> None:
     output = tmp_path / "new" / "answers.jsonl"
     code, said, errors = job(photos, photos / "gone.png", "--output", output)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from open_store import OpenStore, the_module
+from fake_store import FakeStore, the_module
 from tiny_backbone import write_tiny_backbone
 
 from diki_ray.config import parse
@@ -62,7 +62,7 @@ def one_of_three(rank: int, folder: str) -> None:
             continue
         dist.init_process_group("gloo", f"file://{folder}/group{number}", world_size=world_size, rank=rank)
         try:
-            learn(plan, OpenStore(Path(folder) / "elastic") if rank == 0 else None, stop_before)
+            learn(plan, FakeStore(Path(folder) / "elastic") if rank == 0 else None, stop_before)
         except Stopped:
             assert stop_before is not None
         dist.destroy_process_group()
@@ -72,7 +72,7 @@ def test_fewer_and_then_more_workers_go_on_with_the_same_batches(tmp_path: Path)
     write_tiny_backbone(tmp_path)
     plan = plan_in(tmp_path)
     mp.start_processes(one_of_three, (str(tmp_path),), nprocs=3, start_method="spawn")
-    learn(plan, OpenStore(tmp_path / "undisturbed"))
+    learn(plan, FakeStore(tmp_path / "undisturbed"))
 
     elastic, expected = (the_module(tmp_path / name) for name in ("elastic", "undisturbed"))
     assert elastic.provenance["world_sizes"] == [[0, 2], [3, 1], [6, 3]]

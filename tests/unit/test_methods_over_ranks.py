@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from open_store import RUN, OpenStore, the_modules
+from fake_store import RUN, FakeStore, the_modules
 from tiny_backbone import write_tiny_backbone
 
 from diki_ray.config import parse
@@ -45,7 +45,7 @@ def plan_in(folder: Path, name: str) -> Plan:
 
 
 def learn(plan: Plan, folder: Path, rank: int = 0) -> None:
-    store = OpenStore(folder) if rank == 0 else RunStore.open(str(folder), RUN)  # which others only read
+    store = FakeStore(folder) if rank == 0 else RunStore.open(str(folder), RUN)  # which others only read
     worker = TaskWorker(plan.config, build_method(plan.config, load_backbone(plan.config)), store)  # type: ignore[arg-type]
     for task in plan.tasks:
         worker.learn(task)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from open_store import OpenStore, the_module
+from fake_store import FakeStore, the_module
 from tiny_backbone import write_tiny_backbone
 
 from diki_ray.clip import sharded
@@ -39,7 +39,7 @@ def plan_in(folder: Path) -> Plan:
     return make_plan(config, load_backbone(config))
 
 
-def learn(plan: Plan, backbone: object, store: OpenStore | None) -> None:
+def learn(plan: Plan, backbone: object, store: FakeStore | None) -> None:
     TaskWorker(plan.config, build_method(plan.config, backbone), store).learn(plan.tasks[0])  # type: ignore[arg-type]
 
 
@@ -61,7 +61,7 @@ def one_of_two(rank: int, folder: str) -> None:
             torch.testing.assert_close(features[1], whole.encode_text(tokens), atol=1e-6, rtol=0)
     assert [f.shape for f in features] == [(3 * rank, 32), (rank, 32)]
 
-    learn(plan, backbone, OpenStore(Path(folder) / "deepspeed") if rank == 0 else None)
+    learn(plan, backbone, FakeStore(Path(folder) / "deepspeed") if rank == 0 else None)
     assert sharded.resident_bytes(backbone) < 0.55 * sharded.resident_bytes(whole)  # nothing was left gathered
     dist.destroy_process_group()
 
@@ -71,7 +71,7 @@ def test_two_workers_with_half_the_weights_each_train_the_module_of_ddp(tmp_path
     write_tiny_backbone(tmp_path)
     plan = plan_in(tmp_path)
     mp.start_processes(one_of_two, (str(tmp_path),), nprocs=2, start_method="spawn")
-    learn(plan, load_backbone(plan.config), OpenStore(tmp_path / "ddp"))
+    learn(plan, load_backbone(plan.config), FakeStore(tmp_path / "ddp"))
 
     module, expected = the_module(tmp_path / "deepspeed"), the_module(tmp_path / "ddp")
     assert module.key == expected.key
