@@ -1,10 +1,50 @@
-"""What every test needs: the folders of shared test code, and quiet, explicit Ray settings."""
+"""What every test needs: the shared code of tests/support, quiet and explicit Ray settings, and the common fixtures."""
+
+from __future__ import annotations
 
 import os
+import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(Path(__file__).parent / "support"))
+FOLDERS = ("ray", "chaos", "browser", "streams", "unit")
+"""The longest files first, so that processes that share the files out end together."""
+
+Job = Callable[..., tuple[int, str, str]]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: FOLDERS.index(folder) if (folder := item.path.parent.name) in FOLDERS else 0)
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for prepared data sets that all tests share: each of them is drawn once."""
+    return tmp_path_factory.mktemp("prepared")
+
+
+@pytest.fixture
+def job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Job:
+    """jobs/NAME.py in this process, on the cluster that is there: exit code, standard output and standard error."""
+
+    def call(name: str, *arguments: object) -> tuple[int, str, str]:
+        main = runpy.run_path(str(ROOT / "jobs" / f"{name}.py"))["main"]
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        try:
+            code = main()
+        except SystemExit as exit:  # argparse
+            code = exit.code
+        said = capsys.readouterr()
+        assert "Traceback" not in said.err
+        return code, said.out, said.err
+
+    return call

@@ -27,11 +27,6 @@ def run_job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     return code, said.strip().splitlines()[-1] if said.strip() else ""
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("prepared")
-
-
 CASES = [
     ("storage that cannot be written", ["run.storage=/proc/nowhere"], "/proc/nowhere"),
     ("more workers than CPUs", ["train.num_workers=20"], "needs 20 CPUs"),

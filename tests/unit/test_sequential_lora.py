@@ -33,11 +33,6 @@ VARIANTS = [{}, {"wise_ft": 0.5}, {"against_forgetting": "ewc"}, {"against_forge
 IDS = ["plain", "wise_ft", "ewc", "badam"]
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("prepared")
-
-
 @pytest.fixture
 def backbone(tmp_path: Path) -> Backbone:
     return load(str(write_tiny_backbone(tmp_path)))

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from golden import Golden
+from processes import run_ranks
 
 from diki_ray.learning.task_trainer import NonFiniteError, Recipe, TaskTrainer, cosine_lr
 
@@ -52,9 +52,7 @@ def train_golden(golden: Golden, rank: int, world_size: int, folder: str) -> Non
 
 def test_the_trained_module_does_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
     """1, 2, 3 and 6 workers over the golden steps, the classes' text tower split among them: equal to 1e-5."""
-    mp.start_processes(
-        train_golden_with_each_number_of_workers, (str(tmp_path),), nprocs=max(WORLD_SIZES), start_method="spawn"
-    )
+    run_ranks(train_golden_with_each_number_of_workers, str(tmp_path), num_ranks=max(WORLD_SIZES))
     alone = golden_trainer(GOLDEN)
     losses = [alone.step(*batch).loss for _ in range(GOLDEN.meta["epochs"]) for batch in GOLDEN.train_batches(0)]
     for world_size in WORLD_SIZES:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from learning import learnt, learnt_through_kills, modules, planned
+from processes import run_ranks
 from tiny_backbone import write_tiny_backbone
 from torch import distributed as dist
 
@@ -50,11 +50,6 @@ def moved(method: Zscl) -> Parameters:
     generator = torch.Generator().manual_seed(1)
     parameters = method.initial(generator)
     return parameters | {n: torch.randn(p.shape, generator=generator) * 0.3 for n, p in trained(parameters).items()}
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("prepared")
 
 
 @pytest.fixture
@@ -141,7 +136,7 @@ def gradients(rank: int, num_ranks: int, tiny: str, folder: str) -> None:
 
 def test_two_workers_share_the_reference_images_and_get_the_gradient_of_one(tiny: Path, tmp_path: Path) -> None:
     gradients(0, 1, str(tiny), str(tmp_path))
-    mp.start_processes(gradients, (2, str(tiny), str(tmp_path)), nprocs=2, start_method="spawn")
+    run_ranks(gradients, 2, str(tiny), str(tmp_path), num_ranks=2)
     one, two = (torch.load(tmp_path / f"{n}.pt") for n in (1, 2))
     torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-6)
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from fake_store import RUN, FakeStore, the_modules
+from processes import run_ranks
 from tiny_backbone import write_tiny_backbone
 
 from diki_ray.config import parse
@@ -62,7 +62,7 @@ def one_of_two(rank: int, folder: str) -> None:
 def test_two_workers_learn_the_modules_of_one(tmp_path: Path) -> None:
     write_tiny_backbone(tmp_path)
     plans = {name: plan_in(tmp_path, name) for name in METHODS}  # prepares, before two do at once
-    mp.start_processes(one_of_two, (str(tmp_path),), nprocs=2, start_method="spawn")
+    run_ranks(one_of_two, str(tmp_path), num_ranks=2)
     for name, plan in plans.items():
         learn(plan, tmp_path / f"one-{name}")
         alone, together = (the_modules(tmp_path / f"{number}-{name}") for number in ("one", "two"))

@@ -23,11 +23,6 @@ from diki_ray.store.run_store import RunStore
 DIKI = {"image_depth": 1, "image_length": 2, "text_depth": 1, "text_length": 2}
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("prepared")
-
-
 class Everything(Diki):
     """A sequential method with one of everything that a method may keep, draw, add or sum."""
 
@@ -162,7 +157,7 @@ def test_another_order_of_a_sequential_run_is_refused_and_its_first_tasks_are_no
 def test_the_documents_example_of_a_method_is_trained_and_answers(
     prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    document = (Path(__file__).parent.parent.parent / "docs" / "methods.md").read_text()
+    document = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
     code = document.split("## Adding a method\n")[1].split("```python\n")[1].split("```")[0]
     assert 20 <= len([line for line in code.splitlines() if line.strip()]) <= 35
     defined: dict[str, Any] = {}

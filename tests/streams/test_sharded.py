@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from fake_store import FakeStore, the_module
+from processes import run_ranks
 from tiny_backbone import write_tiny_backbone
 
 from diki_ray.clip import sharded
@@ -70,7 +70,7 @@ def one_of_two(rank: int, folder: str) -> None:
 def test_two_workers_with_half_the_weights_each_train_the_module_of_ddp(tmp_path: Path) -> None:
     write_tiny_backbone(tmp_path)
     plan = plan_in(tmp_path)
-    mp.start_processes(one_of_two, (str(tmp_path),), nprocs=2, start_method="spawn")
+    run_ranks(one_of_two, str(tmp_path), num_ranks=2)
     learn(plan, load_backbone(plan.config), FakeStore(tmp_path / "ddp"))
 
     module, expected = the_module(tmp_path / "deepspeed"), the_module(tmp_path / "ddp")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from fake_store import FakeStore, the_module
+from processes import run_ranks
 from tiny_backbone import write_tiny_backbone
 
 from diki_ray.config import parse
@@ -71,7 +71,7 @@ def one_of_three(rank: int, folder: str) -> None:
 def test_fewer_and_then_more_workers_go_on_with_the_same_batches(tmp_path: Path) -> None:
     write_tiny_backbone(tmp_path)
     plan = plan_in(tmp_path)
-    mp.start_processes(one_of_three, (str(tmp_path),), nprocs=3, start_method="spawn")
+    run_ranks(one_of_three, str(tmp_path), num_ranks=3)
     learn(plan, FakeStore(tmp_path / "undisturbed"))
 
     elastic, expected = (the_module(tmp_path / name) for name in ("elastic", "undisturbed"))
