@@ -1,4 +1,4 @@
-"""One local Ray cluster for all tests that do not kill it. Runs on it have storages of their own, and so have actors."""
+"""One local Ray cluster for all tests that do not kill it. Runs on it have storages of their own, and actors too."""
 
 from __future__ import annotations
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from job_process import run_job
 from rich.console import Console
 
 from diki_ray.config import Config, load
@@ -26,6 +25,11 @@ DEBUG = ROOT / "configs" / "debug.yaml"
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("storage")
+
+
+@pytest.fixture(autouse=True)
+def on_the_cluster(local_cluster: str) -> None:
+    """Every test here."""
 
 
 def debug(storage: Path, *overrides: str) -> Config:
@@ -51,7 +55,7 @@ def digests(storage: Path, name: str) -> dict[str, str]:
     return {e.task: e.digest for e in RunStore.open(str(storage), name).modules()}
 
 
-def test_learn_run_again_add_a_task_and_share_modules(storage: Path, local_cluster: None) -> None:
+def test_learn_run_again_add_a_task_and_share_modules(storage: Path) -> None:
     first = run(debug(storage))
     names = [t["name"] for t in first["tasks"]]
     assert first["trained"] == names
@@ -88,9 +92,7 @@ def test_learn_run_again_add_a_task_and_share_modules(storage: Path, local_clust
 
 
 @pytest.mark.parametrize("routing", ["image", "batch"])
-def test_any_number_of_evaluation_workers_gives_the_same_numbers(
-    storage: Path, local_cluster: None, routing: str
-) -> None:
+def test_any_number_of_evaluation_workers_gives_the_same_numbers(storage: Path, routing: str) -> None:
     """Every number of the evaluation, to the last bit, with nothing taken from a cache."""
     run(debug(storage))
     measured = []
@@ -112,7 +114,7 @@ def test_any_number_of_evaluation_workers_gives_the_same_numbers(
         assert one[name] == two[name], name
 
 
-def test_two_workers_train_the_modules_of_one(storage: Path, local_cluster: None) -> None:
+def test_two_workers_train_the_modules_of_one(storage: Path) -> None:
     """Not the same bytes (sums are rounded in another order), the same module to 1e-5 over these steps; with the number
     of workers in its key. The ledger says that the same samples were consumed."""
     from diki_ray.learning.module import TaskModule
@@ -132,16 +134,7 @@ def test_two_workers_train_the_modules_of_one(storage: Path, local_cluster: None
 
 def test_the_job_ends_with_code_2_and_one_sentence(tmp_path: Path) -> None:
     """As a user sees it: a process of its own, no traceback, nothing half-written."""
-    command = [
-        sys.executable,
-        "jobs/continual.py",
-        "--config",
-        str(DEBUG),
-        f"run.storage={tmp_path}/s",
-        "train.epochz=3",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
+    done = run_job("continual", "--config", DEBUG, f"run.storage={tmp_path}/s", "train.epochz=3", code=2)
     assert done.stderr.strip().splitlines()[-1].startswith("error: ")
     assert "train.epochz: there is no such field" in done.stderr
     assert "Traceback" not in done.stderr

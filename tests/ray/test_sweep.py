@@ -40,7 +40,7 @@ def swept(config: Config, said: list[str], **fields: Any) -> dict[str, Any]:
     return run_sweep(sweep, config, lambda text: said.append(text))
 
 
-def test_twenty_orders_train_the_modules_of_one(config: Config, local_cluster: None) -> None:
+def test_twenty_orders_train_the_modules_of_one(config: Config, local_cluster: str) -> None:
     folder = Path(config.run.storage, "sweeps", "s")
     fields = {
         "parameters": {"calibration.bias": [-1.0, 1.0], "method.image_depth": [2, 99]},
@@ -85,7 +85,7 @@ def test_twenty_orders_train_the_modules_of_one(config: Config, local_cluster: N
     assert not any(line.startswith("[") for line in said)
 
 
-def test_every_orders_matrix_is_the_direct_evaluations(config: Config, local_cluster: None) -> None:
+def test_every_orders_matrix_is_the_direct_evaluations(config: Config, local_cluster: str) -> None:
     """Number by number: the accuracies, zero-shot and the weight's AUROC, at both routings."""
     config = config.model_copy(update={"tasks": config.tasks[:3]})
     direct = run_continual(config, Console(quiet=True))  # by the evaluator's actors
@@ -107,7 +107,7 @@ def test_every_orders_matrix_is_the_direct_evaluations(config: Config, local_clu
             assert figures_of(found, order)["weight_auroc"] == pytest.approx(afresh["weight_auroc"]["mean"], abs=1e-6)
 
 
-def test_optuna_goes_on_from_the_settings_that_it_knows(config: Config, local_cluster: None) -> None:
+def test_optuna_goes_on_from_the_settings_that_it_knows(config: Config, local_cluster: str) -> None:
     fields = {
         "name": "o",
         "search": "optuna",
@@ -131,7 +131,7 @@ def test_optuna_goes_on_from_the_settings_that_it_knows(config: Config, local_cl
 
 
 def test_methods_of_every_kind_side_by_side(
-    config: Config, local_cluster: None, monkeypatch: pytest.MonkeyPatch
+    config: Config, local_cluster: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Independent, sequential and joint ones in one sweep: each order's numbers are those of a run in that order, and
     costs are known. Paths in a setting are from where the sweep was started. A repeated sweep reads."""
