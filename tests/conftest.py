@@ -16,14 +16,15 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(Path(__file__).parent / "support"))
-FOLDERS = ("ray", "chaos", "browser", "streams", "unit")
-"""The longest files first, so that processes that share the files out end together."""
+FOLDERS = ("unit", "chaos", "ray", "browser", "streams")
+"""Units before anything connects this process to a cluster; then long files before short ones, so that processes that
+share the files out end together."""
 
 Job = Callable[..., tuple[int, str, str]]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: FOLDERS.index(folder) if (folder := item.path.parent.name) in FOLDERS else 0)
+    items.sort(key=lambda item: FOLDERS.index(item.path.parent.name) if item.path.parent.name in FOLDERS else 0)
 
 
 @pytest.fixture(scope="session")

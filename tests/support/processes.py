@@ -15,5 +15,5 @@ def run_ranks(function: Callable[..., None], *arguments: Any, num_ranks: int) ->
     They are forked from a server that has done nothing but import: that costs once what takes each fresh process five
     seconds, and nothing of this process (threads, autograd, a Ray connection) is in them.
     """
-    multiprocessing.set_forkserver_preload(["diki_ray.runs.train.trainer"])
+    multiprocessing.set_forkserver_preload(["diki_ray.runs.train.worker"])
     mp.start_processes(function, arguments, nprocs=num_ranks, start_method="forkserver")

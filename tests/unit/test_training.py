@@ -9,19 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from golden import Golden
+from golden import Golden, golden_trainer
 from processes import run_ranks
 
-from diki_ray.learning.task_trainer import NonFiniteError, Recipe, TaskTrainer, cosine_lr
+from diki_ray.learning.task_trainer import NonFiniteError, Recipe, cosine_lr
 
 GOLDEN = Golden.load()
-
-
-def golden_trainer(golden: Golden, recipe: Recipe | None = None) -> TaskTrainer:
-    meta = golden.meta
-    recipe = recipe or Recipe(lr=meta["lr"], final_lr_fraction=meta["lr_final"] / meta["lr"])
-    steps = meta["epochs"] * len(golden.train_batches(0))
-    return TaskTrainer(golden.method, golden["task0.tokens"], recipe, steps, golden.prompts("init", 0))
 
 
 WORLD_SIZES = (2, 3, 6)
