@@ -30,7 +30,7 @@ test: env-test lint types
 	$(PYTEST)
 
 cluster: env-test
-	$(BIN)/python -m pytest -rs tests/unit/test_cluster_files.py tests/unit/test_cluster_metrics.py
+	$(BIN)/python -m pytest -rs tests/unit/test_cluster_files.py tests/unit/test_cluster_image.py tests/unit/test_cluster_metrics.py
 
 .PHONY: browser
 browser: env-test
