@@ -10,21 +10,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from fake_store import FakeStore, the_module
+from learning import tiny_plan, worker_of
 from processes import run_ranks
-from tiny_backbone import write_tiny_backbone
 
 from diki_ray.config import parse
 from diki_ray.errors import ConfigError
-from diki_ray.runs.plan import Plan, build_method, load_backbone, make_plan
-from diki_ray.runs.train.worker import TaskWorker
+from diki_ray.runs.plan import Plan, load_backbone, make_plan
 
-TREE = {
-    "run": {"name": "run"},
-    "tasks": [{"data": "embedded:digits", "shots": 4}],
-    "method": {"image_depth": 2, "image_length": 2, "text_depth": 2, "text_length": 2},
-    # 40 images: steps 0 to 4 and 5 to 9. The learning rate is the published one.
-    "train": {"epochs": 2, "batch_size": 8, "num_workers": 3, "checkpoint_every_steps": 3},
-}
+TRAIN = {"epochs": 2, "batch_size": 8, "num_workers": 3, "checkpoint_every_steps": 3}
+"""40 images: steps 0 to 4 and 5 to 9. The learning rate is the published one."""
 ATTEMPTS = ((2, 4), (1, 8), (3, None))
 """(workers, the step before which all of them stop); each time the steps since the checkpoint three apart are lost."""
 
@@ -33,15 +27,9 @@ class Stopped(Exception):
     """The group is torn down, as when a node of it is lost."""
 
 
-def plan_in(folder: Path) -> Plan:
-    backbone = {"name": str(folder / "tiny_backbone.py")}
-    config = parse(TREE | {"backbone": backbone, "data": {"root": str(folder / "prepared")}})
-    return make_plan(config, load_backbone(config))
-
-
 def learn(plan: Plan, store: object, stop_before: int | None = None) -> None:
     """The plan's one task, from its newest checkpoint on."""
-    worker = TaskWorker(plan.config, build_method(plan.config, load_backbone(plan.config)), store)  # type: ignore[arg-type]
+    worker = worker_of(plan, store)
     asked = iter(range(4, 12, 4))  # before steps 4 and 8, which take no checkpoint, every rank asks
 
     def draining() -> bool:
@@ -56,7 +44,7 @@ def learn(plan: Plan, store: object, stop_before: int | None = None) -> None:
 def one_of_three(rank: int, folder: str) -> None:
     """One process takes part in the groups it is needed for: starting it is what costs."""
     torch.set_num_threads(1)
-    plan = plan_in(Path(folder))
+    plan = tiny_plan(Path(folder), train=TRAIN)
     for number, (world_size, stop_before) in enumerate(ATTEMPTS):
         if rank >= world_size:
             continue
@@ -69,8 +57,7 @@ def one_of_three(rank: int, folder: str) -> None:
 
 
 def test_fewer_and_then_more_workers_go_on_with_the_same_batches(tmp_path: Path) -> None:
-    write_tiny_backbone(tmp_path)
-    plan = plan_in(tmp_path)
+    plan = tiny_plan(tmp_path, train=TRAIN)
     run_ranks(one_of_three, str(tmp_path), num_ranks=3)
     learn(plan, FakeStore(tmp_path / "undisturbed"))
 
@@ -91,12 +78,11 @@ def test_fewer_and_then_more_workers_go_on_with_the_same_batches(tmp_path: Path)
 
 def test_more_at_least_than_at_most_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"min_workers=4 is more than num_workers=3"):
-        parse(TREE | {"train": TREE["train"] | {"min_workers": 4}})
+        parse({"run": {"name": "x"}, "tasks": [{"data": "embedded:digits"}], "train": TRAIN | {"min_workers": 4}})
 
 
 def test_how_few_workers_are_enough_changes_no_key_and_no_digest(tmp_path: Path) -> None:
-    write_tiny_backbone(tmp_path)
-    plan = plan_in(tmp_path)
+    plan = tiny_plan(tmp_path, train=TRAIN)
     tree = plan.config.model_dump()
     tree["train"] |= {"min_workers": 1, "resize_every_s": 5.0}
     elastic = parse(tree)

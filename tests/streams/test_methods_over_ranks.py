@@ -9,19 +9,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from fake_store import RUN, FakeStore, the_modules
+from learning import tiny_plan, worker_of
 from processes import run_ranks
-from tiny_backbone import write_tiny_backbone
 
-from diki_ray.config import parse
-from diki_ray.runs.plan import Plan, build_method, load_backbone, make_plan
-from diki_ray.runs.train.worker import TaskWorker
+from diki_ray.runs.plan import Plan
 from diki_ray.store.run_store import RunStore
 
-TREE = {
-    "run": {"name": RUN},
-    "tasks": [{"data": f"embedded:{name}", "shots": 2} for name in ("digits", "gems")],  # 20 images each
-    "train": {"epochs": 1, "batch_size": 7, "num_workers": 2, "lr": 0.05},
-}
+TRAIN = {"epochs": 1, "batch_size": 7, "num_workers": 2, "lr": 0.05}
 BLOCK = {"image_depth": 1, "text_depth": 1}
 METHODS: dict[str, dict[str, Any]] = {
     "rail": {"hidden_dim": 16},  # sums alone
@@ -34,19 +28,17 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def plan_in(folder: Path, name: str) -> Plan:
     """zscl distils on a third prepared set."""
-    data = {"root": str(folder / "prepared")}
-    tree = TREE | {"backbone": {"name": str(folder / "tiny_backbone.py")}, "data": data}
     settings = METHODS[name]
     if name == "zscl":
-        mist = parse(tree | {"method": {"name": "zero_shot"}, "tasks": [{"data": "embedded:mist", "shots": 2}]})
-        settings = settings | {"reference": make_plan(mist, load_backbone(mist)).tasks[0].index.uri}
-    config = parse(tree | {"method": {"name": name} | settings})
-    return make_plan(config, load_backbone(config))
+        mist = tiny_plan(folder, method={"name": "zero_shot"}, tasks=[{"data": "embedded:mist", "shots": 2}])
+        settings = settings | {"reference": mist.tasks[0].index.uri}
+    tasks = [{"data": f"embedded:{task}", "shots": 2} for task in ("digits", "gems")]  # 20 images each
+    return tiny_plan(folder, method={"name": name} | settings, tasks=tasks, train=TRAIN)
 
 
 def learn(plan: Plan, folder: Path, rank: int = 0) -> None:
     store = FakeStore(folder) if rank == 0 else RunStore.open(str(folder), RUN)  # which others only read
-    worker = TaskWorker(plan.config, build_method(plan.config, load_backbone(plan.config)), store)  # type: ignore[arg-type]
+    worker = worker_of(plan, store)
     for task in plan.tasks:
         worker.learn(task)
 
@@ -60,7 +52,6 @@ def one_of_two(rank: int, folder: str) -> None:
 
 
 def test_two_workers_learn_the_modules_of_one(tmp_path: Path) -> None:
-    write_tiny_backbone(tmp_path)
     plans = {name: plan_in(tmp_path, name) for name in METHODS}  # prepares, before two do at once
     run_ranks(one_of_two, str(tmp_path), num_ranks=2)
     for name, plan in plans.items():

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_store import FakeStore, KilledError
+from fake_store import RUN, FakeStore, KilledError
+from tiny_backbone import write_tiny_backbone
 
 from diki_ray.answering.evaluation import Evaluation
-from diki_ray.config import Config, load
+from diki_ray.clip.backbone import Backbone
+from diki_ray.config import Config, load, parse
 from diki_ray.learning.module import TaskModule
 from diki_ray.runs.evaluate.cache import NoCache
 from diki_ray.runs.evaluate.split import evaluate_here
@@ -26,10 +28,29 @@ def planned(prepared: Path, method: dict[str, Any], *overrides: str) -> Plan:
     return make_plan(config, load_backbone(config))
 
 
+def tiny_plan(folder: Path, **sections: Any) -> Plan:
+    """Forty digits, or what the configuration's `sections` say, on a tiny backbone; every rank may ask for it."""
+    if not (folder / "tiny_backbone.py").exists():
+        write_tiny_backbone(folder)
+    tree = {
+        "run": {"name": RUN},
+        "tasks": [{"data": "embedded:digits", "shots": 4}],
+        "method": {"image_depth": 2, "image_length": 2, "text_depth": 2, "text_length": 2},
+        "backbone": {"name": str(folder / "tiny_backbone.py")},
+        "data": {"root": str(folder / "prepared")},
+    }
+    config = parse(tree | sections)
+    return make_plan(config, load_backbone(config))
+
+
+def worker_of(plan: Plan, store: object, backbone: Backbone | None = None) -> TaskWorker:
+    """What a worker of a group is, without the group."""
+    return TaskWorker(plan.config, build_method(plan.config, backbone or load_backbone(plan.config)), store)  # type: ignore[arg-type]
+
+
 def learnt(plan: Plan, store: FakeStore | None = None) -> FakeStore:
     store = store or FakeStore()
-    backbone = load_backbone(plan.config)
-    worker = TaskWorker(plan.config, build_method(plan.config, backbone), store)  # type: ignore[arg-type]
+    worker = worker_of(plan, store)
     for task in plan.tasks:
         worker.learn(task)
     return store
