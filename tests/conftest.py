@@ -7,6 +7,7 @@ import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -20,7 +21,13 @@ FOLDERS = ("unit", "chaos", "ray", "browser", "streams")
 """Units before anything connects this process to a cluster; then long files before short ones, so that processes that
 share the files out end together."""
 
-Job = Callable[..., tuple[int, str, str]]
+
+class Ended(NamedTuple):
+    """What a job left."""
+
+    code: int
+    stdout: str
+    stderr: str
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -34,10 +41,10 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Job:
+def job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
     """jobs/NAME.py in this process, on the cluster that is there: exit code, standard output and standard error."""
 
-    def call(name: str, *arguments: object) -> tuple[int, str, str]:
+    def call(name: str, *arguments: object) -> Ended:
         main = runpy.run_path(str(ROOT / "jobs" / f"{name}.py"))["main"]
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
         try:
@@ -46,6 +53,6 @@ def job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
             code = exit.code
         said = capsys.readouterr()
         assert "Traceback" not in said.err
-        return code, said.out, said.err
+        return Ended(code, said.out, said.err)
 
     return call
