@@ -42,7 +42,7 @@ load: quickstart
 
 .PHONY: gpu
 gpu: env-test
-	$(BIN)/python -m pytest -rs -m "long or not long" tests/gpu tests/unit/test_benchmark.py tests/unit/test_transfer.py
+	$(BIN)/python -m pytest -rs -m "long or not long" tests/gpu tests/unit/test_benchmark.py tests/streams/test_benchmark_job.py tests/unit/test_transfer.py
 	$(BIN)/python jobs/benchmark.py --model ViT-B-16 --device cuda
 
 .PHONY: audit
