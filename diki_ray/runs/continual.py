@@ -89,7 +89,7 @@ def _learn(plan: Plan, store: HeldRun, display: Display, listeners: Sequence[Lis
         if task.key in committed:
             display.say(f"{task.name}: learnt already")
     if pending:
-        least, most = plan.config.train.min_workers, plan.config.train.num_workers
+        least, most = plan.config.train.min_workers, plan.config.train.most_workers
         workers = f"{'' if least is None else f'{least} to '}{most} worker{'s' if most > 1 else ''}"
         display.say(f"training {len(pending)} tasks with {workers} …")
         display.expect([task.name for task in pending])
