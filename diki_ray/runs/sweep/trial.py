@@ -159,7 +159,7 @@ def lease_of(plan: Plan) -> str:
 
 def _train(plan: Plan, missing: Sequence[PlannedTask], store: HeldRun) -> None:
     config = plan.config
-    if config.train.num_workers > 1 or config.schedule.concurrent_tasks > 1:
+    if config.train.most_workers > 1 or config.schedule.concurrent_tasks > 1:
         if missing:
             train(config, missing, store)
         return
