@@ -43,6 +43,7 @@ from diki_ray.runs.sweep.cost import Stream, cost_of
 from diki_ray.runs.train.faults import injected_faults
 from diki_ray.runs.train.group import train
 from diki_ray.runs.train.worker import TaskWorker
+from diki_ray.store.caches import Cache
 from diki_ray.store.interface import HeldRun
 from diki_ray.store.library import Library
 
