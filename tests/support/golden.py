@@ -114,8 +114,10 @@ class Golden:
         )
 
 
-def golden_trainer(golden: Golden, recipe: Recipe | None = None) -> TaskTrainer:
+def golden_trainer(golden: Golden, recipe: Recipe | None = None, num_parts: int | None = None) -> TaskTrainer:
     meta = golden.meta
     recipe = recipe or Recipe(lr=meta["lr"], final_lr_fraction=meta["lr_final"] / meta["lr"])
     steps = meta["epochs"] * len(golden.train_batches(0))
-    return TaskTrainer(golden.method, golden["task0.tokens"], recipe, steps, golden.prompts("init", 0))
+    return TaskTrainer(
+        golden.method, golden["task0.tokens"], recipe, steps, golden.prompts("init", 0), num_parts=num_parts
+    )

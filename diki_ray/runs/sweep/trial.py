@@ -43,6 +43,7 @@ from diki_ray.runs.sweep.cost import Stream, cost_of
 from diki_ray.runs.train.faults import injected_faults
 from diki_ray.runs.train.group import train
 from diki_ray.runs.train.worker import TaskWorker
+from diki_ray.store.caches import Cache
 from diki_ray.store.interface import HeldRun
 from diki_ray.store.library import Library
 
@@ -158,7 +159,7 @@ def lease_of(plan: Plan) -> str:
 
 def _train(plan: Plan, missing: Sequence[PlannedTask], store: HeldRun) -> None:
     config = plan.config
-    if config.train.num_workers > 1 or config.schedule.concurrent_tasks > 1:
+    if config.train.most_workers > 1 or config.schedule.concurrent_tasks > 1:
         if missing:
             train(config, missing, store)
         return

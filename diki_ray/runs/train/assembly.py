@@ -45,17 +45,22 @@ def assembled(data: TaskData, trainer: TaskTrainer, recorded: dict[str, Any], nu
 @torch.no_grad()
 def statistics(data: TaskData, trainer: TaskTrainer) -> tuple[Moments, Parameters]:
     """Moments of the frozen features of the training images, and what the module holds with the method's own sums over
-    them; both merged over ranks in rank order."""
-    method, tokens = trainer.method, trainer.class_tokens
-    own, sums = Moments.empty(method.backbone.embed_dim), Sums()
-    for images, labels in data.share_of("train"):
+    them; both merged in the order of parts, so that it is the same whoever computed which."""
+    own = [_of_part(data, trainer, part) for part in data.own_parts]
+    parts = [part for parts in gather_objects(own) for part in parts]
+    sums = Sums()
+    for _, of_part in parts:
+        sums.add(of_part)
+    return Moments.merged([moments for moments, _ in parts]), trainer.method.finish(trainer.best, sums.tensors)
+
+
+def _of_part(data: TaskData, trainer: TaskTrainer, part: int) -> tuple[Moments, Parameters]:
+    method, moments, sums = trainer.method, Moments.empty(data.backbone.embed_dim), Sums()
+    for images, labels in data.part_of("train", part):
         features = method.backbone.encode_image(images)
-        own = own.merge(Moments.of(features.cpu()))
-        sums.add(method.sums(trainer.best, TrainingBatch(images, labels, features, tokens)))
-    merged = Sums()
-    for parts in gather_objects(sums.tensors):
-        merged.add(parts)
-    return Moments.merged(gather_objects(own)), method.finish(trainer.best, merged.tensors)
+        moments = moments.merge(Moments.of(features.cpu()))
+        sums.add(method.sums(trainer.best, TrainingBatch(images, labels, features, trainer.class_tokens)))
+    return moments, sums.tensors
 
 
 @torch.no_grad()
@@ -111,7 +116,9 @@ def _course(trainer: TaskTrainer, num_skipped: int) -> dict[str, Any]:
         "best_epoch": progress.best_epoch if progress.history else None,
         "history": progress.history,
         "num_steps": progress.step,
-        "world_sizes": progress.world_sizes,
+        # As if every part had been a worker: who computed it is in the log, and not in a module, which is the same
+        # whoever did.
+        "world_sizes": [[0, trainer.num_parts]] if progress.step else [],
         "num_nonfinite_steps": trainer.num_nonfinite,
         "num_skipped": num_skipped,
     }
