@@ -109,7 +109,7 @@ def measure(a: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> di
         "stream": lambda: [matrix.matrix(world, a.tasks, a.stream_classes, batch, a.stream_batches, few)],
         "routing": lambda: [routing.routing(world, t, batch, few, tower_s) for t in a.routing_tasks],
         "input": lambda: feeding.input_share(world, classes, a.batch[0], epochs=2),
-        "scaling": lambda: [processes.scaling(a.model, classes, batch, a.rounds)],
+        "scaling": lambda: [row for b in a.batch for row in processes.scaling(a.model, classes, b, a.rounds)],
         "memory": lambda: processes.memory(a.model, a.device, classes, batch),
         "layout": lambda: [layout.layout(world, batch, a.rounds)],
         "compile": lambda: [training.compiled(world, classes, batch, a.rounds, a.compile_mode)],
