@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 
 from diki_ray.errors import DataError
-from diki_ray.learning.class_moments import ClassMoments
 from diki_ray.learning.moments import Moments
+from diki_ray.learning.statistics import Statistics
 
 SCATTER_GRID = 2.0**-36
 """Within-class scatters are added as whole multiples of it: exact in int64 for the first 10⁸ images, and far below a
@@ -64,24 +64,24 @@ class ClassConstants:
 
 @dataclass(frozen=True, eq=False)
 class LearntClasses:
-    """What the model reads of a task's module: its key, the class names [C], the moments of its training images."""
+    """What the model reads of a task's module: its key, the class names [C], the sums over its training images."""
 
     key: str
     names: tuple[str, ...]
-    moments: Moments
-    classes: ClassMoments
+    statistics: Statistics
 
     def __post_init__(self) -> None:
-        if len(self.names) != len(self.classes.counts):
-            raise DataError(f"{len(self.names)} class names, but class means of {len(self.classes.counts)} classes")
+        if len(self.names) != len(self.statistics.counts):
+            raise DataError(f"{len(self.names)} class names, but class means of {len(self.statistics.counts)} classes")
 
-    def scatter(self, within: bool = True) -> np.ndarray:
-        """[E, E]: within the classes, or about the task's mean."""
-        return self.classes.within_scatter(self.moments) if within else self.moments.scatter
+    @property
+    def seen(self) -> np.ndarray:
+        """int64: the numbers of the classes that have images."""
+        return np.flatnonzero(self.statistics.counts)
 
     def own_covariance(self, eps: float) -> Tensor:
         """W_t [E, E]."""
-        return _shrunk(self.scatter(), self.moments.count, eps)
+        return _shrunk(self.statistics.scatter_within, self.statistics.count, eps)
 
     @cached_property
     def _log_dets(self) -> dict[float, float]:
@@ -106,8 +106,8 @@ class PooledScatter:
 
     @staticmethod
     def of(task: LearntClasses) -> PooledScatter:
-        scatter = np.rint(task.scatter() / SCATTER_GRID).astype(np.int64)
-        return PooledScatter(scatter, task.moments.count, task.moments.count - len(task.classes.seen))
+        scatter = np.rint(task.statistics.scatter_within / SCATTER_GRID).astype(np.int64)
+        return PooledScatter(scatter, task.statistics.count, task.statistics.count - len(task.seen))
 
     def plus(self, other: PooledScatter, sign: int = 1) -> PooledScatter:
         """With another's images, or without them (sign −1)."""
@@ -165,12 +165,12 @@ class ClassModel:
         self._factor_bytes = factor_bytes
         self._factors: OrderedDict[int, OwnCovariance] = OrderedDict()
         order = sorted(range(len(tasks)), key=lambda t: tasks[t].key)
-        self.columns = [t for t in order if len(tasks[t].classes.seen)]
+        self.columns = [t for t in order if len(tasks[t].seen)]
         """The tasks that have images, as positions in `tasks`, in the order of their keys."""
         self._known = [tasks[t] for t in self.columns]
         self.rows_of: dict[str, list[int]] = defaultdict(list)
-        self.num_classes = [len(task.classes.seen) for task in self._known]
-        for row, name in enumerate(task.names[c] for task in self._known for c in task.classes.seen):
+        self.num_classes = [len(task.seen) for task in self._known]
+        for row, name in enumerate(task.names[c] for task in self._known for c in task.seen):
             self.rows_of[name].append(row)
         self.task_of_row = torch.repeat_interleave(torch.tensor(self.num_classes, dtype=torch.long))
         if self._known:
@@ -184,7 +184,7 @@ class ClassModel:
     def with_task(self, task: LearntClasses) -> ClassModel:
         """The model with a task more, last in order: the bits of a model made of all these tasks, without reading the
         scatters of the others again."""
-        if not len(task.classes.seen) or not self._known:
+        if not len(task.seen) or not self._known:
             return ClassModel([*self.tasks, task], self.constants, self._factor_bytes)
         pooled = self.pooled.plus(PooledScatter.of(task))
         return ClassModel([*self.tasks, task], self.constants, self._factor_bytes, pooled)
@@ -192,14 +192,14 @@ class ClassModel:
     def without_task(self, position: int) -> ClassModel:
         """The model without a task: the bits of a model that never had it."""
         rest = [task for t, task in enumerate(self.tasks) if t != position]
-        if not len(self.tasks[position].classes.seen) or len(self._known) == 1:
+        if not len(self.tasks[position].seen) or len(self._known) == 1:
             return ClassModel(rest, self.constants, self._factor_bytes)
         pooled = self.pooled.plus(PooledScatter.of(self.tasks[position]), sign=-1)
         return ClassModel(rest, self.constants, self._factor_bytes, pooled)
 
     def _fit(self) -> None:
         """P, B, ȳ and the classes' means in the coordinates where P is the identity and B diagonal."""
-        eps, embed_dim = self.constants.covariance_eps, len(self._known[0].moments.mean)
+        eps, embed_dim = self.constants.covariance_eps, self._known[0].statistics.first.shape[1]
         self.centre, self.counts, means = self._class_means()
         self._pooled_covariance = self._covariance_within(eps)
         pooled_factor = torch.linalg.cholesky(self._pooled_covariance)
@@ -223,8 +223,8 @@ class ClassModel:
 
     def _class_means(self) -> tuple[Tensor, Tensor, Tensor]:
         """ȳ [E], the counts float64 [R] and the means [R, E]."""
-        counts = np.concatenate([task.classes.counts[task.classes.seen] for task in self._known])
-        means = np.concatenate([task.classes.means[task.classes.seen] for task in self._known])
+        counts = np.concatenate([task.statistics.counts[task.seen] for task in self._known])
+        means = np.concatenate([task.statistics.means[task.seen] for task in self._known])
         return torch.from_numpy(means.mean(axis=0)), torch.from_numpy(counts).double(), torch.from_numpy(means)
 
     def _covariance_within(self, eps: float) -> Tensor:
@@ -232,13 +232,13 @@ class ClassModel:
         be half of the whole."""
         if self.pooled.num_repeated:
             return _shrunk(self.pooled.scatter * SCATTER_GRID, self.pooled.count, eps)
-        whole = np.sum([task.scatter(within=False) for task in self._known], axis=0)
+        whole = np.sum([task.statistics.moments.scatter for task in self._known], axis=0)
         return _shrunk(0.5 * whole, self.pooled.count, eps)
 
     def own_share(self, task: int) -> float:
         """b_t of a task among `columns`."""
-        moments = self._known[task].moments
-        return moments.count / (moments.count + self.constants.pooling * len(moments.mean))
+        count, embed_dim = self._known[task].statistics.count, len(self.centre)
+        return count / (count + self.constants.pooling * embed_dim)
 
     def class_log_densities(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """ℓ_c [R, N] and ℓ₀ [N], of features [N, E] float64."""
@@ -273,7 +273,7 @@ class ClassModel:
         learnt = self._known[task]
         covariance = b * learnt.own_covariance(eps) + (1 - b) * self._pooled_covariance
         factor = torch.linalg.cholesky(covariance)
-        centre = torch.from_numpy(learnt.moments.mean)
+        centre = torch.from_numpy(learnt.statistics.moments.mean)
         means = self.centre + self.means[self.task_of_row == task] @ self._from_coordinates
         whitened = torch.linalg.solve_triangular(factor, (means - centre).T, upper=False)
         log_norm = -float(factor.diagonal().log().sum()) - 0.5 * len(centre) * math.log(2 * math.pi)

@@ -15,8 +15,7 @@ from sklearn.covariance import OAS
 from diki_ray.answering.class_answers import ClassDensities
 from diki_ray.answering.class_model import ClassConstants, ClassModel, LearntClasses
 from diki_ray.errors import DataError
-from diki_ray.learning.class_moments import ClassMoments
-from diki_ray.learning.moments import Moments
+from diki_ray.learning.statistics import Statistics
 
 E = 8
 
@@ -31,7 +30,7 @@ def images(key: str, n: int, c: int, seed: int) -> tuple[np.ndarray, np.ndarray]
 
 def learnt(key: str, x: np.ndarray, y: np.ndarray, names: tuple[str, ...] | None = None) -> LearntClasses:
     names = names or tuple(f"{key}{c}" for c in range(y.max() + 1))
-    return LearntClasses(key, names, Moments.of(x), ClassMoments.of(x, y, len(names)))
+    return LearntClasses(key, names, Statistics.of(x, y, len(names)))
 
 
 DATA = {key: images(key, n, c, seed) for key, n, c, seed in [("b", 30, 3, 1), ("c", 50, 4, 2), ("a", 20, 2, 3)]}
@@ -231,7 +230,7 @@ def test_a_class_without_images_is_a_class_never_seen() -> None:
 
 
 def test_a_task_without_images_has_no_density_and_changes_no_answer() -> None:
-    nothing = LearntClasses("0", ("x", "y"), Moments.empty(E), ClassMoments.empty(2, E))
+    nothing = LearntClasses("0", ("x", "y"), Statistics.empty(2, E))
     densities = ClassDensities(ClassModel([nothing, *TASKS]), QUERIES)
     assert (densities.log_density()[:, 0] == -torch.inf).all()
     assert (densities.weight()[:, 0] == 0).all()
@@ -264,4 +263,4 @@ def test_features_that_are_not_finite_are_named() -> None:
 
 def test_as_many_names_as_class_means() -> None:
     with pytest.raises(DataError, match="2 class names, but class means of 3 classes"):
-        LearntClasses("b", ("one", "two"), TASKS[0].moments, TASKS[0].classes)
+        LearntClasses("b", ("one", "two"), TASKS[0].statistics)
