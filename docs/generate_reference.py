@@ -36,8 +36,8 @@ ROOTS = (
         "A run",
         "`jobs/continual.py --config FILE [section.field=value …]`. Examples are in `configs/`. What another value of "
         "a field *changes*: *modules* are trained anew, under other keys, and those of the former value stay; "
-        "*answers*: the run is evaluated anew with the modules that are there; *nothing*: a finished run has nothing to "
-        "do, and a sweep still knows its settings.",
+        "*answers*: the run is evaluated anew with the modules that are there; *nothing*: a finished run has nothing "
+        "to do, and a sweep still knows its settings.",
     ),
     (SweepConfig, "A sweep", "`jobs/sweep.py --config FILE`, see [sweeps](sweeps.md)."),
     (Settings, "A server", "Options of `jobs/serve.py`, written `--max-images 8`."),

@@ -19,10 +19,13 @@ from rich.console import Console
 
 from diki_ray import config
 from diki_ray.answering.comparison import compare
-from diki_ray.answering.evaluation import report
+from diki_ray.answering.evaluation import Evaluated, report
+from diki_ray.clip.trust import add_backbone_options
+from diki_ray.config import Config
 from diki_ray.errors import UserError
 from diki_ray.report.evaluation_table import comparison, tables
 from diki_ray.runs.evaluate.stored_evaluation import Asked, evaluate_stored
+from diki_ray.runs.stored_run import told_config
 
 
 def main() -> int:
@@ -30,6 +33,7 @@ def main() -> int:
     parser.add_argument("storage", metavar="STORAGE", help="a local folder, s3://, gs:// or az://")
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("--config", metavar="FILE", help="default: the one stored with the run's results")
+    add_backbone_options(parser)
     parser.add_argument("--routing", choices=("image", "batch"), help="default: the run's")
     parser.add_argument("--label-space", choices=("task", "seen", "all"), help="default: the run's")
     parser.add_argument("--order", metavar="A,B,…", help="the tasks that are learnt, in this order; default: the run's")
@@ -60,8 +64,12 @@ def evaluate(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], list[
     order = None if arguments.order is None else tuple(name.strip() for name in arguments.order.split(","))
     asked = Asked(arguments.routing, arguments.label_space, order, arguments.split, cache=not arguments.no_cache)
     given = config.load(arguments.config) if arguments.config else None
-    first = evaluate_stored(arguments.storage, arguments.run, asked, given, say)
-    others = [evaluate_stored(arguments.storage, run, asked, None, say) for run in arguments.compare]
+
+    def evaluated(run: str, given: Config | None) -> Evaluated:
+        told = told_config(arguments.storage, run, given, arguments)
+        return evaluate_stored(arguments.storage, run, asked, told, say)
+
+    first, *others = (evaluated(run, None if n else given) for n, run in enumerate((arguments.run, *arguments.compare)))
     return [report(e) for e in (first, *others)], [compare(first, other) for other in others]
 
 

@@ -10,8 +10,10 @@ import argparse
 import sys
 
 from diki_ray import config
+from diki_ray.clip.trust import add_backbone_options
 from diki_ray.errors import UserError
 from diki_ray.prediction.bundle import export_bundle
+from diki_ray.runs.stored_run import told_config
 
 
 def main() -> int:
@@ -20,9 +22,11 @@ def main() -> int:
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("folder", metavar="FOLDER", help="where it goes; local, s3://, gs:// or az://")
     parser.add_argument("--config", metavar="FILE", help="default: the one stored with the run's results")
+    add_backbone_options(parser)
     arguments = parser.parse_args()
     try:
         given = config.load(arguments.config) if arguments.config else None
+        given = told_config(arguments.storage, arguments.run, given, arguments)
         num_bytes = export_bundle(arguments.storage, arguments.run, arguments.folder, given)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -12,6 +12,7 @@ import argparse
 import sys
 
 from diki_ray import config as configs
+from diki_ray.clip.trust import backbone_options, needs_word
 from diki_ray.config import Config
 from diki_ray.config.protocols import protocol
 from diki_ray.errors import UserError
@@ -45,6 +46,8 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     where = f"{arguments.storage} {arguments.run}"
+    if needs_word(config.backbone):
+        where += f" {backbone_options(config.backbone)}"
     print(f"run {arguments.run!r}: {len(entries)} tasks imported ({', '.join(e.task for e in entries)}).")
     print(f"Published figures are voted by batch: python jobs/evaluate.py {where} --routing batch")
     return 0

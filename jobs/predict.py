@@ -22,10 +22,12 @@ from rich.table import Table
 from rich.text import Text
 
 from diki_ray import config
+from diki_ray.clip.trust import add_backbone_options
 from diki_ray.config import Config
 from diki_ray.data.inputs import is_collection, parts_of
 from diki_ray.errors import ConfigError, UserError
 from diki_ray.prediction.run_predictor import Answer, load_predictor, read_image
+from diki_ray.runs.stored_run import told_config
 
 DEFAULT_TEMPLATE = "a photo of a {}."
 
@@ -36,6 +38,7 @@ def main() -> int:
     parser.add_argument("--storage", help="of the run (default: the configuration's, or runs)")
     parser.add_argument("--run", help="its name (default: the configuration's)")
     parser.add_argument("--config", metavar="FILE", help="default: the one stored with the run's results")
+    add_backbone_options(parser)
     parser.add_argument("--classes", metavar="A,B,…", help="choose among these classes, learnt or not")
     parser.add_argument("--template", help="their caption, with {} for the name (default: 'a photo of a {}.')")
     parser.add_argument("--json", action="store_true", help="a JSON list instead of a table")
@@ -75,7 +78,8 @@ def run_of(arguments: argparse.Namespace) -> tuple[str, str, Config | None]:
     """Storage and name of the run, and the configuration that is given."""
     configured = config.load(arguments.config) if arguments.config else None
     storage = arguments.storage or (configured.run.storage if configured else "runs")
-    return storage, arguments.run or (configured.run.name if configured else ""), configured
+    run = arguments.run or (configured.run.name if configured else "")
+    return storage, run, told_config(storage, run, configured, arguments)
 
 
 def classes_of(arguments: argparse.Namespace) -> list[str] | None:

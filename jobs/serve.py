@@ -7,6 +7,7 @@ token is that of DIKI_SERVE_TOKEN or --token-file. The page is at the URL itself
 import argparse
 import sys
 
+from diki_ray.clip.trust import add_backbone_options
 from diki_ray.errors import UserError
 from diki_ray.serving.server import serving, wait_for_end
 from diki_ray.serving.settings import Settings, parse_settings, token_digest
@@ -24,8 +25,9 @@ def main() -> int:
     parser.add_argument("--cpus-per-replica", type=float, default=1.0)
     parser.add_argument("--gpus-per-replica", type=float, default=0.0)
     parser.add_argument("--address", help="of a Ray cluster (default: RAY_ADDRESS, else one started here)")
+    add_backbone_options(parser)
     for name, field in Settings.model_fields.items():
-        if name not in ("storage", "run", "token_sha256"):
+        if name not in ("storage", "run", "token_sha256", "backbone", "pretrained", "directory"):
             parser.add_argument(f"--{name.replace('_', '-')}", type=type(field.default), default=field.default)
     arguments = vars(parser.parse_args())
     try:

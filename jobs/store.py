@@ -14,6 +14,7 @@ STORAGE is a local path or s3://, gs://, az://. What changes a run needs its lea
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -58,8 +59,13 @@ def export(args: argparse.Namespace) -> Report:
 
 
 def import_(args: argparse.Namespace) -> Report:
-    modules = RunStore.import_(args.storage, args.run, args.path).modules()
-    return {"num_modules": len(modules), "text": f"run {args.run!r} has {len(modules)} modules in {args.storage}"}
+    store = RunStore.import_(args.storage, args.run, args.path)
+    text = (
+        f"run {args.run!r} has {len(store.modules())} modules in {args.storage}\n"
+        "Its report.html is not taken, as a page from elsewhere may hold scripts; to make it again:\n"
+        f"  python jobs/report.py {shlex.quote(args.run)} --storage {shlex.quote(args.storage)}"
+    )
+    return {"num_modules": len(store.modules()), "text": text}
 
 
 def remove(args: argparse.Namespace) -> Report:

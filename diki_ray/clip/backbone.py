@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from diki_ray.clip.attention import TorchAttention, attention_blocks
 from diki_ray.clip.packing import TEXTS_A_ROW, packed
 from diki_ray.clip.readout import read_alone, reads_class_token
+from diki_ray.clip.remote_code import no_remote_code, refuse_trusting
 from diki_ray.clip.residual import Residual, Tower
 from diki_ray.errors import ConfigError
 
@@ -258,8 +259,15 @@ def load(name: str, pretrained: str | None = None, directory: str | None = None)
         )
     if pretrained is None and not is_folder:
         raise ConfigError(f"backbone.pretrained: {name!r} needs weights: a tag such as `openai`, or a local file.")
+    if is_folder:
+        refuse_trusting(Path(name.removeprefix(LOCAL)))
     try:
-        model, preprocess = open_clip.create_model_from_pretrained(name, pretrained=pretrained, device="cpu")
+        with no_remote_code():
+            model, preprocess = open_clip.create_model_from_pretrained(
+                name, pretrained=pretrained, device="cpu", weights_only=True
+            )
+    except ConfigError:
+        raise
     except Exception as error:  # open_clip passes on whatever its hub client or torch raised
         what = (
             f"backbone.name: {name!r}" if is_folder else f"backbone.pretrained: the weights {pretrained!r} of {name!r}"
@@ -280,14 +288,17 @@ def _tokenizer(name: str, directory: str | None) -> Callable:
     """open_clip's tokenizer of the model; Hugging Face's tokenizer files come from `directory` if it is given."""
     config = {} if name.startswith(LOCAL) else open_clip.get_model_config(name)["text_cfg"]
     try:
-        if directory is None or "hf_tokenizer_name" not in config:
-            return open_clip.get_tokenizer(name)
-        return open_clip.tokenizer.HFTokenizer(
-            directory,
-            context_length=config.get("context_length", 77),
-            tokenizer_mode=config.get("tokenizer_mode"),
-            **config.get("tokenizer_kwargs", {}),
-        )
+        with no_remote_code():
+            if directory is None or "hf_tokenizer_name" not in config:
+                return open_clip.get_tokenizer(name)
+            return open_clip.tokenizer.HFTokenizer(
+                directory,
+                context_length=config.get("context_length", 77),
+                tokenizer_mode=config.get("tokenizer_mode"),
+                **config.get("tokenizer_kwargs", {}),
+            )
+    except ConfigError:
+        raise
     except Exception as error:  # likewise
         raise ConfigError(
             f"backbone {name!r}: its tokenizer {config.get('hf_tokenizer_name', '')!r} could not be loaded "

@@ -23,14 +23,14 @@ import diki_ray
 from diki_ray.answering.class_features import Exact
 from diki_ray.answering.image_answers import Answer
 from diki_ray.clip.backbone import Backbone
+from diki_ray.clip.trust import named_backbone, refuse_what_runs, with_backbone
 from diki_ray.config import Config, parse
-from diki_ray.config.run import BackboneSection
 from diki_ray.data.images import UndecodableImageError, decode_image
 from diki_ray.data.index import join, read_bytes, write_bytes
 from diki_ray.errors import ConfigError, CorruptError, DataError
 from diki_ray.learning.module import TaskModule, read_tensors, write_tensors
 from diki_ray.prediction.run_predictor import RunPredictor, predictor_over, read_image
-from diki_ray.report.model_card import model_card
+from diki_ray.report.model_card import load_arguments, model_card
 from diki_ray.report.results import DOCUMENT
 from diki_ray.runs.plan import build_method, device_of, load_backbone, precision_of
 from diki_ray.runs.stored_run import check_backbone, config_of, open_learnt
@@ -145,10 +145,11 @@ def load_bundle(
     path: the folder that jobs/export.py wrote, or its bundle.safetensors.
     device: auto (a GPU where there is one), cpu or cuda.
     backbone, pretrained, directory: where this machine has the backbone, if elsewhere than the bundle says; its
-        weights are compared with the run's.
+        weights are compared with the run's. A Python file or a folder is taken from here alone: a bundle runs no code.
 
     Raises:
-        DataError: no bundle there. CorruptError: a damaged one. ConfigError: the backbone is not the run's.
+        DataError: no bundle there. CorruptError: a damaged one. ConfigError: the backbone is not the run's, or the
+            bundle names one that needs the caller's word.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"device is {device!r}; it can be auto, cpu or cuda.")
@@ -160,14 +161,14 @@ def load_bundle(
     if content.get("format") != FORMAT or "modules" not in content:
         raise CorruptError(f"{place} is no bundle of format {FORMAT}: export the run again with this version.")
     config = parse(content["config"], source=place)
+    told = named_backbone(backbone, pretrained, directory)
+    if told is None:
+        refuse_what_runs(config.backbone, f"the bundle {place}", load_arguments(config.backbone))
+    else:
+        config = with_backbone(config, told)
     config = config.model_copy(
         update={
             "train": config.train.model_copy(update={"device": device}),
-            "backbone": config.backbone
-            if backbone is None
-            else BackboneSection(
-                name=backbone, pretrained=pretrained, directory=directory, precision=config.backbone.precision
-            ),
         }
     )
     loaded = load_backbone(config)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from diki_ray.clip.trust import needs_word
+from diki_ray.config import BackboneSection
 from diki_ray.learning.methods import METHODS
 
 MAX_CLASSES_SHOWN = 30
@@ -39,7 +42,7 @@ def model_card(content: Mapping[str, Any], num_bytes: int, results: Mapping[str,
         "```python",
         "import diki_ray",
         "",
-        'model = diki_ray.load("this/folder")  # no cluster, no storage; the backbone\'s weights are fetched by name',
+        _load_line(BackboneSection.model_validate(config["backbone"])),
         'for answer in model.predict(["photo.jpg"]):',
         "    print(answer.class_name, answer.confidence, answer.task, answer.weight)",
         'model.predict(["photo.jpg"], classes=["any", "class", "names"])  # open vocabulary',
@@ -78,6 +81,19 @@ def model_card(content: Mapping[str, Any], num_bytes: int, results: Mapping[str,
         "",
     ]
     return "\n".join(parts)
+
+
+def _load_line(backbone: BackboneSection) -> str:
+    if needs_word(backbone):
+        word = load_arguments(backbone).replace("`", "'")
+        return f'model = diki_ray.load("this/folder", {word})  # your own word for a backbone of files on your machine'
+    return 'model = diki_ray.load("this/folder")  # no cluster, no storage; the backbone\'s weights are fetched by name'
+
+
+def load_arguments(backbone: BackboneSection) -> str:
+    """The arguments of `diki_ray.load` that name this backbone, as they are typed."""
+    named = {"backbone": backbone.name, "pretrained": backbone.pretrained, "directory": backbone.directory}
+    return ", ".join(f"{name}={json.dumps(value)}" for name, value in named.items() if value is not None)
 
 
 def _task_row(header: Mapping[str, Any]) -> str:

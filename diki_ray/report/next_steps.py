@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from diki_ray.clip.trust import backbone_options, needs_word
 from diki_ray.config import Config
 from diki_ray.report.run import REPORT
 
@@ -19,13 +20,14 @@ NEW_TASK = """\
 def next_steps(config: Config, command: str, config_file: str | None) -> str:
     """Lines for people. command: the one that started this run; config_file: where its tasks are listed."""
     run = f"--storage {shlex.quote(config.run.storage)} --run {shlex.quote(config.run.name)}"
+    word = f" {backbone_options(config.backbone)}" if needs_word(config.backbone) else ""
     return "\n".join(
         [
             "run again (trains nothing that is committed):",
             f"  {command}",
             *_add_a_task(config, config_file),
             "predict:",
-            f"  python jobs/predict.py IMAGE {run}",
+            f"  python jobs/predict.py IMAGE {run}{word}",
             "open the report:",
             f"  {_open_report(config)}",
         ]

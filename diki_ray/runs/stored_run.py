@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+
 import yaml
 
-from diki_ray.config import Config, parse
+from diki_ray.clip.trust import named_backbone, refuse_what_runs, with_backbone
+from diki_ray.config import BackboneSection, Config, parse
 from diki_ray.errors import ConfigError
 from diki_ray.report.results import DOCUMENT
 from diki_ray.store.run_store import CONFIG_DOCUMENT, RunStore
@@ -23,21 +26,35 @@ def open_learnt(storage: str, run: str) -> RunStore:
     return store
 
 
-def config_of(store: RunStore, given: Config | None = None) -> Config:
+def config_of(store: RunStore, given: Config | None = None, backbone: BackboneSection | None = None) -> Config:
     """The configuration that is given, else the one stored with the run's results.
 
+    backbone: the caller's own word for where the backbone is, in place of the configuration's. Without it a stored
+        configuration may name nothing that runs code or is a folder of this machine; and it never says which cluster
+        to join, whose head would have this process unpickle what it sends.
+
     Raises:
-        ConfigError: none is given and none is stored.
+        ConfigError: none is given and none is stored, or the stored one needs the caller's word.
     """
-    if given is not None:
-        return given
-    text = store.get_document(CONFIG_DOCUMENT)
-    if text is None:
-        raise ConfigError(
-            f"run {store.run!r} has no results/{CONFIG_DOCUMENT} yet, because it was not evaluated so far: give its "
-            "configuration with --config."
-        )
-    return parse(yaml.safe_load(text), source=f"{CONFIG_DOCUMENT} of run {store.run!r}")
+    if given is None:
+        text = store.get_document(CONFIG_DOCUMENT)
+        if text is None:
+            raise ConfigError(
+                f"run {store.run!r} has no results/{CONFIG_DOCUMENT} yet, because it was not evaluated so far: give "
+                "its configuration with --config."
+            )
+        given = parse(yaml.safe_load(text), source=f"{CONFIG_DOCUMENT} of run {store.run!r}")
+        given = given.model_copy(update={"cluster": given.cluster.model_copy(update={"address": None})})
+        if backbone is None:
+            refuse_what_runs(given.backbone, f"the stored configuration of run {store.run!r}")
+    return given if backbone is None else with_backbone(given, backbone)
+
+
+def told_config(storage: str, run: str, given: Config | None, arguments: argparse.Namespace) -> Config | None:
+    """The configuration of a job's --config with the backbone of its `add_backbone_options`; with the latter alone, the
+    run's own with that backbone; None: nothing is said, and the run's own will be taken as far as it may."""
+    backbone = named_backbone(arguments.backbone, arguments.pretrained, arguments.directory)
+    return given if backbone is None else config_of(open_learnt(storage, run), given, backbone)
 
 
 def check_backbone(store: RunStore, name: str, digest: str) -> None:

@@ -14,7 +14,9 @@ import ray
 from ray import serve
 from ray.serve.config import HTTPOptions
 
+from diki_ray.clip.trust import named_backbone
 from diki_ray.errors import ConfigError
+from diki_ray.runs.plan import with_absolute_paths
 from diki_ray.runs.stored_run import config_of, open_learnt
 from diki_ray.serving.deployment import deploy
 from diki_ray.serving.settings import Settings
@@ -44,7 +46,12 @@ def serving(
         ConfigError: no such run, a port that is taken, a cluster that cannot be joined, replicas that do not start.
     """
     settings = settings.model_copy(update={"storage": absolute(settings.storage)})
-    config_of(open_learnt(settings.storage, settings.run))
+    told = named_backbone(settings.backbone, settings.pretrained, settings.directory)
+    config = config_of(open_learnt(settings.storage, settings.run), backbone=told)
+    if told is not None:  # replicas run in folders of their own
+        located = with_absolute_paths(config).backbone
+        names = {"backbone": located.name, "pretrained": located.pretrained, "directory": located.directory}
+        settings = settings.model_copy(update=names)
     _check_port(host, port)
     own_connection = not ray.is_initialized()
     if own_connection:

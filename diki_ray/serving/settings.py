@@ -28,6 +28,14 @@ class Settings(Section):
     token_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     """Of the bearer token; None: everybody is answered."""
 
+    backbone: str | None = None
+    """Instead of the stored configuration's. A Python file or a folder is taken from here alone, by an absolute path:
+    stored data runs no code."""
+    pretrained: str | None = None
+    """With `backbone`: open_clip's tag of its weights, or a file of them."""
+    directory: str | None = None
+    """With `backbone`: as in the configuration."""
+
     refresh_s: float = Field(default=2.0, gt=0)
     """Seconds between two looks at the run's log."""
     text_grid: int = Field(default=33, ge=2)

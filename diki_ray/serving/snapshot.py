@@ -19,11 +19,12 @@ from diki_ray.answering.class_features import Candidates, Tabulated
 from diki_ray.answering.configured import COARSE_FROM_TASKS, build_predictor
 from diki_ray.answering.predictor import Predictor
 from diki_ray.clip.backbone import Backbone
+from diki_ray.clip.trust import named_backbone
 from diki_ray.errors import StorageError, UserError
 from diki_ray.learning.module import TaskModule
 from diki_ray.prediction.run_predictor import load_method
 from diki_ray.report.results import DOCUMENT
-from diki_ray.runs.stored_run import open_learnt
+from diki_ray.runs.stored_run import config_of, open_learnt
 from diki_ray.serving.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,8 @@ class Snapshots:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._store = open_learnt(settings.storage, settings.run)
-        self._config, self._method = load_method(self._store)
+        told = named_backbone(settings.backbone, settings.pretrained, settings.directory)
+        self._config, self._method = load_method(self._store, config_of(self._store, backbone=told))
         self.backbone = self._method.backbone
         self.vocabularies = Vocabularies(self.backbone)
         self.class_features = Tabulated(settings.text_grid, settings.learnt_cache_bytes, settings.named_cache_bytes)

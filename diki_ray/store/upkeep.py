@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import tarfile
 import tempfile
@@ -23,6 +24,12 @@ from diki_ray.store.process import is_alive, this_process
 _LOCK_TTL_S = 60.0  # how long a purge or import that died elsewhere keeps runs from starting
 _LEFTOVER_AGE_S = 3600.0  # no write of ours takes an hour: an older temporary file has no writer any more
 _BATCH = 100
+_PAGE = "results/report.html"  # may hold scripts, and is made again from results.json
+_TAKEN = re.compile(
+    r"results/(results\.json|config\.yaml|failure\.json|report\.html)|(log|snapshots)/[0-9]+\.json"
+    r"|checkpoints/[^/]+/[0-9]+(\.json|-[0-9a-f]+\.safetensors)"
+)
+"""Files of a run that an import knows; what else a folder or tar from elsewhere holds in it is refused."""
 
 
 @dataclass(frozen=True)
@@ -108,14 +115,22 @@ def export_run(log: RunLog, library: Library, path: str) -> int:
 
 
 def import_run(objects: Objects, run: str, path: str) -> None:
-    """Copy an exported run in, under the name `run`."""
+    """Copy an exported run in, under the name `run`; without its page. UserError: a file that no run writes."""
     if not path.endswith(".tar"):
-        _copy(Objects.open(path), _only_run(Objects.open(path), run, path), objects, run)
+        _copy_in(Objects.open(path), objects, run, path)
         return
     with tempfile.TemporaryDirectory(prefix="diki-import-") as folder:
         _unpack(Path(path), folder)
-        source = LocalObjects(folder)
-        _copy(source, _only_run(source, run, path), objects, run)
+        _copy_in(LocalObjects(folder), objects, run, path)
+
+
+def _copy_in(source: Objects, target: Objects, run: str, path: str) -> None:
+    source_run = _only_run(source, run, path)
+    for info in source.list(f"runs/{source_run}"):
+        name = info.path.removeprefix(f"runs/{source_run}/")
+        if not _TAKEN.fullmatch(name):
+            raise UserError(f"{path} is refused: no run writes {name!r}; delete it there if the rest is to be imported")
+    _copy(source, source_run, target, run, without=_PAGE)
 
 
 def _unreferenced(objects: Objects, log: RunLog, library: Library) -> tuple[dict[str, int], list[str]]:
@@ -194,16 +209,23 @@ class _StillOurs:
         return unseal(data, UPKEEP_LOCK) if data is not None else None
 
 
-def _copy(source: Objects, source_run: str, target: Objects, target_run: str) -> int:
+def _copy(source: Objects, source_run: str, target: Objects, target_run: str, without: str | None = None) -> int:
     """Blobs and keys, then the run's folders, its log last and in order: stopped anywhere, it is an earlier state.
 
     Under the upkeep lock of the target: a purge there would find blobs that no log refers to yet.
     """
     with _upkeep_lock(target, this_process()) as still_ours:
-        return _copy_locked(source, source_run, target, target_run, still_ours)
+        return _copy_locked(source, source_run, target, target_run, still_ours, without)
 
 
-def _copy_locked(source: Objects, source_run: str, target: Objects, target_run: str, still_ours: "_StillOurs") -> int:
+def _copy_locked(
+    source: Objects,
+    source_run: str,
+    target: Objects,
+    target_run: str,
+    still_ours: "_StillOurs",
+    without: str | None,
+) -> int:
     log, there = RunLog(source, source_run), RunLog(target, target_run)
     if log.state.seq == 0:
         raise UserError(
@@ -226,6 +248,8 @@ def _copy_locked(source: Objects, source_run: str, target: Objects, target_run: 
             name = info.path.removeprefix(f"runs/{source_run}/")
             if part == "log" and int(_stem(name)) > log.state.seq:
                 continue  # appended since we began: its blob may not be among those copied
+            if name == without:
+                continue
             num_bytes += _copy_object(source, info.path, target, f"runs/{target_run}/{name}", part == "log")
     if RunLog(target, target_run).state.modules != log.state.modules:
         raise StorageError(f"the copy of run {source_run!r} differs from the original: copy it again")

@@ -37,7 +37,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     run = ServedRun(tmp_path_factory.mktemp("run"), "warm", "cold", "lush")
     digest = hashlib.sha256(TOKEN.encode()).hexdigest()
     storage, name = os.environ.get("SERVE_STORAGE", run.storage), os.environ.get("SERVE_RUN", "colours")
-    service = Service(Settings(storage=storage, run=name, token_sha256=digest))
+    backbone = run.config.backbone.name if storage == run.storage else None
+    service = Service(Settings(storage=storage, run=name, backbone=backbone, token_sha256=digest))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(build_app(service), log_level="warning"))

@@ -48,7 +48,8 @@ def job(
     main = runpy.run_path(str(JOB))["main"]
 
     def call(*arguments: Path | str) -> tuple[int, str, str]:
-        where = ("--storage", run.storage, "--run", "colours", "--num-workers", "2")
+        backbone = ("--backbone", run.config.backbone.name)
+        where = ("--storage", run.storage, "--run", "colours", *backbone, "--num-workers", "2")
         monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, arguments), *where])
         return main(), *capfd.readouterr()
 
@@ -86,7 +87,7 @@ def test_every_input_is_a_row_answered_as_one_by_one(
     assert "interpolated between 33 weights; the largest error" in said
 
     good = [row for row in rows if not row["error"]]
-    exact = load_predictor(run.storage, "colours")
+    exact = load_predictor(run.storage, "colours", run.config)
     expected = exact.answer(Image.open(row["image"]) for row in good)
     for row, answer in zip(good, expected, strict=True):
         assert row["task"] == answer.task

@@ -65,7 +65,8 @@ class Server:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     run = ServedRun(tmp_path_factory.mktemp("run"), "warm", "cold")
-    process = start("--storage", run.storage, "--port", str(free_port()), "--refresh-s", "0.2")
+    where = ("--storage", run.storage, "--backbone", run.config.backbone.name)
+    process = start(*where, "--port", str(free_port()), "--refresh-s", "0.2")
     assert process.stdout is not None
     line = process.stdout.readline()
     found = re.fullmatch(r"serving run 'colours' at (http://127\.0\.0\.1:\d+)\n", line)
@@ -76,7 +77,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def expected(run: ServedRun) -> dict[tuple[str, int], Answer]:
-    answers = load_predictor(run.storage, "colours").answer(picture(*image) for image in IMAGES)
+    answers = load_predictor(run.storage, "colours", run.config).answer(picture(*image) for image in IMAGES)
     return dict(zip(IMAGES, answers, strict=True))
 
 

@@ -22,7 +22,7 @@ def test_answers_are_those_of_one_by_one(tmp_path: Path, monkeypatch: pytest.Mon
         picture(task, 500 + n).save(tmp_path / f"{n}.png")
     (tmp_path / "words.png").write_bytes(b"words")
     Image.new("RGB", (2000, 1)).save(tmp_path / "line.png")
-    learnt = Learnt.of(run.storage, "colours", None, None, "a photo of a {}.")
+    learnt = Learnt.of(run.storage, "colours", run.config, None, "a photo of a {}.")
     monkeypatch.setattr(batch_worker.ray, "get", lambda reference: reference)
     worker = Worker(pickle.loads(pickle.dumps(learnt)))
     parts = parts_of([str(tmp_path / "*.png"), str(tmp_path / "gone.png")])
@@ -35,7 +35,7 @@ def test_answers_are_those_of_one_by_one(tmp_path: Path, monkeypatch: pytest.Mon
         ("words", "not an image"),
         ("gone", "no such file"),
     ]
-    expected = load_predictor(run.storage, "colours").answer(Image.open(row["image"]) for row in rows[:4])
+    expected = load_predictor(run.storage, "colours", run.config).answer(Image.open(row["image"]) for row in rows[:4])
     error = interpolation_error(learnt, ["warm", "cold", "lush"])
     assert 0 < error < 0.01
     for row, answer in zip(rows, expected, strict=False):

@@ -19,13 +19,14 @@ from PIL import Image
 from tiny_backbone import write_tiny_backbone
 
 import diki_ray
-from diki_ray.config import parse
+from diki_ray.config import BackboneSection, Config, parse
 from diki_ray.errors import ConfigError, CorruptError, DataError
 from diki_ray.learning.module import TaskModule
 from diki_ray.learning.moments import Moments
 from diki_ray.prediction.bundle import export_bundle
 from diki_ray.report.model_card import model_card
 from diki_ray.runs.plan import build_method, load_backbone
+from diki_ray.runs.stored_run import config_of
 from diki_ray.store.process import this_process
 from diki_ray.store.run_store import RunStore
 
@@ -96,9 +97,18 @@ def results_of(backbone: str, digests: list[str]) -> dict[str, Any]:
     }
 
 
+def mine(storage: Path) -> str:
+    """The run's backbone, in the caller's own word."""
+    return str(storage / "tiny_backbone.py")
+
+
+def told(storage: Path) -> Config:
+    return config_of(RunStore.open(str(storage / "storage"), "two"), backbone=BackboneSection(name=mine(storage)))
+
+
 @pytest.fixture
 def bundle(storage: Path, tmp_path: Path) -> Path:
-    export_bundle(str(storage / "storage"), "two", str(tmp_path / "bundle"))
+    export_bundle(str(storage / "storage"), "two", str(tmp_path / "bundle"), told(storage))
     return tmp_path / "bundle"
 
 
@@ -116,10 +126,10 @@ def test_a_bundle_answers_exactly_what_the_predict_job_answers(
     storage: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = [str(storage / f"{n}.png") for n in range(3)]
-    where = ("--storage", str(storage / "storage"), "--run", "two", "--json")
+    where = ("--storage", str(storage / "storage"), "--run", "two", "--backbone", mine(storage), "--json")
     code, told, _ = job("predict", monkeypatch, capsys)(*files, *where)
     assert code == 0
-    model = diki_ray.load(bundle)
+    model = diki_ray.load(bundle, backbone=mine(storage))
     answers = model.predict(files)
     assert [{"image": f} | asdict(a) for f, a in zip(files, answers, strict=True)] == json.loads(told)
     assert model.predict([Image.open(f) for f in files]) == answers
@@ -129,7 +139,7 @@ def test_a_bundle_answers_exactly_what_the_predict_job_answers(
 
 
 def test_open_vocabulary_and_other_kinds_of_images(storage: Path, bundle: Path, tmp_path: Path) -> None:
-    model = diki_ray.load(bundle / "bundle.safetensors")
+    model = diki_ray.load(bundle / "bundle.safetensors", backbone=mine(storage))
     (answer,) = model.predict([storage / "0.png"], classes=["a dog", "a cat"], template="{}!")
     assert answer.class_name in ("a dog", "a cat")
     clear = picture("warm", 5)
@@ -143,7 +153,7 @@ def test_open_vocabulary_and_other_kinds_of_images(storage: Path, bundle: Path, 
 def test_loading_and_predicting_import_no_ray(storage: Path, bundle: Path) -> None:
     code = (
         "import sys, diki_ray; assert not {'ray', 'torch'} & set(sys.modules)\n"
-        f"answers = diki_ray.load({str(bundle)!r}).predict([{str(storage / '0.png')!r}])\n"
+        f"answers = diki_ray.load({str(bundle)!r}, backbone={mine(storage)!r}).predict([{str(storage / '0.png')!r}])\n"
         "assert answers[0].task == 'cold'; sys.exit('ray' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
@@ -212,12 +222,12 @@ def test_figures_of_other_modules_are_not_on_the_card(storage: Path, tmp_path: P
     epoch, before = store.acquire(this_process("test")), store.version
     store.remove_task(epoch, "cold")
     try:
-        export_bundle(str(storage / "storage"), "two", str(tmp_path / "one"))
+        export_bundle(str(storage / "storage"), "two", str(tmp_path / "one"), told(storage))
     finally:
         store.roll_back(epoch, before)
         store.release(epoch)
     assert "None: the run's results are of other modules than these." in (tmp_path / "one/README.md").read_text()
-    assert diki_ray.load(tmp_path / "one").tasks == ("warm",)
+    assert diki_ray.load(tmp_path / "one", backbone=mine(storage)).tasks == ("warm",)
 
 
 def test_another_backbone_is_refused_and_the_right_one_may_lie_elsewhere(bundle: Path, tmp_path: Path) -> None:
@@ -229,16 +239,16 @@ def test_another_backbone_is_refused_and_the_right_one_may_lie_elsewhere(bundle:
         diki_ray.load(bundle, backbone=str(same))
 
 
-def test_damage_is_said(bundle: Path, tmp_path: Path) -> None:
+def test_damage_is_said(storage: Path, bundle: Path, tmp_path: Path) -> None:
     path = bundle / "bundle.safetensors"
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
     path.write_bytes(data)
     with pytest.raises(CorruptError, match="task 1 does not have its checksum"):
-        diki_ray.load(bundle)
+        diki_ray.load(bundle, backbone=mine(storage))
     path.write_bytes(b"words")
     with pytest.raises(CorruptError, match="not a safetensors file"):
-        diki_ray.load(bundle)
+        diki_ray.load(bundle, backbone=mine(storage))
     with pytest.raises(DataError, match="there is no bundle"):
         diki_ray.load(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="auto, cpu or cuda"):
@@ -249,7 +259,7 @@ def test_the_job_exports_or_says_what_is_wrong(
     storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     export = job("export", monkeypatch, capsys)
-    code, told, _ = export(str(storage / "storage"), "two", str(tmp_path / "out"))
+    code, told, _ = export(str(storage / "storage"), "two", str(tmp_path / "out"), "--backbone", mine(storage))
     assert (code, (tmp_path / "out/README.md").is_file()) == (0, True)
     assert "its README.md says how to load it" in told
     code, _, said = export(str(storage / "storage"), "tow", str(tmp_path / "out"))

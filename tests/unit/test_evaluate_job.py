@@ -144,7 +144,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Stored:
 
 
 def evaluated(stored: Stored, **asked: Any) -> Evaluated:
-    return evaluate_stored(stored.storage, "three", Asked(**asked))
+    return evaluate_stored(stored.storage, "three", Asked(**asked), stored.config)
 
 
 @pytest.mark.parametrize("cache", ["without", "filling it", "from it"])
@@ -251,13 +251,14 @@ def job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_the_job_prints_json_and_tables_and_sentences(stored: Stored, job: Job) -> None:
-    code, told, _ = job(stored.storage, "three", "--compare", "three", "--json")
+    mine = ("--backbone", stored.config.backbone.name)
+    code, told, _ = job(stored.storage, "three", *mine, "--compare", "three", "--json")
     documents = json.loads(told)
     assert code == 0
     assert documents["runs"][0]["accuracy"] == stored.results["accuracy"]
     assert documents["runs"][0] == documents["runs"][1]
     assert documents["comparisons"][0]["metrics"]["last"]["difference"] == 0
-    code, shown, _ = job(stored.storage, "three", "--compare", "three", "--classes", "--order", "warm,grey")
+    code, shown, _ = job(stored.storage, "three", *mine, "--compare", "three", "--classes", "--order", "warm,grey")
     assert code == 0
     for text in ("cold (not learnt)", "or[b]ange", "ECE", "AUROC", "three less three", "Routed to"):
         assert text in shown

@@ -21,6 +21,7 @@ from diki_ray.config import Config, parse
 from diki_ray.errors import ConfigError, DataError, UserError
 from diki_ray.prediction.run_predictor import RunPredictor, load_predictor
 from diki_ray.runs.import_checkpoint import NOMINAL_COUNT, NamedTask, import_checkpoint, read_checkpoint
+from diki_ray.runs.stored_run import config_of
 from diki_ray.store.run_store import RunStore
 
 GOLDEN = Golden.load()
@@ -77,7 +78,8 @@ def config(tmp_path: Path) -> Config:
 def imported(config: Config, content: Any, path: Path) -> RunPredictor:
     torch.save(content, path)
     import_checkpoint(read_checkpoint(str(path)), TASKS, config)
-    return load_predictor(config.run.storage, config.run.name)
+    stored = config_of(RunStore.open(config.run.storage, config.run.name), backbone=config.backbone)
+    return load_predictor(config.run.storage, config.run.name, stored)
 
 
 def largest_difference(run: RunPredictor, learnt: int) -> float:
@@ -213,7 +215,8 @@ def test_the_job_imports_with_a_list_of_classes(
     classes = ("--classes", str(tmp_path / "classes.json"), "--backbone", config.backbone.name)
     assert call("task_3.pt", *classes) == 0
     assert "3 tasks imported (task0, task1, task2)" in capsys.readouterr().out
-    assert load_predictor(config.run.storage, "job").candidates[1].names == TASKS[1].class_names
+    stored = config_of(RunStore.open(config.run.storage, "job"), backbone=config.backbone)
+    assert load_predictor(config.run.storage, "job", stored).candidates[1].names == TASKS[1].class_names
     (tmp_path / "classes.json").write_text('[{"name": "a", "class_names": ["b"], "templates": ["no place"]}]')
     assert call("task_3.pt", *classes) == 2
     assert "exactly one {} each" in capsys.readouterr().err

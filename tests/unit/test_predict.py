@@ -89,7 +89,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Stored:
 
 
 def answers(stored: Stored, images: list[Image.Image]) -> list[Answer]:
-    return list(load_predictor(stored.storage, "two").answer(images))
+    return list(load_predictor(stored.storage, "two", stored.config).answer(images))
 
 
 def test_an_image_is_routed_to_the_task_it_looks_like(stored: Stored) -> None:
@@ -115,7 +115,7 @@ def test_ruling_tasks_out_by_a_bound_changes_no_answer(stored: Stored, monkeypat
 
 def test_an_answer_is_what_the_predictor_computes(stored: Stored) -> None:
     """Against the same steps by hand, one image and one block of candidates at a time."""
-    loaded = load_predictor(stored.storage, "two")
+    loaded = load_predictor(stored.storage, "two", stored.config)
     image = picture("cold", 7)
     (found,) = loaded.answer([image])
     p = loaded.predictor
@@ -142,7 +142,7 @@ def test_an_answer_does_not_depend_on_what_else_is_asked(stored: Stored) -> None
 
 
 def test_open_vocabulary_answers_among_any_names(stored: Stored) -> None:
-    predictor = load_predictor(stored.storage, "two").among(["a dog", "a cat"], "{}!")
+    predictor = load_predictor(stored.storage, "two", stored.config).among(["a dog", "a cat"], "{}!")
     (found,) = predictor.answer([picture("warm", 1)])
     assert found.class_name in ("a dog", "a cat")
     assert found.confidence >= 0.5
@@ -156,7 +156,7 @@ def test_a_removed_task_is_not_answered_with(stored: Stored) -> None:
     before = stored.store.version
     stored.store.remove_task(stored.epoch, "cold")
     try:
-        predictor = load_predictor(stored.storage, "two")
+        predictor = load_predictor(stored.storage, "two", stored.config)
         (found,) = predictor.answer([picture("cold", 1)])
         assert predictor.tasks == ("warm",)
         assert found.class_name in CLASSES["warm"]
@@ -223,7 +223,7 @@ def job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def test_the_job_prints_a_table_or_json(stored: Stored, tmp_path: Path, job: Job) -> None:
     image = tmp_path / "warm [x].png"
     picture("warm", 5).save(image)
-    where = ("--storage", stored.storage, "--run", "two")
+    where = ("--storage", stored.storage, "--run", "two", "--backbone", stored.config.backbone.name)
     code, shown, _ = job(str(image), *where, "--classes", "[b]bold[/b]")
     assert code == 0
     assert "[b]bold[/b]" in shown  # as it is, not as markup
@@ -238,7 +238,10 @@ def test_the_job_prints_a_table_or_json(stored: Stored, tmp_path: Path, job: Job
 def test_the_job_fails_with_one_sentence_and_code_2(stored: Stored, tmp_path: Path, job: Job) -> None:
     picture("warm", 5).save(tmp_path / "good.png")
     (tmp_path / "not.png").write_bytes(b"words")
-    good, where = str(tmp_path / "good.png"), ("--storage", stored.storage, "--run", "two")
+    good, where = (
+        str(tmp_path / "good.png"),
+        ("--storage", stored.storage, "--run", "two", "--backbone", stored.config.backbone.name),
+    )
     code, output, errors = job(good, str(tmp_path / "not.png"), *where)
     assert (code, output) == (2, "")
     assert errors.splitlines() == [f"error: {tmp_path}/not.png cannot be used: not an image."]

@@ -45,7 +45,7 @@ def unchanged(tmp_path_factory: pytest.TempPathFactory) -> ServedRun:
 
 @pytest.fixture(scope="module")
 def service(unchanged: ServedRun) -> Iterator[Service]:
-    service = Service(Settings(storage=unchanged.storage, run="colours"))
+    service = Service(Settings(storage=unchanged.storage, run="colours", backbone=unchanged.config.backbone.name))
     yield service
     service.close()
 
@@ -68,7 +68,11 @@ def limited(service: Service, ask: Ask | None = None, **limits: object) -> TestC
 
 
 def test_an_answer_is_the_predictors(unchanged: ServedRun, client: TestClient) -> None:
-    expected = list(load_predictor(unchanged.storage, "colours").answer([picture("warm", 100), picture("cold", 101)]))
+    expected = list(
+        load_predictor(unchanged.storage, "colours", unchanged.config).answer(
+            [picture("warm", 100), picture("cold", 101)]
+        )
+    )
     response = client.post("/predict", json=as_json(picture_file("warm", 100), picture_file("cold", 101)))
     assert response.status_code == 200
     assert response.json()["version"] == unchanged.store.version
@@ -121,7 +125,7 @@ def questions(snapshots: Snapshots, *tasks: str) -> list[Question]:
 
 def test_an_answer_does_not_depend_on_what_shares_its_pass_or_was_asked_before(run: ServedRun) -> None:
     """Among others: questions under a snapshot that is no longer current, in one pass with those under the next."""
-    settings = Settings(storage=run.storage, run="colours")
+    settings = Settings(storage=run.storage, run="colours", backbone=run.config.backbone.name)
     snapshots = Snapshots(settings)
     before = questions(snapshots, "warm", "cold", "lush", "warm", "lush")
     run.learn("lush")
@@ -152,7 +156,7 @@ def test_nobody_is_answered_whose_time_is_over(service: Service) -> None:
 
 
 def test_a_task_learnt_or_removed_later_is_served_without_a_restart(run: ServedRun) -> None:
-    service = Service(Settings(storage=run.storage, run="colours"))
+    service = Service(Settings(storage=run.storage, run="colours", backbone=run.config.backbone.name))
     client = TestClient(build_app(service))
     lush = as_json(picture_file("lush", 200))
     first = client.post("/predict", json=lush).json()
@@ -174,7 +178,9 @@ def test_a_task_learnt_or_removed_later_is_served_without_a_restart(run: ServedR
 
 
 def test_the_run_is_followed_in_the_background(run: ServedRun) -> None:
-    snapshots = Snapshots(Settings(storage=run.storage, run="colours", refresh_s=0.05))
+    snapshots = Snapshots(
+        Settings(storage=run.storage, run="colours", backbone=run.config.backbone.name, refresh_s=0.05)
+    )
     snapshots.follow()
     try:
         version = run.learn("lush")
@@ -188,7 +194,7 @@ def test_the_run_is_followed_in_the_background(run: ServedRun) -> None:
 
 
 def test_a_damaged_module_or_lost_storage_leaves_the_former_tasks_served(run: ServedRun) -> None:
-    service = Service(Settings(storage=run.storage, run="colours"))
+    service = Service(Settings(storage=run.storage, run="colours", backbone=run.config.backbone.name))
     client = TestClient(build_app(service))
     before = client.post("/predict", json=as_json(picture_file("warm", 1))).json()
     run.learn("lush")
@@ -208,7 +214,7 @@ def test_a_damaged_module_or_lost_storage_leaves_the_former_tasks_served(run: Se
 
 
 def test_a_run_whose_last_task_was_removed_answers_among_given_classes_only(run: ServedRun) -> None:
-    service = Service(Settings(storage=run.storage, run="colours"))
+    service = Service(Settings(storage=run.storage, run="colours", backbone=run.config.backbone.name))
     client = TestClient(build_app(service))
     for task in ("warm", "cold"):
         run.store.remove_task(run.epoch, task)
@@ -314,7 +320,9 @@ def test_class_features_are_kept_up_to_a_number_of_bytes() -> None:
 
 
 def test_vocabularies_of_strangers_drive_nothing_out_and_leave_nothing_behind(unchanged: ServedRun) -> None:
-    settings = Settings(storage=unchanged.storage, run="colours", named_cache_bytes=20_000)
+    settings = Settings(
+        storage=unchanged.storage, run="colours", backbone=unchanged.config.backbone.name, named_cache_bytes=20_000
+    )
     service = Service(settings)
     client = TestClient(build_app(service))
     image = picture_file("warm", 1)
@@ -335,7 +343,7 @@ def test_vocabularies_of_strangers_drive_nothing_out_and_leave_nothing_behind(un
 
 
 def test_metrics_count_what_happened_and_replicas_are_told_apart(unchanged: ServedRun) -> None:
-    service = Service(Settings(storage=unchanged.storage, run="colours"))
+    service = Service(Settings(storage=unchanged.storage, run="colours", backbone=unchanged.config.backbone.name))
     client = TestClient(build_app(service))
     client.post("/predict", json=as_json(picture_file("warm", 1), picture_file("cold", 1)))
     client.post("/predict", json={})
@@ -387,7 +395,7 @@ def test_serving_without_a_cluster_does_not_even_import_ray() -> None:
 def test_frozen_answers_come_below_skip_weight(run: ServedRun) -> None:
     config = run.config.model_copy(update={"evaluate": run.config.evaluate.model_copy(update={"skip_weight": 1.0})})
     run.store.put_document(run.epoch, "config.yaml", config.to_yaml())
-    settings = Settings(storage=run.storage, run="colours")
+    settings = Settings(storage=run.storage, run="colours", backbone=run.config.backbone.name)
     snapshots = Snapshots(settings)
     for answer in answer_questions(questions(snapshots, "warm", "cold")):
         assert answer.task is None

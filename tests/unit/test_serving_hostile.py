@@ -29,7 +29,7 @@ GOOD = picture_file("warm", 1)
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     run = ServedRun(tmp_path_factory.mktemp("run"), "warm", "cold")
     limits = {"max_body_bytes": 200_000, "max_images": 3, "max_classes": 4, "max_pixels": 10_000}
-    service = Service(Settings(storage=run.storage, run="colours", **limits))
+    service = Service(Settings(storage=run.storage, run="colours", backbone=run.config.backbone.name, **limits))
     with TestClient(build_app(service)) as client:
         expected = client.post("/predict", json=as_json(GOOD)).json()
         yield client
