@@ -16,7 +16,7 @@ from diki_ray.config.run import TrainSection
 from diki_ray.learning.collective import gather_objects
 from diki_ray.learning.methods import TrainingBatch
 from diki_ray.learning.module import NUM_VALIDATION_FEATURES, TaskModule
-from diki_ray.learning.moments import Moments
+from diki_ray.learning.statistics import Statistics
 from diki_ray.learning.task_trainer import TaskTrainer
 from diki_ray.runs.plan import PlannedTask
 from diki_ray.runs.train.task_data import TaskData
@@ -28,7 +28,7 @@ def assembled(data: TaskData, trainer: TaskTrainer, recorded: dict[str, Any], nu
     recorded: what the observers add to the provenance; num_skipped: samples that could not be used, of all ranks.
     """
     method, task = trainer.method, data.task
-    moments, parameters = statistics(data, trainer)
+    sums, parameters = statistics(data, trainer)
     return TaskModule(
         key=task.key,
         task=task.name,
@@ -36,26 +36,28 @@ def assembled(data: TaskData, trainer: TaskTrainer, recorded: dict[str, Any], nu
         templates=task.templates,
         method=method.name,
         parameters={name: p.cpu().numpy() for name, p in parameters.items()},
-        moments=moments,
+        moments=sums.moments,
+        statistics=sums,
         validation_features=validation_features(data),
         provenance=_origin(data.config, task) | _course(trainer, num_skipped) | recorded,
     )
 
 
 @torch.no_grad()
-def statistics(data: TaskData, trainer: TaskTrainer) -> tuple[Moments, Parameters]:
-    """Moments of the frozen features of the training images, and what the module holds with the method's own sums over
-    them; both merged over ranks in rank order."""
+def statistics(data: TaskData, trainer: TaskTrainer) -> tuple[Statistics, Parameters]:
+    """The sums of the frozen features of the training images by class, and what the module holds with the method's own
+    sums over them, which are merged in rank order."""
     method, tokens = trainer.method, trainer.class_tokens
-    own, sums = Moments.empty(method.backbone.embed_dim), Sums()
+    num_classes = len(tokens)
+    own, sums = Statistics.empty(num_classes, method.backbone.embed_dim), Sums()
     for images, labels in data.share_of("train"):
         features = method.backbone.encode_image(images)
-        own = own.merge(Moments.of(features.cpu()))
+        own = own.merge(Statistics.of(features.cpu(), labels.cpu(), num_classes))
         sums.add(method.sums(trainer.best, TrainingBatch(images, labels, features, tokens)))
     merged = Sums()
     for parts in gather_objects(sums.tensors):
         merged.add(parts)
-    return Moments.merged(gather_objects(own)), method.finish(trainer.best, merged.tensors)
+    return Statistics.merged(gather_objects(own)), method.finish(trainer.best, merged.tensors)
 
 
 @torch.no_grad()
