@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import logging
 import os
 import statistics
 import sys
@@ -35,6 +34,7 @@ from diki_ray.data.prepare import load_prepared
 from diki_ray.data.shards import read_shard
 from diki_ray.data.stream import TrainStream
 from diki_ray.errors import UserError
+from diki_ray.runs.cluster import LOCAL, connected
 
 Transform = Callable[[Image.Image], torch.Tensor]
 Reader = Callable[[int], Iterator[int]]  # an epoch's number to the sizes of its batches
@@ -108,8 +108,6 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     torch.set_num_threads(1)
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    ray.init(address="local", num_cpus=arguments.threads, include_dashboard=False, logging_level=logging.ERROR)
     split, batch = index.split("train"), BATCH_SIZE
     shards = [os.path.abspath(index.shard_uri(shard)) for shard in split.shards]
     readers = {
@@ -119,15 +117,15 @@ def main() -> int:
         "decode": decode_reader(shards, transform),
     }
     seconds: dict[str, list[float]] = {name: [] for name in readers}
-    for number in range(arguments.rounds + 1):  # the first is a warm-up
-        for name, reader in readers.items():
-            started = time.perf_counter()
-            read = sum(reader(number))
-            if read != split.num_samples:
-                raise AssertionError(f"{name} read {read} of {split.num_samples} images")
-            if number:
-                seconds[name].append(time.perf_counter() - started)
-    ray.shutdown()
+    with connected(LOCAL, num_cpus=arguments.threads):
+        for number in range(arguments.rounds + 1):  # the first is a warm-up
+            for name, reader in readers.items():
+                started = time.perf_counter()
+                read = sum(reader(number))
+                if read != split.num_samples:
+                    raise AssertionError(f"{name} read {read} of {split.num_samples} images")
+                if number:
+                    seconds[name].append(time.perf_counter() - started)
     report(split.num_samples, split.num_bytes, seconds)
     return 0
 

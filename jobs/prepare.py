@@ -9,11 +9,10 @@ every node sees them. Running the same command again writes only what is missing
 """
 
 import argparse
-import logging
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 
 import ray
 from rich.console import Console
@@ -23,6 +22,7 @@ from diki_ray.config.protocols import protocol
 from diki_ray.data import prepare
 from diki_ray.data.sources import benchmark_folder
 from diki_ray.errors import UserError
+from diki_ray.runs.cluster import connected
 
 TASKS_UNDER_WAY_PER_CPU = 2  # one that writes and one that is ready; more would only hold memory
 
@@ -95,19 +95,10 @@ def write(preparation: prepare.Preparation, progress: Progress) -> list[prepare.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parsed, console = parse_arguments(arguments), Console(width=None if sys.stdout.isatty() else 160)
-    address = os.environ.get("RAY_ADDRESS")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         wanted = list(plans(parsed, console))
-        if wanted:
-            ray.init(
-                address=address or "local",
-                num_cpus=None if address else parsed.num_cpus,
-                include_dashboard=None if address else False,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-            )
-        with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console) as progress:
+        progress = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console)
+        with connected(num_cpus=parsed.num_cpus) if wanted else nullcontext(), progress:
             for preparation in wanted:
                 begun = time.monotonic()
                 index = prepare.finish(preparation, write(preparation, progress), parsed.max_skipped)
@@ -116,11 +107,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except ConnectionError as error:
-        print(f"error: no Ray cluster at RAY_ADDRESS={address}: {error}", file=sys.stderr)
-        return 2
-    finally:
-        ray.shutdown()
     return 0
 
 

@@ -6,9 +6,9 @@ RUN is the name of a run in the storage, or the path of a results.json. The page
 import argparse
 import sys
 
-from diki_ray.data.index import write_bytes
 from diki_ray.errors import UserError
 from diki_ray.report.run import load_results, render
+from diki_ray.store.files import write_bytes
 
 
 def main() -> int:

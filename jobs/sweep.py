@@ -12,7 +12,7 @@ from rich.console import Console
 from diki_ray.config.sweep import load_sweep
 from diki_ray.errors import UserError
 from diki_ray.report.sweep_table import sweep_tables
-from diki_ray.runs.cluster import cluster
+from diki_ray.runs.run_cluster import cluster
 from diki_ray.runs.sweep.files import CHOSEN, REPORT
 from diki_ray.runs.sweep.sweep import run_sweep
 

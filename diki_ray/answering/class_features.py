@@ -1,5 +1,5 @@
-"""Where the features of candidate classes come from: computed at each image's own weight, or interpolated between the
-points of a grid of weights. A predictor is given one of the two.
+"""This is where the features of candidate classes come from: computed at each image's own weight, or interpolated
+between the points of a grid of weights. A predictor is given one of the two.
 
 Class features change with the integration weight, so the exact ones cost a text pass over all candidates for every
 distinct weight. A table costs two text passes when an image first needs a cell of it, and none after.
@@ -22,22 +22,22 @@ from torch.nn import functional as F
 from diki_ray.clip.backbone import Backbone
 
 Key = tuple[str, str, float]
-"""The digest of a module (empty: the frozen model), the key of candidates, and a weight."""
+"""It is made of the digest of a module (empty: the frozen model), the key of candidates, and a weight."""
 TEXT_BATCH = 1024
-"""Texts that are encoded at once."""
+"""So many texts are encoded at once."""
 
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """The classes an image may be answered with: names, and tokens [C, K, L] (K templates: the mean of their
-    normalised features, normalised again, is the class's feature)."""
+    """The classes that an image may be answered with have names, and tokens [C, K, L]: the mean of the normalised
+    features of a class's K captions, normalised again, is the class's feature."""
 
     names: tuple[str, ...]
     tokens: Tensor
     key: str
-    """Identifies these candidates where class features are kept."""
+    """It identifies these candidates where class features are kept."""
     passing: bool = False
-    """Whether only one request names them. Their features are kept apart and so drive out no others."""
+    """It says that only one request names them: their features are kept apart and so drive out no others."""
 
     @staticmethod
     def of(
@@ -49,14 +49,14 @@ class Candidates:
 
 @dataclass(frozen=True, eq=False)
 class PromptedClasses:
-    """Candidates under the text prompts of one task's module, or under none (the frozen model)."""
+    """These are candidates under the text prompts of one task's module, or under none (the frozen model)."""
 
     backbone: Backbone
     candidates: Candidates
     encode: Callable[[Tensor, float], Tensor]
-    """Normalised features [N, E] of tokens [N, L] at a weight."""
+    """It gives normalised features [N, E] of tokens [N, L] at a weight."""
     digest: str
-    """The module's; empty for the frozen model."""
+    """It is the module's sha256, or empty for the frozen model."""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -64,7 +64,7 @@ class PromptedClasses:
 
     @torch.no_grad()
     def features(self, weight: float) -> Tensor:
-        """[C, E] at a weight, on the CPU."""
+        """Returns [C, E] at a weight, on the CPU."""
         c, k, _ = self.candidates.tokens.shape
         chunks = self.candidates.tokens.flatten(0, 1).split(TEXT_BATCH)
         features = torch.cat([self.encode(chunk, weight) for chunk in chunks]).unflatten(0, (c, k))
@@ -72,7 +72,8 @@ class PromptedClasses:
 
 
 class FeatureCache:
-    """Class features [C, E] by key, the longest unused dropped beyond a number of bytes. It is for one thread."""
+    """Keeps class features [C, E] by key and drops the longest unused beyond a number of bytes. It is for one
+    thread."""
 
     def __init__(self, max_bytes: float) -> None:
         self.num_bytes = 0
@@ -108,14 +109,16 @@ class ClassFeatures(ABC):
 
     @abstractmethod
     def logits(self, features: Tensor, weight: Tensor, classes: PromptedClasses) -> Tensor:
-        """[B, C] of image features [B, E], each among the classes at its own weight, float32 [B]; on the CPU."""
+        """Returns [B, C] on the CPU for image features [B, E], each among the classes at its own weight, float32
+        [B]."""
 
     def error(self, classes: PromptedClasses) -> float:
-        """The largest absolute error of one of these class features (whose norm is 1) over all weights."""
+        """Returns the largest absolute error of one of these class features (norm 1) over all weights."""
         return 0.0
 
     def tables(self) -> list[tuple[str, str]]:
-        """The keys of those `PromptedClasses` whose features have been interpolated, as far as they are kept."""
+        """Returns the keys of those `PromptedClasses` whose features have been interpolated, as far as they are
+        kept."""
         return []
 
     def _at(self, weight: float, classes: PromptedClasses) -> Tensor:
@@ -124,9 +127,9 @@ class ClassFeatures(ABC):
 
 
 class Exact(ClassFeatures):
-    """Class features at each image's own weight, one text pass for each distinct weight.
+    """Computes class features at each image's own weight, with one text pass for each distinct weight.
 
-    Kept are those of weight 0, the frozen model's, and of weight 1, for which batch after batch asks.
+    It keeps those of weight 0, the frozen model's, and of weight 1, for which batch after batch asks.
     """
 
     def __init__(self, max_bytes: float = 256 * 2**20) -> None:
@@ -142,8 +145,8 @@ class Exact(ClassFeatures):
 
 
 class Tabulated(ClassFeatures):
-    """Class features at G weights in [0, 1], each computed when an image first needs it, and interpolated linearly
-    between them: exact at the grid points, among them the frozen model's and those at weight 1.
+    """Computes class features at G weights in [0, 1], each when an image first needs it, and interpolates linearly
+    between them. They are exact at the grid points, among them the frozen model's and those at weight 1.
 
     An image is always interpolated between the same two points, so its answer does not depend on what shares its batch
     or was asked before.
@@ -154,8 +157,8 @@ class Tabulated(ClassFeatures):
         self.num_points = num_points
 
     def logits(self, features: Tensor, weight: Tensor, classes: PromptedClasses) -> Tensor:
-        """f · normalise((1−a) T_g + a T_{g+1}) for each image, without its own [C, E] class features: both ends are
-        unit vectors, so the norm is √((1−a)² + a² + 2a(1−a) T_g·T_{g+1})."""
+        """Returns exp(logit_scale) · f · normalise((1−a) T_g + a T_{g+1}) for each image, without class features
+        [C, E] of its own: both ends are unit vectors, so the norm is √((1−a)² + a² + 2a(1−a) T_g·T_{g+1})."""
         logits = classes.backbone.logits
         position = weight * (self.num_points - 1)
         cell = position.long().clamp(max=self.num_points - 2)
@@ -173,7 +176,7 @@ class Tabulated(ClassFeatures):
         return out
 
     def error(self, classes: PromptedClasses) -> float:
-        """Measured in the middle of every cell, where the error of a linear interpolation is greatest."""
+        """It is measured in the middle of every cell, where the error of a linear interpolation is greatest."""
         table = torch.stack([self._point(g, classes) for g in range(self.num_points)])
         middle = F.normalize((table[1:] + table[:-1]) / 2, dim=-1)
         exact = torch.stack([classes.features((g + 0.5) / (len(table) - 1)) for g in range(len(middle))])

@@ -1,4 +1,4 @@
-"""Routing among many tasks: an upper bound of every log density, then exact densities where the bound cannot decide.
+"""Among many tasks an upper bound of every log density rules most out, and exact densities decide between the rest.
 
 With Σ = L Lᵀ and z = L⁻¹(f − μ), ‖z‖² ≥ ‖Qᵀz‖² for any Q with orthonormal columns, so
 
@@ -19,11 +19,11 @@ from torch import Tensor
 from diki_ray.answering.gaussians import Gaussians
 
 ROUNDING = 1e-6
-"""Relative to a bound; in float64 the two sides of the inequality are rounded apart by far less."""
+"""It is relative to a bound; in float64 the two sides of the inequality are rounded apart by far less."""
 
 
 class CoarseGaussians:
-    """`Gaussians` for routing alone: exact for each feature's best task, minus infinity for tasks it rules out.
+    """Stands for `Gaussians` in routing alone: exact for each feature's best task, minus infinity for tasks ruled out.
 
     rank: R, directions a task; by default E/8, at least 16. Costs R/E of the exact densities in time and 2R/E of their
         memory, and an iteration over every task's factor when it is made.
@@ -53,14 +53,15 @@ class CoarseGaussians:
         return len(self.gaussians)
 
     def upper_bound(self, features: Tensor) -> Tensor:
-        """[N, T] float64, nowhere below the log density but for rounding."""
+        """Returns [N, T] float64, nowhere below the log density but for rounding."""
         f = features.to(self.projection.device, torch.float64)
         projected = f @ self.projection.flatten(0, 1).T - self.offset.flatten()
         squared = projected.unflatten(1, self.offset.shape).square().sum(2)
         return -0.5 * squared - self.gaussians.half_log_det - self.gaussians.constant
 
     def log_density(self, features: Tensor) -> Tensor:
-        """[N, T] float64: exact where computed, each feature's best task among them; minus infinity elsewhere."""
+        """Returns [N, T] float64: exact where computed, each feature's best task among them; minus infinity
+        elsewhere."""
         f = features.to(self.projection.device, torch.float64)
         bound = self.upper_bound(f)
         bound += ROUNDING * bound.abs()

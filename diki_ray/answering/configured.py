@@ -1,4 +1,4 @@
-"""The predictor that a configuration asks for, over modules that are at hand: the one place where the two meet."""
+"""Builds the predictor that a configuration asks for over modules that are at hand: only here do the two meet."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def build_predictor(
     class_features: ClassFeatures | None = None,
     coarse_from: int | None = None,
 ) -> Predictor:
-    """The predictor over these modules, in their order.
+    """Returns the predictor over these modules, in their order.
 
     class_features: where class features come from; by default as an evaluation under this configuration needs them.
     coarse_from: with so many modules or more, only the densities that decide an image's route are computed, and the
@@ -46,8 +46,8 @@ def build_predictor(
 
 
 def build_class_features(config: Config) -> ClassFeatures:
-    """What an evaluation needs: tables where each image has a weight of its own. Under `batch` routing all images of a
-    batch share one text weight, and one exact text pass answers them."""
+    """Returns what an evaluation needs: tables where each image has a weight of its own. Under `batch` routing all
+    images of a batch share one text weight, and one exact text pass answers them."""
     evaluate = config.evaluate
     return Exact() if not evaluate.text_grid or evaluate.routing == "batch" else Tabulated(evaluate.text_grid)
 
@@ -55,7 +55,7 @@ def build_class_features(config: Config) -> ClassFeatures:
 def build_router(
     config: Config, method: Method, modules: Sequence[TaskModule], coarse_from: int | None = None
 ) -> Router:
-    """The router over the Gaussians of these modules; arguments and errors are those of `build_predictor`."""
+    """Returns the router over the Gaussians of these modules, as `build_predictor` says."""
     embed_dim, statistics = method.backbone.embed_dim, config.statistics
     if not modules:
         return GaussianRouter(None, build_calibration(config, embed_dim, None, modules))
@@ -68,7 +68,8 @@ def build_router(
 def build_calibration(
     config: Config, embed_dim: int, gaussians: Gaussians | None, modules: Sequence[TaskModule]
 ) -> Calibration:
-    """The calibration that the configuration names. Raises ConfigError where a module has no validation features."""
+    """Returns the calibration that the configuration names. Raises ConfigError where a module has no validation
+    features."""
     c = config.calibration
     if c.form == "published" or gaussians is None or METHODS[config.method.name].answering != "routed":
         return Published(scale=c.scale or float(embed_dim), bias=-1.0 if c.bias is None else c.bias)

@@ -1,4 +1,4 @@
-"""The Gaussians of the tasks over the frozen model's image features, and the log densities that choose an image's task.
+"""The tasks have Gaussians over the frozen model's image features, whose log densities choose an image's task.
 
 Shapes: N features, E embedding dimensions, T tasks.
 """
@@ -14,13 +14,13 @@ from torch import Tensor
 from diki_ray.learning.moments import Moments, Shrinkage
 
 CHUNK_BYTES = 32 * 2**20
-"""Of the largest intermediate of `log_density`, so that its memory does not grow with the number of tasks."""
+"""The largest intermediate of `log_density` has so many, so that its memory does not grow with the number of tasks."""
 COPIED_BYTES = 128 * 2**10
-"""Of a factor that is cheaper to copy than a call is to make."""
+"""A factor of so many is cheaper to copy than a call is to make."""
 
 
 class Gaussians:
-    """The Gaussians of T tasks, factored once: log densities of features under all of them.
+    """Factors the Gaussians of T tasks once, and gives log densities of features under all of them.
 
     The Cholesky factors are kept packed, E(E+1)/2 numbers each, in a form that is solved without unpacking (LAPACK's
     rectangular full packed format): with h = ⌈E/2⌉ a lower triangular L = [[A, 0], [B, C]] has A [h, h] in the lower
@@ -50,23 +50,23 @@ class Gaussians:
         return len(self.mean)
 
     def to(self, device: str | torch.device) -> Gaussians:
-        """Moves the factors; densities are computed there."""
+        """Moves the factors to a device, where densities are computed from then on."""
         for name, value in vars(self).items():
             setattr(self, name, value.to(device))
         return self
 
     @property
     def num_bytes(self) -> int:
-        """Of the packed factors."""
+        """The packed factors take so many bytes."""
         return 8 * (self.corners.numel() + self.below.numel())
 
     @property
     def constant(self) -> float:
-        """½ E log 2π."""
+        """It is ½ E log 2π."""
         return 0.5 * self.mean.shape[1] * math.log(2 * math.pi)
 
     def factor(self, task: int) -> Tensor:
-        """The lower triangular L [E, E] of Σ = L Lᵀ."""
+        """Returns the lower triangular L [E, E] of Σ = L Lᵀ."""
         e, h = self.mean.shape[1], self.corners.shape[1]
         factor = self.mean.new_zeros(e, e)
         factor[:h, :h] = self.corners[task, :, :h].tril()
@@ -75,8 +75,8 @@ class Gaussians:
         return factor
 
     def log_density(self, features: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
-        """log N(f; μ_t, Σ_t) [N, T] float64 of features [N, E], by triangular solves with the Cholesky factors; under
-        these tasks, by default under all."""
+        """Returns log N(f; μ_t, Σ_t) [N, T] float64 of features [N, E] under these tasks (by default all), by
+        triangular solves with the Cholesky factors."""
         chosen: Sequence[int] = range(len(self)) if tasks is None else tasks
         f = features.to(self.mean.device, torch.float64)
         out = f.new_empty(len(chosen), len(f))
@@ -86,7 +86,7 @@ class Gaussians:
         return out.T.to(features.device)
 
     def log_density_of(self, tasks: Tensor, features: Tensor) -> Tensor:
-        """log N(f; μ_t, Σ_t) [N]: each feature [N, E] under a task of its own, tasks int64 [N]."""
+        """Returns log N(f; μ_t, Σ_t) [N]: each feature [N, E] under a task of its own, tasks int64 [N]."""
         f, tasks = features.to(self.mean.device, torch.float64), tasks.to(self.mean.device)
         out = f.new_empty(len(f))
         if self.num_bytes <= len(self) * COPIED_BYTES:  # a factor for each feature: one call for many small ones
@@ -100,7 +100,7 @@ class Gaussians:
         return out.to(features.device)
 
     def _log_density(self, tasks: slice | Tensor, f: Tensor) -> Tensor:
-        """[t, N] of f [1, N, E], or of f [t, N, E]."""
+        """Returns [t, N] of f [1, N, E], or of f [t, N, E]."""
         e, h = self.mean.shape[1], self.corners.shape[1]
         centred = (f - self.mean[tasks][:, None]).mT  # [t, E, N]
         corners, below = self.corners[tasks], self.below[tasks]
@@ -112,7 +112,7 @@ class Gaussians:
 
 
 def _rows(tasks: Sequence[int], device: torch.device) -> slice | Tensor:
-    """The index of these tasks' factors; a slice, which copies none of them, where they follow one another."""
+    """Returns the index of these tasks' factors: a slice, which copies none, where they follow one another."""
     if list(tasks) == list(range(tasks[0], tasks[0] + len(tasks))):
         return slice(tasks[0], tasks[0] + len(tasks))
     return torch.as_tensor(list(tasks), device=device)

@@ -1,4 +1,4 @@
-"""From images to answers that people read: batch inference, single predictions and the server all answer here.
+"""Images become answers that people read: batch inference, single predictions and the server all answer here.
 
 Each image is answered for itself (`image` routing) among candidates of its own. One frozen and one residual pass serve
 them all, whatever mixture of tasks and candidates they are.
@@ -22,26 +22,27 @@ from diki_ray.answering.routing import NO_TASK
 
 @dataclass(frozen=True)
 class Answer:
-    """What one image was answered with, and how it came about."""
+    """This is what one image was answered with, and how it came about."""
 
     class_name: str
     confidence: float
-    """Softmax probability among the candidate classes."""
+    """It is the softmax probability among the candidate classes."""
     task: str | None
-    """Whose module answered; None: the frozen model alone, or all modules together (a method that answers jointly)."""
+    """Its module answered; None: the frozen model did alone, or all modules together (a method that answers
+    jointly)."""
     weight: float
-    """The image's integration weight, 0 to 1."""
+    """It is the image's integration weight, 0 to 1."""
     log_densities: Mapping[str, float]
-    """Of the image under every task's Gaussian, but for tasks that a bound ruled out; the highest is the route."""
+    """They are the image's under every task but those that a bound ruled out; the highest is the route."""
 
 
 @dataclass(frozen=True, eq=False)
 class Decision:
-    """One image's answer with what it was chosen from."""
+    """This is one image's answer with what it was chosen from."""
 
     answer: Answer
     names: Sequence[str]
-    """The C candidate classes."""
+    """They are the C candidate classes."""
     logits: Tensor  # [C]
     zero_shot: Tensor | None  # [C], the frozen model's, where they were asked for
 
@@ -49,7 +50,7 @@ class Decision:
 def decide(
     predictor: Predictor, images: Tensor, candidates: Sequence[Sequence[Candidates]], zero_shot: bool = False
 ) -> list[Decision]:
-    """An answer for each of the preprocessed images [B, 3, H, W], in their order.
+    """Answers each of the preprocessed images [B, 3, H, W], in their order.
 
     candidates: for each image the classes that it may be answered with.
     zero_shot: gives as well what the frozen model alone says of them.

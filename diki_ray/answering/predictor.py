@@ -1,5 +1,5 @@
-"""Frozen features -> densities -> routes -> image features -> logits: the one way an image is answered, for
-evaluation, prediction and serving.
+"""The one way an image is answered, for evaluation, prediction and serving: its frozen features give its densities,
+they give its route, the route its image features, and those its logits.
 
 Shapes: B images, C candidate classes, E embedding dimensions, T tasks.
 """
@@ -54,33 +54,34 @@ class Predictor:
 
     @torch.no_grad()
     def frozen_features(self, images: Tensor) -> Tensor:
-        """[B, E] float32 on the CPU; they decide the route and are the answer where nothing learnt applies."""
+        """Returns [B, E] float32 on the CPU. They decide the route, and are the answer where nothing learnt applies."""
         return self.backbone.encode_image(images).cpu()
 
     def scores(self, features: Tensor, learnt: Sequence[int] | None = None) -> Scores:
-        """The densities of frozen features [B, E] under each of the tasks `learnt`, in that order, and the weights at
-        which each task would answer; all modules are learnt by default."""
+        """Returns the densities of frozen features [B, E] under each of the tasks `learnt`, in that order, and the
+        weights at which each task would answer. All modules are learnt by default."""
         scores = self.router.scores(features, range(len(self.modules)) if learnt is None else learnt)
         if self.method.answering == "routed":
             return scores
         return replace(scores, weight=torch.full_like(scores.weight, self.method.answering == "latest"))
 
     def routes(self, scores: Scores, routing: Routing) -> Routes:
-        """The task and weights of each image among the tasks that the scores are about, ties going to the first. A
-        method that is not routed has its own rule (`Method.answering`)."""
+        """Chooses the task and weights of each image among the tasks of the scores; ties go to the first. A method that
+        is not routed has its own rule (`Method.answering`)."""
         if self.method.answering == "routed":
             return scores.routes(routing)
         return unrouted(len(scores.log_density), self.method.answering, scores.learnt)
 
     def answering_task(self, routes: Routes) -> Tensor:
-        """int64 [B]: the task whose module each image is answered with; NO_TASK also below `skip_weight`."""
+        """Returns int64 [B], the task whose module answers each image; it is NO_TASK also below `skip_weight`."""
         return torch.where(routes.weight < self.skip_weight, NO_TASK, routes.task)
 
     @torch.no_grad()
     def image_features(self, images: Tensor, frozen: Tensor, routes: Routes) -> Tensor:
-        """[B, E] on the CPU: each image under its task's module at its weight; the frozen ones where none applies.
+        """Returns [B, E] on the CPU: each image under its task's module at its weight, and frozen where none applies.
 
-        images [B, 3, H, W] are read only where a residual pass is needed; frozen [B, E] are their frozen features."""
+        images [B, 3, H, W] are read only where a residual pass is needed; frozen [B, E] are their frozen features.
+        """
         task = self.answering_task(routes)
         features = frozen.clone()
         prompted = (task != NO_TASK).nonzero().flatten()
@@ -89,7 +90,7 @@ class Predictor:
         return features
 
     def logits_of_features(self, features: Tensor, routes: Routes, candidates: Candidates) -> Tensor:
-        """[B, C] float32 on the CPU, of features that `image_features` gave for the same routes."""
+        """Returns [B, C] float32 on the CPU, for features that `image_features` gave for the same routes."""
         task = self.answering_task(routes)
         out = torch.empty(len(features), len(candidates.names))
         for t in task.unique().tolist():
@@ -99,7 +100,7 @@ class Predictor:
         return out
 
     def logits(self, images: Tensor, frozen: Tensor, routes: Routes, candidates: Candidates) -> Tensor:
-        """[B, C] float32 on the CPU: `image_features`, and their logits."""
+        """Returns [B, C] float32 on the CPU: the logits of what `image_features` gives."""
         return self.logits_of_features(self.image_features(images, frozen, routes), routes, candidates)
 
     def answer_logits(
@@ -110,8 +111,10 @@ class Predictor:
         candidates: Sequence[Candidates],
         learnt: Sequence[int] | None = None,
     ) -> Tensor:
-        """[B, all candidates] as the method answers once `learnt` are learnt, all modules by default; features are
-        those that `image_features` gave, and routes those that `routes` gave for the same tasks learnt."""
+        """Returns [B, all candidates] as the method answers once `learnt` are learnt (all modules by default).
+
+        features are those that `image_features` gave, and routes those that `routes` gave for the same tasks learnt.
+        """
         logits = torch.cat([self.logits_of_features(features, routes, c) for c in candidates], dim=1)
         if self.method.answering != "joint":
             return logits
@@ -119,13 +122,14 @@ class Predictor:
         return self.joint_logits(frozen, logits, names, range(len(self.modules)) if learnt is None else learnt)
 
     def zero_shot_logits(self, frozen: Tensor, candidates: Sequence[Candidates]) -> Tensor:
-        """[B, all candidates] of the frozen model."""
+        """Returns the frozen model's logits [B, all candidates]."""
         alone = unrouted(len(frozen), "frozen", ())
         return torch.cat([self.logits_of_features(frozen, alone, c) for c in candidates], dim=1)
 
     @torch.no_grad()
     def joint_logits(self, frozen: Tensor, zero_shot: Tensor, names: Sequence[str], learnt: Sequence[int]) -> Tensor:
-        """[B, C] of a `joint` method among candidates of these names; nothing learnt: the zero-shot logits."""
+        """Returns a `joint` method's logits [B, C] among candidates of these names; they are the zero-shot ones where
+        nothing is learnt."""
         if not learnt:
             return zero_shot
         key = tuple(learnt)
@@ -134,7 +138,7 @@ class Predictor:
         return self.method.joint_logits(self._joined[key], frozen, zero_shot, names)
 
     def classes(self, task: int, candidates: Candidates) -> PromptedClasses:
-        """The candidates under a task's text prompts; NO_TASK: under none."""
+        """Returns the candidates under a task's text prompts, or under none for NO_TASK."""
         if task == NO_TASK:
             return PromptedClasses(self.backbone, candidates, lambda tokens, _: self.backbone.encode_text(tokens), "")
         parameters, method = self.parameters[task], self.method
@@ -146,16 +150,16 @@ class Predictor:
         )
 
     def tables(self) -> list[tuple[int, str]]:
-        """(task, candidates' key) of the class features that have been interpolated."""
+        """Returns (task, candidates' key) of the class features that have been interpolated."""
         digests = [module.digest for module in self.modules]
         return [(digests.index(digest), key) for digest, key in self.class_features.tables() if digest in digests]
 
     def interpolation_error(self, task: int, candidates: Candidates) -> float:
-        """The largest absolute error of one of the candidates' features under a task's prompts; 0 where exact."""
+        """Returns the largest absolute error of one of the candidates' features under a task's prompts; 0 if exact."""
         return self.class_features.error(self.classes(task, candidates))
 
     def _prompted(self, images: Tensor, task: Tensor, weight: Tensor) -> Tensor:
-        """One residual pass over images of any mixture of tasks: prompts are gathered per image."""
+        """Makes one residual pass over images of any mixture of tasks: prompts are gathered per image."""
         present, index = task.unique(return_inverse=True)
         device = self.backbone.device
         if len(present) == 1:

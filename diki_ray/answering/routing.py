@@ -1,4 +1,4 @@
-"""From log densities to a task and an integration weight (method.md, "Inference").
+"""Log densities choose an image's task and its integration weight (method.md, "Inference").
 
 Shapes: N images, E embedding dimensions, T tasks learnt. Densities are log N(f; μ_t, Σ_t), float64.
 """
@@ -22,16 +22,16 @@ NO_TASK = -1
 
 
 class Calibration(Protocol):
-    """How much of a task's module to let in, given the log density of its own Gaussian."""
+    """Says how much of a task's module to let in, given the log density of its own Gaussian."""
 
     def weight(self, log_density: Tensor, task: Tensor) -> Tensor:
-        """Integration weights in [0, 1] for log densities [N, T] under the tasks [T] (numbers), or [N] under [N]."""
+        """Returns integration weights in [0, 1] for log densities [N, T] under the tasks [T], or [N] under [N]."""
         ...
 
 
 @dataclass(frozen=True)
 class Published:
-    """w = sigmoid(s / scale + bias). Published: scale 512 (the embedding dimension of ViT-B/16), bias −1."""
+    """w = sigmoid(s / scale + bias). The authors have scale 512 (the embedding dimension of ViT-B/16), bias −1."""
 
     scale: float
     bias: float = -1.0
@@ -79,7 +79,7 @@ class Validated:
 
 @dataclass(frozen=True, eq=False)
 class Routes:
-    """For each image the task whose module answers (NO_TASK: none) and its weights.
+    """These are, for each image, the task whose module answers (NO_TASK: none) and its weights.
 
     `text_weight` is [N]: each image's own under `image` routing, the batch mean for all under `batch`.
     """
@@ -89,13 +89,13 @@ class Routes:
     text_weight: Tensor  # float64 [N]
 
     def of(self, rows: Tensor) -> Routes:
-        """The routes of some of the images, by their numbers [M]."""
+        """Returns the routes of some of the images, by their numbers [M]."""
         return Routes(self.task[rows], self.weight[rows], self.text_weight[rows])
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """What a router finds about N images once T tasks are learnt; column i is task learnt[i]."""
+    """This is what a router finds about N images once T tasks are learnt; column i is task learnt[i]."""
 
     learnt: Sequence[int]
     log_density: Tensor  # float64 [N, T]
@@ -127,7 +127,7 @@ class Router(Protocol):
     """
 
     def scores(self, features: Tensor, learnt: Sequence[int]) -> Scores:
-        """The scores of frozen features [N, E] once the tasks `learnt` (numbers of modules) are learnt, on the CPU."""
+        """Returns the scores of frozen features [N, E] once `learnt` (numbers of modules) are learnt, on the CPU."""
         ...
 
 
@@ -156,7 +156,7 @@ class GaussianRouter:
 
 
 def unrouted(num_images: int, answering: Answering, learnt: Sequence[int]) -> Routes:
-    """Every image to the module learnt last at w = 1 (`latest`), or to none (`frozen`; `joint`, which needs none)."""
+    """Sends every image to the module learnt last at w = 1 (`latest`), or to none (`frozen`; `joint` needs none)."""
     latest = answering == "latest" and len(learnt) > 0
     weight = torch.full((num_images,), 1.0 if latest else 0.0, dtype=torch.float64)
     return Routes(torch.full((num_images,), learnt[-1] if latest else NO_TASK), weight, weight)

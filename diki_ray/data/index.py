@@ -11,26 +11,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
-import obstore
-from obstore.store import ObjectStore, from_url
-
-from diki_ray.errors import DataError, StorageError
+from diki_ray.errors import DataError
+from diki_ray.store.files import join, read_bytes, write_bytes
 
 INDEX_FILE = "index.json"
 FORMAT = 1
 TAR_BLOCK_BYTES = 512
 SPLIT_PROTOCOLS = ("coop", "zscl", "own", "embedded")
-
-REMOTE_SCHEMES = ("s3", "gs", "az", "http", "https")
-"""Where data may lie beside a local path. A `pipe:` URL, which webdataset would hand to a shell, is not among them."""
 
 
 @dataclass(frozen=True)
@@ -230,111 +222,3 @@ class DatasetIndex:
 
 def _canonical(content: Any) -> bytes:
     return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
-
-
-# --- where data lie -------------------------------------------------------------------------------------------------
-
-
-def scheme_of(uri: str) -> str:
-    """ "" for a local path, else one of REMOTE_SCHEMES; DataError for every other scheme (`pipe:`, `file:`, …)."""
-    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", uri)
-    if match is None:
-        return ""
-    scheme = match.group(1).lower()
-    if scheme not in REMOTE_SCHEMES or not uri[match.end() :].startswith("//"):
-        allowed = ", ".join(f"{s}://" for s in REMOTE_SCHEMES)
-        raise DataError(f"{uri!r}: data are read from local paths, {allowed}; nothing else is opened")
-    return scheme
-
-
-def join(folder: str, file: str) -> str:
-    """`file` in `folder`, local or remote."""
-    return f"{folder.rstrip('/')}/{file}"
-
-
-@lru_cache(maxsize=64)
-def _store(folder: str) -> ObjectStore:
-    # Credentials and endpoints come from the environment (AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, …).
-    if scheme_of(folder) == "http":
-        return from_url(folder, client_options={"allow_http": True})
-    return from_url(folder)
-
-
-def read_bytes(uri: str, start: int = 0, stop: int | None = None) -> bytes:
-    """Bytes [start, stop) of a file, to its end without `stop`; a shorter file gives fewer bytes.
-
-    Raises FileNotFoundError if there is none, StorageError naming it if it cannot be read.
-    """
-    if not scheme_of(uri):
-        try:
-            with open(uri, "rb") as file:
-                file.seek(start)
-                return file.read(-1 if stop is None else stop - start)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise FileNotFoundError(str(error)) from None
-        except OSError as error:
-            raise StorageError(f"cannot read {uri}: {error}") from None
-    folder, _, file_name = uri.rpartition("/")
-    try:
-        store = _store(folder)
-        if start == 0 and stop is None:
-            return bytes(obstore.get(store, file_name).bytes())
-        end = obstore.head(store, file_name)["size"] if stop is None else stop
-        return bytes(obstore.get_range(store, file_name, start=start, end=end)) if end > start else b""
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # obstore raises its own, OSError and ValueError, by store
-        raise StorageError(f"cannot read {uri}: {error}") from error
-
-
-def list_files(folder: str) -> list[str]:
-    """Names of everything below a folder in object storage, relative to it; StorageError if it cannot be listed."""
-    try:
-        return [entry["path"] for entries in obstore.list(_store(folder.rstrip("/"))) for entry in entries]
-    except Exception as error:  # obstore raises its own, OSError and ValueError, by store
-        raise StorageError(f"cannot list {folder}: {error}") from error
-
-
-def write_bytes(uri: str, data: bytes) -> None:
-    """Write a file whole or not at all (temporary name, fsync, rename; one put in object storage)."""
-    if scheme_of(uri):
-        folder, _, file_name = uri.rpartition("/")
-        try:
-            obstore.put(_store(folder), file_name, data)
-        except Exception as error:
-            raise StorageError(f"cannot write {uri}: {error}") from error
-        return
-    path = Path(uri)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise StorageError(f"cannot write {uri}: {error}") from error
-
-
-def open_writer(uri: str) -> Any:
-    """A binary file in object storage that is written as it comes and exists once it is closed."""
-    folder, _, file_name = uri.rpartition("/")
-    return obstore.open_writer(_store(folder), file_name)
-
-
-def delete(uri: str) -> None:
-    """Remove a file; nothing happens if there is none."""
-    if not scheme_of(uri):
-        Path(uri).unlink(missing_ok=True)
-        return
-    folder, _, file_name = uri.rpartition("/")
-    try:
-        obstore.delete(_store(folder), file_name)
-    except FileNotFoundError:
-        pass
-    except Exception as error:
-        raise StorageError(f"cannot delete {uri}: {error}") from error

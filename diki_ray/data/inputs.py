@@ -15,10 +15,11 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from diki_ray.data.images import EXTENSIONS
-from diki_ray.data.index import INDEX_FILE, DatasetIndex, Shard, join, list_files, read_bytes, scheme_of
+from diki_ray.data.index import INDEX_FILE, DatasetIndex, Shard
 from diki_ray.data.shards import BadSampleError, SkipLedger, decode_sample, read_encoded, read_shard
 from diki_ray.data.sources.folders import image_files
 from diki_ray.errors import DataError, StorageError
+from diki_ray.store.files import join, list_files, read_bytes, scheme_of
 
 FILES_PER_PART = 64
 _READ_THREADS = 8  # of a part: files in object storage are waited for, not worked on
@@ -105,27 +106,27 @@ class Tar:
             yield Row(f"{self.name}#{key}", None, reason)
 
 
-Part = Files | PreparedShard | Tar
-_AS_JSON: TypeAdapter[Part] = TypeAdapter(Part)
+InputPart = Files | PreparedShard | Tar
+_AS_JSON: TypeAdapter[InputPart] = TypeAdapter(InputPart)
 
 
-def to_json(part: Part) -> bytes:
+def to_json(part: InputPart) -> bytes:
     """How a part travels to the process that reads it."""
     return _AS_JSON.dump_json(part)
 
 
-def from_json(data: bytes) -> Part:
+def from_json(data: bytes) -> InputPart:
     return _AS_JSON.validate_json(data)
 
 
-def parts_of(places: Iterable[str]) -> list[Part]:
+def parts_of(places: Iterable[str]) -> list[InputPart]:
     """The parts of what is named, in its order; files within a folder or a glob sorted.
 
     Raises:
         DataError: a folder or a glob without an image, a damaged index. StorageError: a place that cannot be listed.
     """
     found = (file_or_part for place in places for file_or_part in _inside(place))
-    parts: list[Part] = []
+    parts: list[InputPart] = []
     for is_file, run in groupby(found, key=lambda each: isinstance(each, str)):
         if is_file:
             paths = [str(path) for path in run]
@@ -145,7 +146,7 @@ def is_collection(place: str) -> bool:
     return os.path.isdir(os.path.expanduser(place)) or _is_glob(place)
 
 
-def _inside(place: str) -> Iterable[str | Part]:
+def _inside(place: str) -> Iterable[str | InputPart]:
     """The files, or the parts, that a place stands for."""
     remote = scheme_of(place)
     local = os.path.expanduser(place)
@@ -161,7 +162,7 @@ def _inside(place: str) -> Iterable[str | Part]:
     return _in_folder(place if remote else local)
 
 
-def _in_folder(folder: str) -> Iterable[str | Part]:
+def _in_folder(folder: str) -> Iterable[str | InputPart]:
     if scheme_of(folder):
         names = list_files(folder)
         images = sorted(name for name in names if _extension(name) in EXTENSIONS)

@@ -17,21 +17,12 @@ from functools import cached_property
 from pathlib import Path
 
 from diki_ray.data.images import UndecodableImageError, at_model_size, decode_image
-from diki_ray.data.index import (
-    INDEX_FILE,
-    DatasetIndex,
-    Shard,
-    Split,
-    delete,
-    join,
-    read_bytes,
-    scheme_of,
-    write_bytes,
-)
+from diki_ray.data.index import INDEX_FILE, DatasetIndex, Shard, Split
 from diki_ray.data.shards import Sample, encode_sample, shard_file, write_shard
 from diki_ray.data.sources import EMBEDDED, RawDataset, RawItem, Reader, open_source
 from diki_ray.data.sources.choice import Choice, choose, keys_of
 from diki_ray.errors import DataError
+from diki_ray.store.files import delete, join, read_bytes, scheme_of, write_bytes
 
 DEFAULT_TEMPLATE = "a photo of a {}."
 _SHARDS_WANTED = 32

@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from diki_ray.data.images import EXTENSIONS
-from diki_ray.data.index import TAR_BLOCK_BYTES, Shard, Split, join, read_bytes, scheme_of, write_bytes
+from diki_ray.data.index import TAR_BLOCK_BYTES, Shard, Split
 from diki_ray.errors import DataError, StorageError
+from diki_ray.store.files import join, read_bytes, scheme_of, write_bytes
 
 os.environ["WDS_SECURE"] = "1"  # before webdataset is imported, which reads it once
 from webdataset.tariterators import group_by_keys

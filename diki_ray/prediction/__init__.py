@@ -1,1 +1,1 @@
-"""Answers of a stored run: in one process, as a bundle, and in batches over Ray."""
+"""A stored run answers images here: in one process, as a bundle, and in batches over Ray."""

@@ -1,4 +1,4 @@
-"""Millions of images answered over Ray: reading tasks hand undecoded images to worker actors, the driver writes their
+"""Ray answers millions of images: reading tasks hand undecoded images to worker actors, the driver writes their
 answers as they come, in the order of the inputs.
 
 The driver reads the run's storage; workers get its modules from Ray's object store, all of them those of one version,
@@ -20,21 +20,21 @@ import pyarrow as pa
 import ray
 
 from diki_ray.config import Config
-from diki_ray.data.inputs import Part, to_json
+from diki_ray.data.inputs import InputPart, to_json
 from diki_ray.errors import ConfigError, DataError, UserError
 from diki_ray.learning.methods import METHODS
 from diki_ray.prediction.batch_output import open_output
 from diki_ray.prediction.batch_worker import IMAGES_PER_PASS, Learnt, Worker, interpolation_error, read_parts
-from diki_ray.runs.cluster import cluster
+from diki_ray.runs.run_cluster import cluster
 
 MAX_BLOCKS = 1024
-"""Reading tasks of a whole job, about: each passes some milliseconds in Ray's scheduler."""
+"""A whole job has about so many reading tasks; each passes some milliseconds in Ray's scheduler."""
 PROGRESS_S = 10.0
 
 
 @dataclass(frozen=True)
 class Workers:
-    """What Ray gives the workers. num: as many as the cluster has room for by default; answers do not depend on it."""
+    """Says what Ray gives the workers. num is by default as many as there is room for; answers do not depend on it."""
 
     num: int | None = None
     cpus: float = 1.0
@@ -44,13 +44,13 @@ class Workers:
 
 @dataclass
 class Tally:
-    """What became of the inputs so far."""
+    """Counts what became of the inputs so far."""
 
     num_images: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     tasks: Counter[str] = field(default_factory=Counter)
     interpolation_error: float | None = None
-    """See `batch_worker.interpolation_error`; None: nothing was interpolated."""
+    """It is that of `batch_worker.interpolation_error`; None: nothing was interpolated."""
 
     @property
     def num_skipped(self) -> int:
@@ -61,7 +61,7 @@ class Tally:
 
     @property
     def images_per_s(self) -> float:
-        """After the first answers, before which workers start; 0 before the second."""
+        """The rate counts from the first answers on, before which workers start; it is 0 until the second come."""
         if self._first is None or self._last_s == self._first[0]:
             return 0.0
         return (self.num_images - self._first[1]) / (self._last_s - self._first[0])
@@ -76,7 +76,7 @@ class Tally:
 
 def answer_all(
     learnt: Learnt,
-    parts: Sequence[Part],
+    parts: Sequence[InputPart],
     output: str,
     workers: Workers,
     max_skipped: int | None = None,
@@ -128,9 +128,9 @@ def _skipped(tally: Tally) -> str:
 
 
 def answer_parts(
-    learnt: Learnt, parts: Sequence[Part], workers: Workers, tally: Tally
+    learnt: Learnt, parts: Sequence[InputPart], workers: Workers, tally: Tally
 ) -> Generator[pa.Table, None, None]:
-    """Answers (`ANSWERED`) of every input of the parts, in their order; counted in `tally` as they come.
+    """Yields answers (`ANSWERED`) for every input of the parts, in their order, and counts them in `tally`.
 
     On the cluster at `workers.address` or in RAY_ADDRESS, else on one started here for as long as it takes.
 
@@ -156,7 +156,7 @@ def answer_parts(
                 num_gpus=workers.gpus,
             )
         )
-        for table in _or_told(answered.iter_batches(batch_size=None, batch_format="pyarrow")):
+        for table in _or_reason(answered.iter_batches(batch_size=None, batch_format="pyarrow")):
             tally.add(table)
             yield table
         routed = METHODS[learnt.config.method.name].answering == "routed"
@@ -166,7 +166,7 @@ def answer_parts(
 
 
 def _on_cluster(config: Config, workers: Workers) -> Config:
-    """What `cluster` checks: that there is room for these workers, whatever the run was trained with."""
+    """Returns what `cluster` checks: that there is room for these workers, whatever the run was trained with."""
     nothing = {"num_workers": 1, "cpus_per_worker": 1e-3, "device": "cpu"}  # is trained
     train = config.train.model_copy(update=nothing)
     evaluate = config.evaluate.model_copy(update={"num_workers": workers.num or 1, "cpus_per_worker": workers.cpus})
@@ -188,7 +188,7 @@ def _room(workers: Workers) -> int:
 
 
 def _quiet() -> None:
-    """The driver shows its own progress; and rows come in the order of the inputs."""
+    """Silences Ray Data, as the driver shows its own progress, and keeps rows in the order of the inputs."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -196,8 +196,8 @@ def _quiet() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
-def _or_told(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """The tables; what a worker raised is told in its own sentence."""
+def _or_reason(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Yields the tables; what a worker raised is raised here with its own sentence."""
     try:
         yield from tables
     except Exception as error:  # Ray Data raises its own types around the one that says why

@@ -1,4 +1,4 @@
-"""Where answers go: one JSONL file, or a folder of Parquet files; local, or in object storage.
+"""Answers are written to one JSONL file or a folder of Parquet files, local or in object storage.
 
 A JSONL file appears when it is whole. A Parquet folder is whole once it has `_SUCCESS`.
 """
@@ -10,14 +10,14 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diki_ray.data.index import join, list_files, open_writer, scheme_of, write_bytes
-from diki_ray.errors import ConfigError, StorageError
+from diki_ray.errors import ConfigError
+from diki_ray.store.files import join, list_files, open_writer, scheme_of, write_bytes
+from diki_ray.store.objects import Writer
 
 FINISHED = "_SUCCESS"
 ROWS_PER_FILE = 200_000
@@ -30,9 +30,9 @@ class Output(Protocol):
 
 
 class JsonLines:
-    """One JSON object a line."""
+    """Writes one JSON object a line."""
 
-    def __init__(self, file: Any) -> None:
+    def __init__(self, file: Writer) -> None:
         self._file = file
 
     def write(self, rows: pa.Table) -> None:
@@ -47,7 +47,7 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
 
 
 class ParquetFolder:
-    """part-00000.parquet, …, each written whole."""
+    """Writes part-00000.parquet and so on, each whole."""
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
@@ -84,24 +84,13 @@ def check(place: str) -> None:
 
 @contextmanager
 def open_output(place: str) -> Iterator[Output]:
-    """The output, finished when the block ends without an error; StorageError if it cannot be written."""
+    """Yields the output, which is finished when the block ends without an error. Raises StorageError if it cannot be
+    written."""
     if place.endswith(".parquet"):
         folder = ParquetFolder(place)
         yield folder
         folder.flush()
         write_bytes(join(place, FINISHED), b"")
-    elif scheme_of(place):
-        file = open_writer(place)
-        yield JsonLines(file)
-        file.close()  # only now the object exists
     else:
-        unfinished = Path(place).with_name(f".{Path(place).name}.unfinished")
-        try:
-            Path(place).parent.mkdir(parents=True, exist_ok=True)
-            with unfinished.open("wb") as local:
-                yield JsonLines(local)
-            unfinished.replace(place)
-        except OSError as error:
-            raise StorageError(f"cannot write {place}: {error}") from error
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with open_writer(place) as file:
+            yield JsonLines(file)

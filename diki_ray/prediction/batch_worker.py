@@ -1,4 +1,4 @@
-"""What runs in the processes of a batch prediction: parts read to undecoded images, and images answered.
+"""This runs in the processes of a batch prediction: some read parts to undecoded images, others answer images.
 
 Images travel undecoded, which is a tenth of their pixels, and are decoded by the threads of the worker that answers
 them.
@@ -29,12 +29,12 @@ from diki_ray.runs.stored_run import config_of, open_learnt
 IMAGES_PER_PASS = 64
 ROWS_PER_BLOCK = 64
 TABLE_BYTES = 2 * 2**30
-"""Class features that a worker keeps."""
+"""A worker keeps so many bytes of class features."""
 MAX_ASPECT_RATIO = 30.0
-"""As in serving. CLIP scales the shorter side to the model's size: a line of a million pixels, tiny as a file, would
-become an image of hundreds of millions and take its worker along."""
+"""It is that of serving. CLIP scales the shorter side to the model's size: a line of a million pixels, tiny as a file,
+would become an image of hundreds of millions and take its worker along."""
 MEASURED_CLASSES = 32
-"""At most about so many: each costs 65 text passes a task."""
+"""At most about so many are measured, as each costs 65 text passes a task."""
 
 READ = pa.schema({"image": pa.string(), "data": pa.large_binary(), "error": pa.string()})
 ANSWERED = pa.schema(
@@ -48,24 +48,24 @@ ANSWERED = pa.schema(
         "error": pa.string(),
     }
 )
-"""One row an input. With an `error` the answer's columns are null."""
+"""Every input has one row. With an `error` the answer's columns are null."""
 
 
 @dataclass(frozen=True)
 class Learnt:
-    """A run as other processes answer with it, without its storage."""
+    """Holds all of a run that other processes need to answer with it, without its storage."""
 
     config: Config
     backbone_digest: str
     modules: tuple[bytes, ...]
     classes: tuple[str, ...] | None
-    """To choose among, with the template; None: all that were learnt."""
+    """Answers are chosen among these, with the template; None: among all that were learnt."""
     template: str
 
     @classmethod
     def of(cls, storage: str, run: str, config: Config | None, classes: Sequence[str] | None, template: str) -> Learnt:
-        """Raises ConfigError for a run that cannot answer, or classes that cannot be asked for."""
-        checked = load_predictor(storage, run, config)  # in this process first: mistakes are told before any cluster
+        """Reads a run. Raises ConfigError for one that cannot answer, or classes that cannot be asked for."""
+        checked = load_predictor(storage, run, config)  # here first, before any cluster
         if classes is not None:
             checked.among(classes, template)
         store = open_learnt(storage, run)
@@ -78,7 +78,8 @@ class Learnt:
         )
 
     def predictor(self) -> RunPredictor:
-        """On this process's device. Raises ConfigError where this machine's backbone has other weights."""
+        """Builds the predictor on this process's device. Raises ConfigError where this machine's backbone has other
+        weights."""
         config = on_this_machine(self.config)
         backbone = load_backbone(config)
         if backbone.digest() != self.backbone_digest:
@@ -92,7 +93,7 @@ class Learnt:
 
 
 class Worker:
-    """A Ray Data actor: undecoded images in, answers out, one row for each."""
+    """A Ray Data actor that takes undecoded images and gives answers, one row for each."""
 
     def __init__(self, learnt: Any) -> None:
         run: Learnt = ray.get(learnt)
@@ -110,7 +111,7 @@ class Worker:
         return pa.Table.from_pylist(answered, ANSWERED)
 
     def _pixels(self, data: bytes | None, error: str | None) -> torch.Tensor | str:
-        """[3, H, W] of an image file, or why there is none."""
+        """Returns [3, H, W] of an image file, or why there is none."""
         if data is None:
             return error or "not read"
         try:
@@ -123,7 +124,7 @@ class Worker:
 
 
 def read_parts(rows: dict[str, Any]) -> Iterator[pa.Table]:
-    """The inputs of parts in JSON, a few at a time."""
+    """Yields the inputs of parts in JSON, a few at a time."""
     for part in rows["part"]:
         inputs = from_json(part).read()
         while some := [asdict(row) for row in islice(inputs, ROWS_PER_BLOCK)]:
@@ -131,7 +132,8 @@ def read_parts(rows: dict[str, Any]) -> Iterator[pa.Table]:
 
 
 def interpolation_error(learnt: Learnt, tasks: Sequence[str]) -> float:
-    """Largest absolute error of an interpolated class feature (norm 1) over some of the classes, under these tasks."""
+    """Returns the largest absolute error of an interpolated class feature (norm 1), over some of the classes, under
+    these tasks."""
     answering = learnt.predictor()
     step = max(1, sum(len(c.names) for c in answering.candidates) // MEASURED_CLASSES)
     some = [Candidates(c.names[::step], c.tokens[::step], f"every {step} of {c.key}") for c in answering.candidates]

@@ -1,5 +1,5 @@
-"""A run as one file to hand on: its modules, its configuration and the digest of its backbone in one safetensors file,
-with a model card for people beside it. Loading needs neither the storage it came from nor Ray.
+"""A run becomes one safetensors file to hand on, with its modules, its configuration and the digest of its backbone.
+A model card for people lies next to it. Loading needs neither the storage it came from nor Ray.
 
 The backbone's weights are not in it (they are tens to thousands of times larger and have a home of their own); its
 name and digest are, and loading refuses another.
@@ -26,7 +26,6 @@ from diki_ray.clip.backbone import Backbone
 from diki_ray.clip.trust import named_backbone, refuse_what_runs, with_backbone
 from diki_ray.config import Config, parse
 from diki_ray.data.images import UndecodableImageError, decode_image
-from diki_ray.data.index import join, read_bytes, write_bytes
 from diki_ray.errors import ConfigError, CorruptError, DataError
 from diki_ray.learning.module import TaskModule, read_tensors, write_tensors
 from diki_ray.prediction.run_predictor import RunPredictor, predictor_over, read_image
@@ -34,6 +33,7 @@ from diki_ray.report.model_card import load_arguments, model_card
 from diki_ray.report.results import DOCUMENT
 from diki_ray.runs.plan import build_method, device_of, load_backbone, precision_of
 from diki_ray.runs.stored_run import check_backbone, config_of, open_learnt
+from diki_ray.store.files import join, read_bytes, write_bytes
 
 FORMAT = 1
 BUNDLE, CARD, CONFIG = "bundle.safetensors", "README.md", "config.yaml"
@@ -41,7 +41,8 @@ _PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
 
 
 def export_bundle(storage: str, run: str, folder: str, config: Config | None = None) -> int:
-    """Writes a run's bundle, model card and configuration into a folder (any place data may lie); the bundle's bytes.
+    """Writes a run's bundle, model card and configuration into a folder (any place data may lie); returns the bundle's
+    size in bytes.
 
     config: the run's own by default. Where this machine keeps runs and prepared data is left out of what is written.
 
@@ -83,19 +84,19 @@ def _portable(config: Config) -> Config:
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """What `diki_ray.load` gives: everything a run has learnt, ready to answer images."""
+    """Answers images with everything that a run has learnt; `diki_ray.load` gives one."""
 
     run: str
     predictor: RunPredictor
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """In the order in which they were learnt."""
+        """They are in the order in which they were learnt."""
         return self.predictor.tasks
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """All classes learnt, task by task."""
+        """They are all classes learnt, task by task."""
         return tuple(name for candidates in self.predictor.candidates for name in candidates.names)
 
     def predict(
@@ -104,7 +105,7 @@ class Model:
         classes: Sequence[str] | None = None,
         template: str = "a photo of a {}.",
     ) -> list[Answer]:
-        """An answer for each image, in order; what an image gets does not depend on what else is asked.
+        """Answers each image, in order; what an image gets does not depend on what else is asked.
 
         images: PIL images, or files (local or s3://, gs://, az://, https://).
         classes: any class names, learnt or not, to choose among; all classes learnt by default.
@@ -140,7 +141,7 @@ def load_bundle(
     pretrained: str | None = None,
     directory: str | None = None,
 ) -> Model:
-    """The model of an exported run, in plain Python.
+    """Loads the model of an exported run, in plain Python.
 
     path: the folder that jobs/export.py wrote, or its bundle.safetensors.
     device: auto (a GPU where there is one), cpu or cuda.

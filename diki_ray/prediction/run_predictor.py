@@ -1,5 +1,4 @@
-"""From a configuration and stored modules to a predictor: the one place where the two meet, for the evaluator,
-`jobs/predict.py` and serving.
+"""A stored run becomes a predictor here, for `jobs/predict.py`, batch inference, bundles and serving.
 
 A run's predictor needs its storage and nothing else: no cluster, and no lease, for it only reads.
 """
@@ -19,12 +18,12 @@ from diki_ray.answering.image_answers import Answer, decide
 from diki_ray.answering.predictor import Predictor
 from diki_ray.config import Config
 from diki_ray.data.images import UndecodableImageError, decode_image
-from diki_ray.data.index import read_bytes
 from diki_ray.errors import ConfigError, DataError
 from diki_ray.learning.methods import Method
 from diki_ray.learning.module import TaskModule
 from diki_ray.runs.plan import build_method, device_of, load_backbone, precision_of
 from diki_ray.runs.stored_run import check_backbone, config_of, open_learnt
+from diki_ray.store.files import read_bytes
 from diki_ray.store.run_store import RunStore
 
 IMAGES_PER_PASS = 32
@@ -32,18 +31,18 @@ IMAGES_PER_PASS = 32
 
 @dataclass(frozen=True, eq=False)
 class RunPredictor:
-    """A run's modules, ready to answer images, each for itself (`image` routing)."""
+    """Answers images with a run's modules, each for itself (`image` routing)."""
 
     predictor: Predictor
     candidates: tuple[Candidates, ...]
-    """All classes learnt, each data set's under its own templates."""
+    """They are all classes learnt, each data set's under its own templates."""
 
     @property
     def tasks(self) -> tuple[str, ...]:
         return tuple(module.task for module in self.predictor.modules)
 
     def among(self, class_names: Sequence[str], template: str) -> RunPredictor:
-        """The same modules answering among any classes whatever (open vocabulary).
+        """Returns the same modules, answering among any classes whatever (open vocabulary).
 
         Raises:
             ConfigError: no class, an empty name, or a template without exactly one {}.
@@ -55,18 +54,18 @@ class RunPredictor:
         return RunPredictor(self.predictor, (Candidates.of(self.predictor.backbone, class_names, [template]),))
 
     def answer(self, images: Iterable[Image.Image]) -> Iterator[Answer]:
-        """An answer for each RGB image, in order; computed `IMAGES_PER_PASS` at a time, whatever shares a pass."""
+        """Yields an answer for each RGB image, in order, computed `IMAGES_PER_PASS` at a time."""
         ready = map(self.predictor.backbone.preprocess, images)  # one full-size image in memory at a time
         while chunk := list(islice(ready, IMAGES_PER_PASS)):
             yield from self.answer_pixels(torch.stack(chunk))
 
     def answer_pixels(self, images: torch.Tensor) -> list[Answer]:
-        """An answer for each of one pass of preprocessed images [B, 3, H, W]."""
+        """Answers one pass of preprocessed images [B, 3, H, W]."""
         return [d.answer for d in decide(self.predictor, images, [self.candidates] * len(images))]
 
 
 def read_image(path: str) -> Image.Image:
-    """An image file as upright RGB, from wherever data may lie.
+    """Reads an image file as upright RGB, from wherever data may lie.
 
     Raises:
         DataError: there is none, or it cannot be decoded. StorageError: it cannot be read.
@@ -80,7 +79,7 @@ def read_image(path: str) -> Image.Image:
 
 
 def load_predictor(storage: str, run: str, config: Config | None = None) -> RunPredictor:
-    """The predictor over everything a run has learnt, from its storage alone.
+    """Builds the predictor over everything a run has learnt, from its storage alone.
 
     config: the run's own by default, which is stored with its results. Class features are computed at each image's own
     weight and not interpolated: right for a few images, slow for many.
@@ -94,14 +93,14 @@ def load_predictor(storage: str, run: str, config: Config | None = None) -> RunP
 
 
 def read_modules(store: RunStore) -> list[TaskModule]:
-    """Every module that the run has learnt, verified."""
+    """Reads every module that the run has learnt, verified."""
     return [TaskModule.from_bytes(store.read_module(entry.digest)) for entry in store.modules()]
 
 
 def predictor_over(
     config: Config, method: Method, modules: Sequence[TaskModule], class_features: ClassFeatures
 ) -> RunPredictor:
-    """The predictor over modules that are at hand, among all classes learnt.
+    """Builds the predictor over modules that are at hand, among all classes learnt.
 
     Raises:
         ConfigError: a module of a backbone of other dimensions.
@@ -118,7 +117,7 @@ def predictor_over(
 
 
 def load_method(store: RunStore, config: Config | None = None) -> tuple[Config, Method]:
-    """A run's configuration as it answers on this machine, and its method on its backbone, on the device.
+    """Returns a run's configuration as it answers on this machine, and its method on its backbone, on the device.
 
     Raises:
         ConfigError: no configuration, or a backbone that is not the run's.
@@ -131,7 +130,7 @@ def load_method(store: RunStore, config: Config | None = None) -> tuple[Config, 
 
 
 def on_this_machine(config: Config) -> Config:
-    """A run that was trained on GPUs answers on a machine that has none, too."""
+    """Returns the configuration with which a run that was trained on GPUs answers also on a machine that has none."""
     if config.train.device != "cuda" or torch.cuda.is_available():
         return config
     return config.model_copy(update={"train": config.train.model_copy(update={"device": "cpu"})})

@@ -11,7 +11,7 @@ from diki_ray.config import BackboneSection
 from diki_ray.learning.methods import METHODS
 
 MAX_CLASSES_SHOWN = 30
-METRICS = {
+MEANINGS = {
     "transfer": "mean accuracy on tasks not learnt yet",
     "average": "mean accuracy over the whole stream",
     "last": "mean accuracy once all is learnt",
@@ -127,7 +127,7 @@ def _figures(results: Mapping[str, Any] | None, digests: Sequence[str]) -> list[
         "",
         "| metric | % | |",
         "|---|---|---|",
-        *(f"| {name} | {_percent(results['metrics'][name]['mean'])} | {what} |" for name, what in METRICS.items()),
+        *(f"| {name} | {_percent(results['metrics'][name]['mean'])} | {what} |" for name, what in MEANINGS.items()),
         "",
     ]
 

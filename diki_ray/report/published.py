@@ -12,7 +12,7 @@ from typing import Any
 
 from diki_ray.config.protocols import Protocol, PublishedResult, protocols, published
 
-METRICS = ("transfer", "average", "last")
+PUBLISHED_METRICS = ("transfer", "average", "last")
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ import jinja2
 import yaml
 
 from diki_ray.config import Config
-from diki_ray.data.index import read_bytes
 from diki_ray.errors import UserError
 from diki_ray.report import charts
 from diki_ray.report.examples import Pictures, read_pictures
-from diki_ray.report.published import METRICS, compare
+from diki_ray.report.published import PUBLISHED_METRICS, compare
 from diki_ray.report.results import DOCUMENT, FORMAT
+from diki_ray.store.files import read_bytes
 from diki_ray.store.run_store import RunStore
 
 REPORT = "report.html"
@@ -77,7 +77,7 @@ def render(runs: Sequence[Results], pictures: Callable[[Mapping[str, Any]], Pict
         warnings=_warnings(runs),
         all_tasks=list(dict.fromkeys(t["name"] for results in runs for t in results["tasks"])),
         summary=SUMMARY,
-        published_metrics=METRICS,
+        published_metrics=PUBLISHED_METRICS,
         box=charts,
     )
 

@@ -19,15 +19,16 @@ from diki_ray.learning.module import TaskModule
 from diki_ray.report.next_steps import next_steps
 from diki_ray.report.results import DOCUMENT, table
 from diki_ray.report.run import REPORT, render
-from diki_ray.runs.cluster import cluster
 from diki_ray.runs.evaluate.evaluator import evaluate
 from diki_ray.runs.plan import Plan, load_backbone, make_plan
 from diki_ray.runs.progress import Display, Listener, following
 from diki_ray.runs.results import build_results, is_of_configuration, protocol_id
+from diki_ray.runs.run_cluster import cluster
 from diki_ray.runs.store_client import StoreClient
-from diki_ray.runs.telemetry import Telemetry, serving
+from diki_ray.runs.telemetry import Telemetry, exporting
 from diki_ray.runs.tracking import Tracking, tracking
 from diki_ray.runs.train.group import train
+from diki_ray.store.interface import HeldRun
 from diki_ray.store.run_store import CONFIG_DOCUMENT
 
 
@@ -41,7 +42,7 @@ def run_continual(config: Config, console: Console, config_file: str | None = No
         UserError: what the user can put right; what was committed before stays.
     """
     display, protocol = Display(console), protocol_id(config)
-    with serving(config, protocol) as telemetry, tracking(config, protocol, display.say) as tracked:
+    with exporting(config, protocol) as telemetry, tracking(config, protocol, display.say) as tracked:
         results = _run(config, display, telemetry, tracked)
         console.print(table(results))
         console.print(next_steps(config, _command(), config_file), highlight=False, markup=False, soft_wrap=True)
@@ -55,9 +56,7 @@ def _run(config: Config, display: Display, telemetry: Telemetry, tracked: Tracki
     clock.start("cluster")
     with cluster(config), _store(config) as store:
         telemetry.watch(store, [task.key for task in plan.tasks])
-        display.say(
-            f"run {config.run.name!r} on {store.handle.storage}: {len(plan.tasks)} tasks, {protocol_id(config)}"
-        )
+        display.say(f"run {config.run.name!r} on {store.storage}: {len(plan.tasks)} tasks, {protocol_id(config)}")
         if sentence := plan.few_images():
             display.say(sentence)
         clock.start("train")
@@ -75,7 +74,7 @@ def _run(config: Config, display: Display, telemetry: Telemetry, tracked: Tracki
         return results
 
 
-def _learn(plan: Plan, store: StoreClient, display: Display, listeners: Sequence[Listener]) -> list[str]:
+def _learn(plan: Plan, store: HeldRun, display: Display, listeners: Sequence[Listener]) -> list[str]:
     """Makes every task's module part of the run; the names of those that had to be trained."""
     damaged = {entry.key for entry in store.damaged_modules()}
     committed = {entry.key: entry for entry in store.modules() if entry.key not in damaged}
@@ -100,7 +99,7 @@ def _learn(plan: Plan, store: StoreClient, display: Display, listeners: Sequence
 
 
 def _evaluated(
-    plan: Plan, store: StoreClient, display: Display, telemetry: Telemetry, clock: _Clock, trained: list[str]
+    plan: Plan, store: HeldRun, display: Display, telemetry: Telemetry, clock: _Clock, trained: list[str]
 ) -> dict[str, Any]:
     def on_progress(done: int, total: int) -> None:
         for listener in (display, telemetry):
@@ -131,7 +130,7 @@ def _command() -> str:
     return shlex.join(["python", *sys.argv])
 
 
-def _unchanged_results(plan: Plan, store: StoreClient) -> dict[str, Any] | None:
+def _unchanged_results(plan: Plan, store: HeldRun) -> dict[str, Any] | None:
     """The stored results, if they are of this configuration and of the modules that are in the run now."""
     results = store.get_document(DOCUMENT)
     if results is None or not is_of_configuration(results, plan.config):

@@ -26,11 +26,11 @@ import diki_ray
 from diki_ray.clip.backbone import Backbone
 from diki_ray.config import Config
 from diki_ray.config.methods import DikiSection
-from diki_ray.data.index import read_bytes
 from diki_ray.errors import ConfigError, DataError, UserError
 from diki_ray.learning.module import TaskModule, module_key
 from diki_ray.learning.moments import Moments
 from diki_ray.runs.plan import build_method, load_backbone
+from diki_ray.store.files import read_bytes
 from diki_ray.store.process import this_process
 from diki_ray.store.run_store import CONFIG_DOCUMENT, Entry, RunStore
 

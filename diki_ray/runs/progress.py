@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from diki_ray.errors import UserError
-from diki_ray.runs.store_client import StoreClient
+from diki_ray.store.interface import HeldRun
 
 POLL_S = 0.5
 
@@ -97,7 +97,7 @@ class Display:
 
 
 @contextmanager
-def following(store: StoreClient, listeners: Sequence[Listener]) -> Iterator[None]:
+def following(store: HeldRun, listeners: Sequence[Listener]) -> Iterator[None]:
     """While in it, what the workers report to the store reaches the listeners, from a thread of this process."""
     stop = threading.Event()
     position, _ = store.progress()

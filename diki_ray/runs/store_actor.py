@@ -12,11 +12,12 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast
 
 import ray
 
 from diki_ray.errors import UserError
+from diki_ray.store.interface import RunStatus
 from diki_ray.store.log import Holder
 from diki_ray.store.objects import Objects
 from diki_ray.store.run_store import DEFAULT_TTL_S, RunStore
@@ -24,28 +25,9 @@ from diki_ray.store.run_store import DEFAULT_TTL_S, RunStore
 _CACHED_BLOB_BYTES = 256 << 20  # about 140 modules, in the object store of the actor's node
 _KEPT_EVENTS = 10_000
 _ABANDONED_TTLS = 10  # an actor nobody renewed for this many lease times ends itself: its driver is gone
-_WRITES = {
-    "renew",
-    "release",
-    "commit_module",
-    "adopt_module",
-    "remove_task",
-    "roll_back",
-    "compact",
-    "purge",
-    "save_checkpoint",
-    "drop_checkpoints",
-    "put_document",
-}
-_READS = {
-    "has_module",
-    "module_by_key",
-    "find_in_library",
-    "damaged_modules",
-    "load_checkpoint",
-    "get_document",
-    "verify",
-}
+
+T = TypeVar("T")
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -60,11 +42,17 @@ class RunHandle:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Outcome(Generic[T]):
     """What a call gave: a value, or the user's error itself instead of Ray's account of it."""
 
-    value: Any = None
+    value: T | None = None
     error: UserError | None = None
+
+    def unwrap(self) -> T:
+        """Return the value; raise the error when there is one."""
+        if self.error is not None:
+            raise self.error
+        return cast(T, self.value)
 
 
 class StoreActor:
@@ -78,34 +66,38 @@ class StoreActor:
         self._blobs: OrderedDict[str, tuple[ray.ObjectRef, int]] = OrderedDict()
         self._entries: tuple[int, ray.ObjectRef] | None = None
         self._events: deque[dict[str, Any]] = deque(maxlen=_KEPT_EVENTS)
-        self._failure: UserError | None = None
         # Numbers go on above those of the process before this one, so that a reader's position stays valid.
         self._next_event = int(time.time() * 1000)
         self._renewed_at = time.monotonic()
         threading.Thread(target=self._end_when_abandoned, daemon=True).start()
 
-    def write(self, epoch: int, method: str, *args: Any) -> Outcome:
-        """Call a method of RunStore that changes the run, as the holder `epoch`."""
-        assert method in _WRITES, method
+    def write(
+        self, epoch: int, method: Callable[Concatenate[RunStore, int, P], T], *args: P.args, **named: P.kwargs
+    ) -> Outcome[T]:
+        """Call a method of RunStore that changes the run, as the holder `epoch`; one at a time."""
 
-        def act() -> Any:
+        def act() -> T:
             with self._writing:
-                value = getattr(self._opened(), method)(epoch, *args)
-                if method == "purge":
-                    self._blobs.clear()  # what was deleted is not to live on in memory
-            if method == "renew":
-                self._renewed_at = time.monotonic()
-            return value
+                return method(self._opened(), epoch, *args, **named)
 
         return _outcome(act)
 
-    def read(self, method: str, *args: Any) -> Outcome:
+    def read(self, method: Callable[Concatenate[RunStore, P], T], *args: P.args, **named: P.kwargs) -> Outcome[T]:
         """Call a method of RunStore that only reads."""
-        assert method in _READS, method
-        return _outcome(lambda: getattr(self._opened(), method)(*args))
+        return _outcome(lambda: method(self._opened(), *args, **named))
 
-    def snapshot(self, known_version: int) -> Outcome:
-        """(version, a list with a reference to the run's modules); the list is empty for the version already known."""
+    def renew(self, epoch: int) -> Outcome[None]:
+        """Keep the lease for the holder `epoch`. The actor of a run that nobody renews ends itself."""
+
+        def act() -> None:
+            with self._writing:
+                self._opened().renew(epoch)
+            self._renewed_at = time.monotonic()
+
+        return _outcome(act)
+
+    def snapshot(self, known_version: int) -> Outcome[tuple[int, list[ray.ObjectRef]]]:
+        """Return (version, a list with a reference to the run's modules); the list is empty for the known version."""
 
         def act() -> tuple[int, list[ray.ObjectRef]]:
             with self._writing:
@@ -118,8 +110,8 @@ class StoreActor:
 
         return _outcome(act)
 
-    def module(self, digest: str) -> Outcome:
-        """A list with a reference to the module's verified bytes, kept in the object store for the next reader."""
+    def module(self, digest: str) -> Outcome[list[ray.ObjectRef]]:
+        """Return a list with a reference to the module's verified bytes, which stay for the next reader."""
 
         def act() -> list[ray.ObjectRef]:
             with self._writing:
@@ -142,29 +134,20 @@ class StoreActor:
             self._events.append(event)
             self._next_event += 1
 
-    def progress(self, since: int) -> Outcome:
-        """(next, events from number `since` on that are still there); ask again with `since=next`."""
+    def progress(self, since: int) -> Outcome[tuple[int, list[dict[str, Any]]]]:
+        """Return (next, events from number `since` on that are still there); ask again with `since=next`."""
         with self._writing:
             num_new = max(0, min(len(self._events), self._next_event - since))
             return Outcome((self._next_event, list(islice(self._events, len(self._events) - num_new, None))))
 
-    def record_failure(self, error: UserError) -> Outcome:
-        """Keep the first error that a worker met and that trying again would only meet again. Not durable."""
-        with self._writing:
-            self._failure = self._failure or error
-        return Outcome()
+    def status(self) -> Outcome[RunStatus]:
+        """Return plain numbers about the run and this process, for people and metrics."""
 
-    def failure(self) -> Outcome:
-        """The error kept by `record_failure`, as a value; None when there is none."""
-        return Outcome(self._failure)
-
-    def status(self) -> Outcome:
-        """Plain numbers about the store, for people and metrics."""
-
-        def act() -> dict[str, Any]:
+        def act() -> RunStatus:
             store = self._opened()
             return {
                 "pid": os.getpid(),
+                "driver_pid": self._handle.holder.pid,
                 "epoch": self._handle.epoch,
                 "version": store.version,
                 "num_modules": len(store.modules()),
@@ -176,7 +159,7 @@ class StoreActor:
         return _outcome(act)
 
     def _opened(self) -> RunStore:
-        """The run, read when this process needs it first; storage that is away is tried again next time."""
+        """Return the run, read when this process needs it first; storage that is away is tried again next time."""
         with self._writing:
             if self._store is None:
                 store = RunStore(self._objects(self._handle.storage), self._handle.run)
@@ -191,7 +174,7 @@ class StoreActor:
         ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
 
-def _outcome(act: Callable[[], Any]) -> Outcome:
+def _outcome(act: Callable[[], T]) -> Outcome[T]:
     try:
         return Outcome(value=act())
     except UserError as error:

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
@@ -19,11 +19,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diki_ray.errors import FencedError, StorageError, UserError
 from diki_ray.runs.store_actor import Outcome, RunHandle, StoreActor
+from diki_ray.store.interface import HeldRun, RunStatus
 from diki_ray.store.log import Entry
 from diki_ray.store.objects import Objects
 from diki_ray.store.process import this_process
 from diki_ray.store.run_store import DEFAULT_TTL_S, RunStore
-from diki_ray.store.upkeep import Problem, PurgeReport
+
+T = TypeVar("T")
+U = TypeVar("U")
+P = ParamSpec("P")
 
 NAMESPACE = "diki_ray"
 DEFAULT_TIMEOUT_S = 120.0  # a restarted actor is back in seconds; storage may be away for longer
@@ -32,7 +36,7 @@ _NUM_CPUS = 0  # it waits for storage, it does not compute; a worker group may a
 _NUM_THREADS = 4  # readers and heartbeats are not to wait behind a slow write
 
 
-class StoreClient:
+class StoreClient(HeldRun):
     """The store as drivers and workers see it: plain calls that wait while the actor restarts, and plain errors.
 
     The driver makes one with `start`, sends it to its workers (a copy there reaches the same actor), and ends it with
@@ -41,9 +45,7 @@ class StoreClient:
 
     def __init__(self, handle: RunHandle, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         self.handle = handle
-        self.lost_progress = 0
-        self.last_durable_write = 0.0
-        """Seconds since 1970 of the last renewal of this driver's lease: one every third of its time to live."""
+        self._last_durable_write = 0.0
         self._timeout_s = timeout_s
         self._cached_actor: Any = None
         self._known: tuple[int, tuple[Entry, ...]] = (-1, ())
@@ -99,130 +101,111 @@ class StoreClient:
             with contextlib.suppress(ValueError):  # nobody has the name: it is gone already
                 ray.kill(self._actor(), no_restart=True)
 
-    def ray_storage_path(self) -> str:
-        """Where Ray Train may keep its own files for this run; nothing of ours depends on them."""
-        return f"{self.handle.storage}/runs/{self.handle.run}/ray"
+    @property
+    def storage(self) -> str:
+        """The storage in which the run lies: an absolute path or a bucket's URL."""
+        return self.handle.storage
 
-    def check(self) -> None:
-        """FencedError once this driver has lost the run; call it where work is about to be wasted."""
-        if self._lost is not None:
-            raise self._lost
+    @property
+    def last_durable_write(self) -> float:
+        """When this driver last renewed its lease, every third of its time to live; in seconds since 1970."""
+        return self._last_durable_write
 
-    # Modules (see RunStore for what each promises)
+    # Modules (RunStore says what each method promises)
 
     def snapshot(self) -> tuple[int, tuple[Entry, ...]]:
-        """(version, modules): equal versions are equal modules; an unchanged one costs a few bytes, not the list."""
-        version, entries = self._ask("snapshot", self._known[0], unpack=lambda v: (v[0], [ray.get(r) for r in v[1]]))
-        if entries:
-            self._known = (version, entries[0])
+        """Return (version, modules). Equal versions are equal modules; an unchanged one costs a few bytes."""
+
+        def fetched(reply: tuple[int, list[ray.ObjectRef]]) -> tuple[int, tuple[Entry, ...]]:
+            version, references = reply
+            return (version, ray.get(references[0])) if references else self._known
+
+        self._known = self._ask_for(fetched, StoreActor.snapshot, self._known[0])
         return self._known
 
     def modules(self) -> tuple[Entry, ...]:
         return self.snapshot()[1]
 
     def read_module(self, digest: str) -> bytes:
-        return self._ask("module", digest, unpack=lambda references: ray.get(references[0]))
+        return self._ask_for(lambda references: ray.get(references[0]), StoreActor.module, digest)
 
     def commit_module(self, key: str, task: str, blob: bytes, metadata: dict[str, Any] | None = None) -> Entry:
-        return self._write("commit_module", key, task, blob, metadata)
+        return self._write(RunStore.commit_module, key, task, blob, metadata)
 
     def adopt_module(self, key: str, task: str) -> Entry | None:
-        return self._write("adopt_module", key, task)
-
-    def has_module(self, key: str) -> bool:
-        return self._read("has_module", key)
+        return self._write(RunStore.adopt_module, key, task)
 
     def module_by_key(self, key: str) -> bytes:
-        return self._read("module_by_key", key)
+        return self._read(RunStore.module_by_key, key)
 
     def find_in_library(self, key: str) -> str | None:
-        return self._read("find_in_library", key)
+        return self._read(RunStore.find_in_library, key)
 
     def damaged_modules(self) -> tuple[Entry, ...]:
-        return self._read("damaged_modules")
+        return self._read(RunStore.damaged_modules)
 
-    def remove_task(self, task: str) -> Entry:
-        return self._write("remove_task", task)
-
-    def roll_back(self, seq: int) -> tuple[Entry, ...]:
-        return self._write("roll_back", seq)
-
-    def compact(self) -> int:
-        return self._write("compact")
-
-    def purge(self, dry_run: bool = False) -> PurgeReport:
-        return self._write("purge", dry_run)
-
-    def verify(self) -> tuple[Problem, ...]:
-        return self._read("verify")
-
-    # Tasks in training, documents, caches
+    # Tasks in training, and documents
 
     def save_checkpoint(self, key: str, step: int, blob: bytes, metadata: dict[str, Any] | None = None) -> None:
-        self._write("save_checkpoint", key, step, blob, metadata)
+        self._write(RunStore.save_checkpoint, key, step, blob, metadata)
 
     def load_checkpoint(self, key: str) -> tuple[int, bytes, dict[str, Any]] | None:
-        return self._read("load_checkpoint", key)
+        return self._read(RunStore.load_checkpoint, key)
 
     def drop_checkpoints(self, key: str) -> None:
-        self._write("drop_checkpoints", key)
+        self._write(RunStore.drop_checkpoints, key)
 
     def put_document(self, name: str, document: dict[str, Any] | list[Any] | str) -> None:
-        self._write("put_document", name, document)
+        self._write(RunStore.put_document, name, document)
 
     def get_document(self, name: str) -> Any:
-        return self._read("get_document", name)
-
-    def cache_put(self, name: str, data: bytes) -> None:
-        """Straight from this process to storage: caches are large, named by content, and need no fence."""
-        self._storage().cache_put(name, data)
-
-    def cache_get(self, name: str) -> bytes | None:
-        return self._storage().cache_get(name)
+        return self._read(RunStore.get_document, name)
 
     # What happens right now
 
     def record_progress(self, event: dict[str, Any]) -> None:
-        """Tell the driver something; does not wait, and may be lost (counted in `lost_progress` where that is seen)."""
-        try:
+        """Tell the driver what a worker does right now. The call does not wait, and the event may be lost."""
+        with contextlib.suppress(ValueError, RayActorError):  # nobody has the actor's name, or its process died
             self._actor().record_progress.remote(event)
-        except (ValueError, RayActorError):
-            self.lost_progress += 1
 
     def progress(self, since: int = 0) -> tuple[int, list[dict[str, Any]]]:
-        """(next, events since): ask again with `since=next`. Events of an actor that was killed are lost."""
-        return self._ask("progress", since)
+        """Return (next, events since); ask again with `since=next`. Events of an actor that was killed are lost."""
+        return self._ask(StoreActor.progress, since)
 
-    def record_failure(self, error: UserError) -> None:
-        """Tell the driver of an error that no retry can help; it can see it when this returns. The first stays."""
-        self._ask("record_failure", error)
+    def status(self) -> RunStatus:
+        return self._ask(StoreActor.status)
 
-    def failure(self) -> UserError | None:
-        """What a worker recorded."""
-        return self._ask("failure")
+    def _write(self, method: Callable[Concatenate[RunStore, int, P], T], *args: P.args, **named: P.kwargs) -> T:
+        """Have the actor call a writing method of RunStore in this client's epoch."""
+        self._check_not_lost()
+        return cast(T, self._ask(StoreActor.write, self.handle.epoch, method, *args, **named))
 
-    def status(self) -> dict[str, Any]:
-        return self._ask("status")
+    def _read(self, method: Callable[Concatenate[RunStore, P], T], *args: P.args, **named: P.kwargs) -> T:
+        """Have the actor call a reading method of RunStore."""
+        return cast(T, self._ask(StoreActor.read, method, *args, **named))
 
-    def _write(self, method: str, *args: Any) -> Any:
-        self.check()
-        return self._ask("write", self.handle.epoch, method, *args)
+    def _ask(self, method: Callable[Concatenate[StoreActor, P], Outcome[T]], *args: P.args, **named: P.kwargs) -> T:
+        return self._ask_for(lambda value: value, method, *args, **named)
 
-    def _read(self, method: str, *args: Any) -> Any:
-        return self._ask("read", method, *args)
+    def _ask_for(
+        self,
+        unpack: Callable[[T], U],
+        method: Callable[Concatenate[StoreActor, P], Outcome[T]],
+        *args: P.args,
+        **named: P.kwargs,
+    ) -> U:
+        """Call a method of the actor until it answers or the time is over; return what `unpack` makes of its value.
 
-    def _ask(self, method: str, *args: Any, unpack: Callable[[Any], Any] = lambda value: value) -> Any:
-        """Call the actor until it answers or the time is over, and raise what it raised."""
+        What the actor raised is raised here.
+        """
         deadline = time.monotonic() + self._timeout_s
         while True:
             try:
-                reply = getattr(self._actor(), method).remote(*args)
-                outcome: Outcome = ray.get(reply, timeout=max(0.0, deadline - time.monotonic()))
-                if outcome.error is None:
-                    return unpack(outcome.value)
+                reply = getattr(self._actor(), method.__name__).remote(*args, **named)
+                outcome: Outcome[T] = ray.get(reply, timeout=max(0.0, deadline - time.monotonic()))
                 if isinstance(outcome.error, FencedError):
                     self._lost = outcome.error
-                raise outcome.error
+                return unpack(outcome.unwrap())
             except RayTaskError:
                 raise  # a defect of ours, with its traceback; some of these are ValueErrors as well
             # ValueError: nobody has that name (yet). ObjectLostError: the actor died with bytes it had just offered.
@@ -236,6 +219,10 @@ class StoreClient:
                 time.sleep(_RETRY_S)
                 if self._owns_run and isinstance(error, RayActorError | ValueError):
                     self._revive_actor(deadline)
+
+    def _check_not_lost(self) -> None:
+        if self._lost is not None:
+            raise self._lost
 
     def _actor(self) -> Any:
         if self._cached_actor is None:
@@ -281,13 +268,14 @@ class StoreClient:
             try:
                 self._renew()
             except FencedError:
-                return  # `check` and the next call say so
+                return  # the next call says so
             except StorageError as error:
                 print(f"diki_ray: the lease of run {self.handle.run!r} could not be renewed, trying on: {error}")
 
     def _renew(self) -> None:
-        self._write("renew")
-        self.last_durable_write = time.time()
+        self._check_not_lost()
+        self._ask(StoreActor.renew, self.handle.epoch)
+        self._last_durable_write = time.time()
 
     def _storage(self) -> RunStore:
         if self._direct is None:
@@ -299,11 +287,11 @@ class StoreClient:
 
 
 def _job_id() -> str:
-    """The name to give `ray job stop`, where this driver is a submitted job."""
+    """Return the name to give `ray job stop`, where this driver is a submitted job."""
     submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {})
     return submitted.get("job_submission_id") or ray.get_runtime_context().get_job_id()
 
 
 def actor_name(storage: str, run: str) -> str:
-    """Two storages may have runs of one name, in one cluster."""
+    """Return the actor's name, in which the storage counts: two may have runs of one name, in one cluster."""
     return f"diki-store-{run}-{hashlib.sha256(storage.encode()).hexdigest()[:8]}"

@@ -19,7 +19,7 @@ from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Info, sta
 
 from diki_ray.config import Config
 from diki_ray.errors import ConfigError, StorageError
-from diki_ray.runs.store_client import StoreClient
+from diki_ray.store.interface import HeldRun
 
 MAX_PAIRED_TASKS = 32
 STORE_EVERY_S = 5.0
@@ -29,12 +29,12 @@ UNNAMED = "unreadable"
 
 
 class Telemetry:
-    """A run's metrics in a registry of their own; a Listener of its progress. Nothing is served until `serving`."""
+    """A run's metrics in a registry of their own; a Listener of its progress. Nothing is served until `exporting`."""
 
     def __init__(self, config: Config, protocol: str) -> None:
         self.registry = registry = CollectorRegistry()
         self._seen: dict[tuple[Any, ...], float] = {}
-        self._store: StoreClient | None = None
+        self._store: HeldRun | None = None
         self._keys: Collection[str] = ()
         self._store_asked = 0.0
 
@@ -89,7 +89,7 @@ class Telemetry:
         self.up.set(1)
         self.last_progress.set_to_current_time()
 
-    def watch(self, store: StoreClient, keys: Collection[str]) -> None:
+    def watch(self, store: HeldRun, keys: Collection[str]) -> None:
         """From now on tell of the store too. keys: of the stream's modules."""
         self._store, self._keys = store, keys
         self.tasks.set(len(keys))
@@ -173,7 +173,7 @@ class Telemetry:
 
 
 @contextmanager
-def serving(config: Config, protocol: str) -> Iterator[Telemetry]:
+def exporting(config: Config, protocol: str) -> Iterator[Telemetry]:
     """A run's telemetry; served on `telemetry.host:port` while in it, and `telemetry.linger_s` longer.
 
     Raises:

@@ -1,1 +1,1 @@
-"""Answers over HTTP: the app (no Ray), and its Ray Serve deployment."""
+"""A run answers over HTTP: the app knows no Ray, its deployment is Ray Serve's."""

@@ -1,4 +1,4 @@
-"""The HTTP application, without Ray: routes, and what each may answer."""
+"""The HTTP application knows no Ray: it has routes, and says what each may answer."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ ROUTES = ("/", "/healthz", "/metrics", "/openapi.json", "/predict", "/tasks")
 
 
 class Service:
-    """What a replica holds: the run, the engine, the threads that decode. `ask` gives a question to the engine."""
+    """Holds what a replica needs: the run, the model's thread, the threads that decode. `ask` answers a question."""
 
     def __init__(self, settings: Settings, ask: Ask | None = None) -> None:
         warnings.filterwarnings("ignore", module="PIL")  # its remarks on odd files, of which strangers may send many
@@ -62,7 +62,7 @@ class Service:
         self._num_waiting = 0
 
     async def answer_together(self, questions: list[Question]) -> list[ImageAnswer | None]:
-        """One pass over these questions, in the one thread that the model has."""
+        """Answers these questions in one pass, in the one thread that the model has."""
         started = time.monotonic()
         answers = await asyncio.get_running_loop().run_in_executor(self._model, answer_questions, questions)
         self.metrics.batch_images.observe(len(questions))
@@ -70,7 +70,7 @@ class Service:
         return answers
 
     async def predict(self, files: list[bytes], asked: Asked, deadline: float) -> PredictResponse:
-        """All images under the snapshot that is current now.
+        """Answers all images under the snapshot that is current now.
 
         Raises:
             Refusal: an image that cannot be used, or nothing to choose among. Busy: too many images wait.
@@ -102,14 +102,14 @@ class Service:
 
     def tasks(self) -> TasksResponse:
         snapshot = self.snapshots.current
-        told = [
+        infos = [
             TaskInfo(name=m.task, class_names=list(m.class_names), templates=list(m.templates), digest=digest)
             for m, digest in zip(snapshot.predictor.modules, snapshot.digests, strict=True)
         ]
         return TasksResponse(
             run=self.settings.run,
             version=snapshot.version,
-            tasks=told,
+            tasks=infos,
             text_grid=self.settings.text_grid,
             text_feature_error=self.snapshots.text_feature_error,
             stale_since=self.snapshots.stale_since,
@@ -144,7 +144,7 @@ MetricsOfAll = Callable[[], Awaitable[Mapping[str, list[Metric]]]]
 
 
 def build_app(service: Service, metrics_of_all: MetricsOfAll | None = None) -> ASGIApp:
-    """The service's application. metrics_of_all: of every replica by name; of this one alone by default."""
+    """Builds the service's application. metrics_of_all gives those of every replica by name; by default of this one."""
     app = FastAPI(
         title="diki_ray",
         version=diki_ray.__version__,
@@ -153,7 +153,7 @@ def build_app(service: Service, metrics_of_all: MetricsOfAll | None = None) -> A
         redoc_url=None,
         redirect_slashes=False,
     )
-    told: dict[int | str, dict[str, Any]] = {401: {"model": Problem, "description": "No token, or a wrong one."}}
+    refusals: dict[int | str, dict[str, Any]] = {401: {"model": Problem, "description": "No token, or a wrong one."}}
 
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
@@ -163,11 +163,11 @@ def build_app(service: Service, metrics_of_all: MetricsOfAll | None = None) -> A
     async def healthz() -> Health:
         return Health(status="ok")
 
-    @app.get("/tasks", summary="What the run has learnt, and the version that is served.", responses=told)
+    @app.get("/tasks", summary="What the run has learnt, and the version that is served.", responses=refusals)
     async def tasks() -> TasksResponse:
         return service.tasks()
 
-    @app.get("/metrics", summary="Metrics for Prometheus.", response_class=Response, responses=told)
+    @app.get("/metrics", summary="Metrics for Prometheus.", response_class=Response, responses=refusals)
     async def metrics() -> Response:
         replicas = {"0": service.metrics.collected()} if metrics_of_all is None else await metrics_of_all()
         return Response(exposition(dict(replicas)), media_type=CONTENT_TYPE_LATEST)
@@ -176,7 +176,7 @@ def build_app(service: Service, metrics_of_all: MetricsOfAll | None = None) -> A
         "/predict",
         summary="Answer images, among the classes learnt or among classes given.",
         response_model=PredictResponse,
-        responses=told | {status: {"model": Problem, "description": what} for status, what in _PROBLEMS.items()},
+        responses=refusals | {status: {"model": Problem, "description": what} for status, what in _PROBLEMS.items()},
         openapi_extra={"requestBody": _request_body(service.settings)},
     )
     async def predict(request: Request) -> Response:

@@ -1,4 +1,4 @@
-"""The service as a Ray Serve application: replicas of one deployment, each with the run's modules, batching what comes.
+"""The service is a Ray Serve application: replicas of one deployment hold the run's modules and batch what comes.
 
 `application` is what a RayService's `import_path` names; `jobs/serve.py` runs it on this machine or a joined cluster.
 """
@@ -25,7 +25,7 @@ METRICS_TIMEOUT_S = 5.0
 @serve.deployment(name="Answering")
 @serve.ingress()
 class Answering:
-    """One replica."""
+    """One replica answers what Ray Serve sends it."""
 
     def __init__(self, settings: Settings) -> None:
         torch.set_num_threads(1)  # two replicas with two threads each on two cores collapse
@@ -49,23 +49,23 @@ class Answering:
         """A scrape reaches one replica, whichever; it answers for all, or counters would jump between them."""
         context = serve.get_replica_context()
         handle = serve.get_deployment_handle(context.deployment, context.app_name)
-        told = await handle.broadcast("metrics").results_async(timeout_s=METRICS_TIMEOUT_S)
-        return dict(told)
+        replies = await handle.broadcast("metrics").results_async(timeout_s=METRICS_TIMEOUT_S)
+        return dict(replies)
 
     async def metrics(self) -> tuple[str, list[Metric]]:
         return serve.get_replica_context().replica_tag, self._service.metrics.collected()
 
 
 def deploy(settings: Settings, **options: Any) -> Application:
-    """The application of these settings; options: of Ray Serve's deployment (num_replicas, ray_actor_options)."""
+    """Returns the application of these settings; options are those of Ray Serve's deployment (num_replicas, …)."""
     limits = {"max_ongoing_requests": settings.max_requests, "max_queued_requests": settings.max_requests}
     deployment: Any = Answering
     return deployment.options(**limits, **options).bind(settings)
 
 
 def application(arguments: dict[str, Any]) -> Application:
-    """The application that a RayService names: the fields of Settings, with the token from `token_file` or the pods'
-    environment.
+    """Returns the application that a RayService names: the fields of Settings, with the token from `token_file` or the
+    pods' environment.
 
     Raises:
         ConfigError: a field that is wrong, or neither a token nor `no_token: true`.

@@ -1,4 +1,4 @@
-"""Many questions at once, of any mixture of requests, tasks, candidates and snapshots, each answered for itself.
+"""Many questions are answered at once, of any mixture of requests, tasks, candidates and snapshots, each for itself.
 
 An answer is the same whatever shares its pass and whatever is kept already (to float32 rounding), because class
 features are always interpolated between the same two points (answering/class_features.py).
@@ -23,17 +23,17 @@ NUM_TOP = 5
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """One image, preprocessed to [3, H, W], under one snapshot, among some candidates."""
+    """Asks for one image, preprocessed to [3, H, W], under one snapshot, among some candidates."""
 
     pixels: Tensor
     snapshot: Snapshot
     candidates: tuple[Candidates, ...]
     deadline: float
-    """By time.monotonic(): nobody waits for the answer any more."""
+    """From then on, by time.monotonic(), nobody waits for the answer any more."""
 
 
 def answer_questions(questions: Sequence[Question]) -> list[ImageAnswer | None]:
-    """The answers in the order of the questions; None for those whose deadline is over.
+    """Returns the answers in the order of the questions; None for those whose deadline is over.
 
     It is called by one thread at a time, as the backbone holds the residual in use.
     """
@@ -62,7 +62,7 @@ def _response(decision: Decision) -> ImageAnswer:
 
 
 def _best(names: Sequence[str], logits: Tensor) -> list[Choice]:
-    """The best classes by their logits [C], the best of them first; of equals the one that was named first."""
+    """Returns the best classes by their logits [C], the best of them first; of equals the one that was named first."""
     confidence, index = logits.softmax(0).sort(descending=True, stable=True)
     best = zip(index[:NUM_TOP].tolist(), confidence[:NUM_TOP].tolist(), strict=True)
     return [Choice(class_name=names[i], confidence=c) for i, c in best]

@@ -1,6 +1,6 @@
-"""What every request passes before any of it is looked at: the token, the size of its body, the time it may take.
+"""Every request passes this before any of it is looked at: its token is asked for, its body measured, it is timed.
 
-Plain ASGI, outside of the framework: a refused request's body is not read.
+It is plain ASGI, outside of the framework: a refused request's body is not read.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from diki_ray.serving.settings import Settings
 
 OPEN = ("/", "/healthz")
-"""Paths that ask for no token: a page without any data, and a word."""
+"""These paths ask for no token: they are a page without any data, and a word."""
 
 _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
@@ -26,11 +26,11 @@ _HEADERS = (
 
 
 class BodyTooLarge(Exception):
-    """More bytes came than `max_body_bytes`; raised where the app reads them, and its to answer."""
+    """More bytes came than `max_body_bytes`. It is raised where the app reads them, and the app answers it."""
 
 
 def too_large(settings: Settings) -> tuple[int, str]:
-    """Status and sentence of a request whose body is too large."""
+    """Returns the status and sentence of a request whose body is too large."""
     return 413, f"the body is too large: at most {settings.max_body_bytes} bytes."
 
 

@@ -1,5 +1,5 @@
-"""Prometheus metrics of a server, by the conventions of runs/telemetry.py. Labels are of bounded number: routes that
-there are not are `other`, and nothing that a request says becomes one."""
+"""A server has Prometheus metrics by the conventions of runs/telemetry.py. The number of labels is bounded: unknown
+routes are `other`, and nothing that a request says becomes a label. cluster/grafana/diki.json shows every metric."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 
 class Metrics:
-    """One replica's metrics, in a registry of their own."""
+    """Holds one replica's metrics, in a registry of their own."""
 
     def __init__(self, snapshots: Snapshots) -> None:
         self._snapshots = snapshots
@@ -58,37 +58,38 @@ class Metrics:
         self._stale = gauge("stale", "1 while the run's storage cannot be read and its last known modules answer.")
         self._failures = counter("refresh_failures_total", "Looks at the run's storage that failed.")
         self._bytes = gauge("class_features_bytes", "Class features kept, of learnt and of named classes.", "classes")
-        self._told_failures = 0
+        self._counted_failures = 0
 
     def answered(self, answer: ImageAnswer) -> None:
         self.images.labels(answer.task or FROZEN).inc()
 
     def collected(self) -> list[Metric]:
-        """All metrics as they are now."""
+        """Returns all metrics as they are now."""
         snapshots = self._snapshots
         self._version.set(snapshots.current.version)
         self._tasks.set(len(snapshots.current.tasks))
         self._stale.set(snapshots.stale_since is not None)
-        self._failures.inc(snapshots.failures - self._told_failures)
-        self._told_failures = snapshots.failures
+        self._failures.inc(snapshots.failures - self._counted_failures)
+        self._counted_failures = snapshots.failures
         self._bytes.labels("learnt").set(snapshots.class_features.kept.num_bytes)
         self._bytes.labels("named").set(snapshots.class_features.passing.num_bytes)
         return list(self.registry.collect())
 
 
 def exposition(replicas: dict[str, list[Metric]]) -> bytes:
-    """Prometheus' text format of the metrics of several replicas, each with its name as the label `replica`."""
+    """Returns the metrics of several replicas in Prometheus' text format, with their names as the label `replica`."""
 
     class Together:
         def collect(self) -> Iterator[Metric]:
-            yield from _together(replicas)
+            yield from together(replicas)
 
     registry = CollectorRegistry(auto_describe=False)
     registry.register(Together())
     return generate_latest(registry)
 
 
-def _together(replicas: dict[str, list[Metric]]) -> Iterable[Metric]:
+def together(replicas: dict[str, list[Metric]]) -> Iterable[Metric]:
+    """Merges the metrics of several replicas; each sample gets its replica's name as the label `replica`."""
     families: dict[str, Metric] = {}
     for replica, metrics in sorted(replicas.items()):
         for metric in metrics:

@@ -1,4 +1,4 @@
-"""The page at `/`: one file, without anything from elsewhere, and a policy that lets nothing else in it run."""
+"""The page at `/` is one file without anything from elsewhere, and its policy lets nothing else in it run."""
 
 from __future__ import annotations
 

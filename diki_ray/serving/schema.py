@@ -1,4 +1,4 @@
-"""Requests and responses, as OpenAPI shows them."""
+"""These are requests and responses as OpenAPI shows them."""
 
 from __future__ import annotations
 

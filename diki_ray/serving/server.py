@@ -1,8 +1,7 @@
-"""A server's life: a cluster joined or started, the application deployed, its URL, and an orderly end."""
+"""A server joins or starts a cluster, deploys the application, says its URL, and ends in order."""
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import threading
@@ -16,6 +15,7 @@ from ray.serve.config import HTTPOptions
 
 from diki_ray.clip.trust import named_backbone
 from diki_ray.errors import ConfigError
+from diki_ray.runs.cluster import connected
 from diki_ray.runs.plan import with_absolute_paths
 from diki_ray.runs.stored_run import config_of, open_learnt
 from diki_ray.serving.deployment import deploy
@@ -23,7 +23,7 @@ from diki_ray.serving.settings import Settings
 
 APP_NAME = "diki"
 _PROXY_GRACE_S = 5.0
-"""The proxy's own limit comes after the application's, which can say why."""
+"""The proxy's own limit comes so much later than the application's, which can say why."""
 
 
 @contextmanager
@@ -37,10 +37,10 @@ def serving(
     gpus_per_replica: float = 0.0,
     address: str | None = None,
 ) -> Iterator[str]:
-    """The URL of a server that answers while in it.
+    """Yields the URL of a server that answers while in it.
 
-    On the cluster at `address` or in RAY_ADDRESS, else on one of this machine's, started and stopped here. In a process
-    that is connected already, that connection is used and kept.
+    It runs on the cluster at `address` or in RAY_ADDRESS, else on one of this machine's, started and stopped here. In a
+    process that is connected already, that connection is used and kept.
 
     Raises:
         ConfigError: no such run, a port that is taken, a cluster that cannot be joined, replicas that do not start.
@@ -53,10 +53,7 @@ def serving(
         names = {"backbone": located.name, "pretrained": located.pretrained, "directory": located.directory}
         settings = settings.model_copy(update=names)
     _check_port(host, port)
-    own_connection = not ray.is_initialized()
-    if own_connection:
-        _connect(address or os.environ.get("RAY_ADDRESS"))
-    try:
+    with connected(address, setting="address"):
         # HTTP options are a cluster's: another application's server, with its host and port, would be used silently.
         if serve.status().applications:
             raise ConfigError("this cluster serves something already: end that first, or leave the address out.")
@@ -68,9 +65,6 @@ def serving(
             yield f"http://{shown}:{port}"
         finally:
             serve.shutdown()
-    finally:
-        if own_connection:
-            ray.shutdown()
 
 
 def wait_for_end() -> None:
@@ -86,16 +80,6 @@ def absolute(storage: str) -> str:
     return storage if "://" in storage else str(Path(storage).expanduser().resolve())
 
 
-def _connect(address: str | None) -> None:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        ray.init(address=address or "local", include_dashboard=None if address else False, log_to_driver=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"address={address!r}: no Ray cluster could be joined there ({str(error).splitlines()[0]})."
-        ) from error
-
-
 def _run(settings: Settings, replicas: int, actor_options: dict[str, float]) -> None:
     there = ray.cluster_resources()
     for resource, wanted in (("CPU", actor_options["num_cpus"]), ("GPU", actor_options["num_gpus"])):
@@ -107,11 +91,11 @@ def _run(settings: Settings, replicas: int, actor_options: dict[str, float]) -> 
     try:
         serve.run(deploy(settings, num_replicas=replicas, ray_actor_options=actor_options), name=APP_NAME)
     except RuntimeError as error:
-        raise ConfigError(f"no replica could be started: {_told(str(error))}") from error
+        raise ConfigError(f"no replica could be started: {_reason(str(error))}") from error
 
 
-def _told(message: str) -> str:
-    """The last line of a replica's traceback, where the reason is."""
+def _reason(message: str) -> str:
+    """Returns the last line of a replica's traceback, where the reason is."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     reasons = [line for line in lines if "Error: " in line]
     return (reasons or lines)[-1]

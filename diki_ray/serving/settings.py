@@ -1,5 +1,5 @@
-"""What a server is told, and the token that it asks for. Plain values: they travel in Ray Serve's own state, so the
-token itself is not among them, only its sha256."""
+"""A server has settings, and a token that it asks for. Settings are plain values that travel in Ray Serve's own state,
+so the token itself is not among them, only its sha256."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MIN_TOKEN_LENGTH = 16
 
 
 class Settings(Section):
-    """Which run is served, and how much of anything one request may ask for."""
+    """They say which run is served, and how much of anything one request may ask for."""
 
     storage: str = "runs"
     """An absolute path, or s3://, gs://, az://: replicas run in folders of their own."""
@@ -78,7 +78,7 @@ def parse_settings(**fields: Any) -> Settings:
 
 
 def token_digest(token_file: str | None, no_token: bool) -> str | None:
-    """sha256 of the token in a file, else in the environment; None only where `no_token` says so.
+    """Returns the sha256 of the token in a file, else in the environment; None only where `no_token` says so.
 
     Raises:
         ConfigError: no token, one that is too short or cannot be sent in a header, or both a token and `no_token`.

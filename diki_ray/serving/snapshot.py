@@ -1,7 +1,7 @@
-"""The run as it is served: one immutable snapshot of its modules at a time, replaced when the run's log says so.
+"""A run is served as one immutable snapshot of its modules at a time, which is replaced when the run's log says so.
 
 A request takes the current snapshot once and is answered under it to the end, so no answer mixes two versions. A later
-one is built beside it, from verified modules, and becomes current in one assignment. If it cannot be built (storage
+one is built meanwhile from verified modules, and becomes current in one assignment. If it cannot be built (storage
 away, a damaged module) the former stays, and says since when it is stale.
 """
 
@@ -34,14 +34,14 @@ _KEPT_VOCABULARIES = 64
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """The modules of one version, ready to answer."""
+    """Holds the modules of one version, ready to answer."""
 
     version: int
     digests: tuple[str, ...]
-    """Of the modules, in their order: what class features are kept under."""
+    """They are the modules', in their order."""
     predictor: Predictor
     learnt: tuple[Candidates, ...]
-    """Every task's own classes, under its own templates."""
+    """They are every task's own classes, under its own templates."""
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -49,8 +49,8 @@ class Snapshot:
 
 
 class Vocabularies:
-    """Candidates for class names, the last few that requests named kept. Thread-safe: a tokenizer of open_clip's
-    remembers every word it ever met, in a dictionary that is cut here back to what it was."""
+    """Makes candidates of class names and keeps the last few that requests named. It is thread-safe, as a tokenizer of
+    open_clip's remembers every word it ever met, in a dictionary that is cut here back to what it was."""
 
     def __init__(self, backbone: Backbone) -> None:
         self._backbone = backbone
@@ -83,7 +83,7 @@ class Vocabularies:
 
 
 class Snapshots:
-    """The current snapshot of a run, followed from its storage; no lease, nothing is written.
+    """Keeps the current snapshot of a run and follows its storage, without a lease: nothing is written.
 
     Raises:
         ConfigError, StorageError: no such run, or it cannot be read (only the first time).
@@ -106,7 +106,8 @@ class Snapshots:
         self.current = self._built()
 
     def refresh(self) -> bool:
-        """Read the run's log; True when other modules are served from now on. Never raises: the former stay."""
+        """Reads the run's log; returns True when other modules are served from now on. It never raises: the former
+        stay."""
         try:
             version = self._store.refresh()
             changed = tuple(entry.digest for entry in self._store.modules()) != self.current.digests
@@ -125,7 +126,7 @@ class Snapshots:
         return changed
 
     def follow(self) -> None:
-        """Refresh every `refresh_s` in a thread of its own, until `close`."""
+        """Refreshes every `refresh_s` in a thread of its own, until `close`."""
         self._thread = threading.Thread(target=self._follow, name="diki-serve-refresh", daemon=True)
         self._thread.start()
 

@@ -1,4 +1,4 @@
-"""From a request's bytes to images and what is asked of them. Everything here was sent by somebody who may mean harm:
+"""A request's bytes become images and what is asked of them. Everything here was sent by somebody who may mean harm:
 whatever it is, the outcome is a request or a Refusal."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from diki_ray.data.images import UndecodableImageError, decode_image
 from diki_ray.serving.schema import Asked, PredictRequest
 from diki_ray.serving.settings import Settings
 
-_TOLD_PROBLEMS = 5
+_MAX_PROBLEMS = 5
 
 
 class Refusal(Exception):
@@ -27,7 +27,7 @@ class Refusal(Exception):
 
 
 def from_json(body: bytes, settings: Settings) -> tuple[list[bytes], Asked]:
-    """Image files and the question of a JSON body."""
+    """Returns the image files and the question of a JSON body."""
     try:
         request = PredictRequest.model_validate_json(body)
     except ValidationError as error:
@@ -40,7 +40,7 @@ def from_json(body: bytes, settings: Settings) -> tuple[list[bytes], Asked]:
 
 
 async def from_form(form: FormData, settings: Settings) -> tuple[list[bytes], Asked]:
-    """Image files and the question of a multipart body: `image` files, `classes` repeated, `template`."""
+    """Returns the image files and the question of a multipart body: `image` files, `classes` repeated, `template`."""
     files: list[bytes] = []
     fields: dict[str, Any] = {}
     for name, value in form.multi_items():
@@ -68,7 +68,7 @@ async def from_form(form: FormData, settings: Settings) -> tuple[list[bytes], As
 
 
 def to_pixels(data: bytes, where: str, preprocess: Callable[[Any], torch.Tensor], settings: Settings) -> torch.Tensor:
-    """[3, H, W] of an image file, as the backbone wants it."""
+    """Returns [3, H, W] of an image file, as the backbone wants it."""
     try:
         image = decode_image(data, settings.max_pixels)
     except UndecodableImageError as error:
@@ -104,8 +104,8 @@ def _refused(error: ValidationError) -> Refusal:
 
 
 def _sentence(found: Sequence[Any]) -> str:
-    told = [f"{_place(e['loc'])}{e['msg'].removeprefix('Value error, ')}" for e in found[:_TOLD_PROBLEMS]]
-    return "; ".join(told) + "."
+    sentences = [f"{_place(e['loc'])}{e['msg'].removeprefix('Value error, ')}" for e in found[:_MAX_PROBLEMS]]
+    return "; ".join(sentences) + "."
 
 
 def _place(location: tuple[int | str, ...]) -> str:

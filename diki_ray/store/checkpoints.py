@@ -25,7 +25,7 @@ class Checkpoints:
         self.corrupt = 0
 
     def save(self, key: str, step: int, blob: bytes, metadata: dict[str, Any]) -> None:
-        """Durable when it returns; older ones than the last two are then deleted."""
+        """Keep a checkpoint, durable when it returns, and delete older ones than the last two."""
         digest = digest_of(blob)
         name = f"{step:08d}-{digest[:16]}.safetensors"
         self._objects.put(f"{self._of(key)}/{name}", blob)
@@ -34,7 +34,7 @@ class Checkpoints:
         self._trim(key, name)
 
     def load(self, key: str) -> tuple[int, bytes, dict[str, Any]] | None:
-        """(step, blob, metadata) of the newest checkpoint that is whole, or None; damaged ones are counted."""
+        """Return (step, blob, metadata) of the newest checkpoint that is whole, or None; damaged ones are counted."""
         for path in reversed(self._descriptions(key)):
             try:
                 return self._read(key, path)
@@ -48,7 +48,7 @@ class Checkpoints:
         self._objects.delete(sorted(paths, key=lambda path: not path.endswith(".json")))
 
     def problems(self) -> list[str]:
-        """What is wrong with each damaged checkpoint of the run."""
+        """Return what is wrong with each damaged checkpoint of the run."""
         found = []
         for key in self._objects.folders(self.folder):
             for path in self._descriptions(key):

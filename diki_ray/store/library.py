@@ -32,8 +32,13 @@ class Library:
         self._objects = objects
         self.corrupt = 0
 
+    @staticmethod
+    def open(storage: str) -> "Library":
+        """Return the library of a storage: a local path or a bucket's URL."""
+        return Library(Objects.open(storage))
+
     def find(self, key: str) -> Record | None:
-        """The record of a key, None when there is none or it is damaged. Says nothing about its blob."""
+        """Return the record of a key, None when there is none or it is damaged; its blob is not looked at."""
         data = self._objects.get(key_path(key))
         if data is None:
             return None
@@ -44,12 +49,12 @@ class Library:
             return None
 
     def find_intact(self, key: str) -> Record | None:
-        """The record of a key whose blob is there and has its checksum; None otherwise."""
+        """Return the record of a key whose blob is there and has its checksum; None otherwise."""
         record = self.find(key)
         return record if record is not None and self.intact(record.digest) else None
 
     def read(self, digest: str) -> bytes:
-        """The blob, verified; CorruptError when its bytes are not those that were committed, StorageError when gone."""
+        """Return the blob, verified; CorruptError when its bytes are not those committed, StorageError when gone."""
         path = module_path(digest)
         blob = self._objects.get(path)
         if blob is None:
@@ -63,7 +68,7 @@ class Library:
         return blob
 
     def intact(self, digest: str) -> bool:
-        """Whether the blob is there and has its checksum. Reads it: a file's name and size prove nothing."""
+        """Tell whether the blob is there and has its checksum. It is read: a file's name and size prove nothing."""
         blob = self._objects.get(module_path(digest))
         if blob is not None and digest_of(blob) != digest:
             self.corrupt += 1
@@ -88,17 +93,19 @@ class Library:
 
 
 def module_path(digest: str) -> str:
+    """Return where the blob of a digest lies in a storage."""
     if not re.fullmatch(r"[0-9a-f]{64}", digest):
         raise UserError(f"{digest!r} is no module digest (64 hexadecimal digits)")
     return f"library/modules/{digest}.safetensors"
 
 
 def key_path(key: str) -> str:
+    """Return where the record of a key lies in a storage."""
     return f"library/keys/{checked_name(key, 'module key')}.json"
 
 
 def checked_name(name: str, what: str) -> str:
-    """The name itself when it can be a file's; it comes from configurations and command lines."""
+    """Return the name itself when it can be a file's, else raise UserError: it comes from people."""
     if not _NAME.fullmatch(name):
         raise UserError(
             f"{name!r} is no {what}: use letters, digits and . _ + = @ , - (at most 200, a letter or digit first)"

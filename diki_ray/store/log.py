@@ -47,6 +47,7 @@ class Holder:
     token: str  # drawn once per driver: tells a retry from a rival
 
     def describe(self) -> str:
+        """Return the holder in words, as error sentences name it."""
         job = f", job {self.job}" if self.job else ""
         return f"{self.user} (pid {self.pid} on {self.host}{job})"
 
@@ -63,14 +64,16 @@ class State:
     removed: tuple[Entry, ...] = ()  # the remove entry of each task that is not there any more
 
     def module(self, task: str) -> Entry | None:
+        """Return the entry of the task's module; None when the run has none."""
         return next((entry for entry in self.modules if entry.task == task), None)
 
     def removal(self, task: str) -> Entry | None:
+        """Return the entry that removed the task; None when it was not removed."""
         return next((entry for entry in self.removed if entry.task == task), None)
 
 
 def follow(state: State, entry: Entry) -> State:
-    """The state after one more entry. An entry whose writer had lost the run moves the number on and nothing else."""
+    """Return the state after one more entry. An entry of a writer that had lost the run only moves the number on."""
     after = replace(state, seq=entry.seq)
     if entry.kind == "lease":
         if entry.epoch <= state.epoch:
@@ -91,7 +94,7 @@ def follow(state: State, entry: Entry) -> State:
 
 
 def replay(entries: Iterable[Entry], state: State | None = None) -> State:
-    """The state after `entries`, from `state` (default: the empty run)."""
+    """Return the state after `entries`, from `state` (default: the empty run)."""
     state = state or State()
     for entry in entries:
         state = follow(state, entry)
@@ -99,15 +102,17 @@ def replay(entries: Iterable[Entry], state: State | None = None) -> State:
 
 
 def holder_of(lease: Entry) -> Holder:
+    """Return the holder that a lease entry names."""
     return Holder(**lease.metadata["holder"])
 
 
 def ttl_of(lease: Entry) -> float:
+    """Return for how many seconds a lease lasts after each renewal."""
     return float(lease.metadata["ttl_s"])
 
 
 def seconds_left(lease: Entry | None, renewed_at: float, now: float, holder_is_dead: bool) -> float:
-    """For how long the run is still held; 0 when anyone may take it.
+    """Return for how long the run is still held, in seconds; 0 when anyone may take it.
 
     `renewed_at` is the holder's last heartbeat, by its clock. Clocks that disagree make a wait longer or a takeover
     earlier; they cannot do harm, because an overtaken holder's writes are refused by their epoch.
@@ -118,6 +123,7 @@ def seconds_left(lease: Entry | None, renewed_at: float, now: float, holder_is_d
 
 
 def held_sentence(run: str, lease: Entry, renewed_at: float, now: float, left_s: float) -> str:
+    """Return the sentence that tells another driver who holds the run, and what it can do about it."""
     since = datetime.fromtimestamp(lease.time, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     return (
         f"run {run!r} is held by {holder_of(lease).describe()} since {since}, last heard of "
@@ -147,13 +153,13 @@ def decode_state(data: bytes, where: str) -> State:
 
 
 def seal(content: dict[str, Any]) -> bytes:
-    """JSON that carries its own sha256: a flipped or missing byte anywhere is noticed when it is read."""
+    """Return JSON that carries its own sha256: a flipped or missing byte anywhere is noticed when it is read."""
     body = canonical(content)
     return b'{"content":' + body + b',"sha256":"' + digest_of(body).encode() + b'"}\n'
 
 
 def unseal(data: bytes, where: str) -> dict[str, Any]:
-    """What `seal` was given; CorruptError naming `where` for anything else."""
+    """Return what `seal` was given; CorruptError naming `where` for anything else."""
     try:
         document = json.loads(data)
         content, promised = document["content"], document["sha256"]
@@ -165,10 +171,12 @@ def unseal(data: bytes, where: str) -> dict[str, Any]:
 
 
 def canonical(content: Any) -> bytes:
+    """Return the one JSON text that stands for `content`; ValueError for NaN and infinity."""
     return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
 
 
 def digest_of(data: bytes) -> str:
+    """Return the sha256 of the bytes in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 

@@ -1,37 +1,30 @@
-"""Objects on a disk or in a bucket, behind five verbs: the only module that knows where bytes live.
+"""Objects on a disk or in a bucket, behind a few verbs: with disk.py the only place that knows where bytes lie.
 
 `put` is atomic and durable when it returns, and `put(create_only=True)` is the one primitive that every promise of the
 store rests on: of any number of writers, on any number of machines, exactly one creates an object.
 
 Buckets (s3://, gs://, az://) go through obstore, whose conditional put does that. A local path does not: obstore's
 `LocalStore` links its temporary file into place without an fsync, so an acknowledged write could vanish, or be empty,
-after a power loss. Here a file is written and synced under another name, linked (create) or renamed (replace), and then
-its directory is synced: two fsyncs a write, against a few writes a task.
+after a power loss. disk.py says how a file is written here.
 """
 
 import contextlib
-import errno
 import os
-import shutil
 import time
-import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+from obstore.exceptions import AlreadyExistsError, PreconditionError
 
-from diki_ray.errors import DiskFullError, StorageError, UserError
-
-_TEMPORARY = ".tmp"
-# A wrong endpoint or a lost network must become an error a person reads, not obstore's three minutes of silence.
-_RETRY_TIMEOUT_S = 30.0
-# Signs of a file system without hard links (some FUSE mounts of buckets): there is no atomic create on it.
-_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK}
+from diki_ray.errors import UserError
+from diki_ray.store import disk
+from diki_ray.store.bucket import open_bucket
+from diki_ray.store.storage_errors import explained
 
 
 @dataclass(frozen=True)
@@ -43,6 +36,19 @@ class ObjectInfo:
     modified: float
 
 
+class Writer:
+    """Takes the bytes of an object as they come; an error names the object."""
+
+    def __init__(self, stream: Any, where: Path | str) -> None:
+        self._stream = stream
+        self._where = where
+
+    def write(self, data: bytes) -> None:
+        """Append bytes; StorageError or DiskFullError when they cannot be written."""
+        with explained(self._where, "write"):
+            self._stream.write(data)
+
+
 class Objects(ABC):
     """Named bytes under one root, by relative path with `/`. A missing object is None, any failure a StorageError."""
 
@@ -50,7 +56,7 @@ class Objects(ABC):
 
     @staticmethod
     def open(uri: str, **options: Any) -> "Objects":
-        """The objects under a local path (plain or file://) or a bucket URL; `options` are obstore's."""
+        """Return the objects under a local path (plain or file://) or a bucket URL; `options` are obstore's."""
         scheme, separator, rest = uri.partition("://")
         if not separator:
             return LocalObjects(uri)
@@ -59,8 +65,11 @@ class Objects(ABC):
         return BucketObjects(uri, **options)
 
     @abstractmethod
-    def get(self, path: str) -> bytes | None:
-        """The object's bytes, or None when there is no such object."""
+    def get(self, path: str, start: int = 0, stop: int | None = None) -> bytes | None:
+        """Return bytes [start, stop) of an object, or to its end without `stop`; None when there is no such object.
+
+        An object that ends before `stop` gives fewer bytes.
+        """
 
     @abstractmethod
     def put(self, path: str, data: bytes, create_only: bool = False) -> bool:
@@ -71,8 +80,15 @@ class Objects(ABC):
         """
 
     @abstractmethod
+    def open_writer(self, path: str) -> AbstractContextManager[Writer]:
+        """Open an object to be written as its bytes come.
+
+        It exists, whole and durable, once the block has ended without an error; after an error it does not.
+        """
+
+    @abstractmethod
     def list(self, prefix: str) -> tuple[ObjectInfo, ...]:
-        """All objects below the folder `prefix`, at any depth, sorted by path; none when there is no such folder."""
+        """Return all objects below the folder `prefix`, at any depth, sorted by path; none without such a folder."""
 
     @abstractmethod
     def delete(self, paths: Iterable[str]) -> None:
@@ -80,18 +96,18 @@ class Objects(ABC):
 
     @abstractmethod
     def exists(self, path: str) -> bool:
-        """Whether there is such an object."""
+        """Tell whether there is such an object."""
 
     @abstractmethod
     def folders(self, prefix: str) -> tuple[str, ...]:
-        """Names of the folders directly below `prefix`, sorted."""
+        """Return the names of the folders directly below `prefix`, sorted."""
 
     def settle(self, folder: str) -> None:
         """Make what is visible in a folder durable, should its writer have been killed before it could say so."""
         return None
 
     def sweep(self, older_than_s: float) -> int:
-        """Delete what killed writers left half written and no listing shows; the bytes freed."""
+        """Delete what killed writers left half written and no listing shows; return how many bytes that freed."""
         return 0
 
 
@@ -103,30 +119,29 @@ class LocalObjects(Objects):
         self.uri = str(self._root)
         self._settled: set[Path] = set()
 
-    def get(self, path: str) -> bytes | None:
+    def get(self, path: str, start: int = 0, stop: int | None = None) -> bytes | None:
         file = self._file(path)
-        with _explained(file, "read"):
-            try:
-                return file.read_bytes()
-            except (FileNotFoundError, NotADirectoryError):
-                return None
+        with explained(file, "read"):
+            return disk.read(file, start, stop)
 
     def put(self, path: str, data: bytes, create_only: bool = False) -> bool:
         file = self._file(path)
-        with _explained(file, "write"):
+        with explained(file, "write"):
             self._make_folder(file.parent)
-            if create_only and file.exists():
-                # Whoever linked it may have died before this: only now may a caller treat it as acknowledged.
-                _sync_folder(file.parent)
-                return False
-            temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}{_TEMPORARY}")
-            try:
-                _write_synced(temporary, data)
-                created = _link(temporary, file) if create_only else _replace(temporary, file)
-                _sync_folder(file.parent)
-            finally:
-                temporary.unlink(missing_ok=True)
-            return created
+            return disk.write(file, data, create_only)
+
+    @contextlib.contextmanager
+    def open_writer(self, path: str) -> Iterator[Writer]:
+        file = self._file(path)
+        with explained(file, "write"):
+            self._make_folder(file.parent)
+            unfinished = disk.Unfinished(file)
+        try:
+            yield Writer(unfinished.stream, file)
+            with explained(file, "write"):
+                unfinished.finish()
+        finally:
+            unfinished.discard()
 
     def list(self, prefix: str) -> tuple[ObjectInfo, ...]:
         return tuple(sorted(self._walk(prefix, temporary=False), key=lambda info: info.path))
@@ -135,21 +150,21 @@ class LocalObjects(Objects):
         folders = set()
         for path in paths:
             file = self._file(path)
-            with _explained(file, "delete"):
+            with explained(file, "delete"):
                 file.unlink(missing_ok=True)
             folders.add(file.parent)
         for folder in folders:
-            with _explained(folder, "delete in"), contextlib.suppress(FileNotFoundError):
-                _sync_folder(folder)
+            with explained(folder, "delete in"), contextlib.suppress(FileNotFoundError):
+                disk.sync_folder(folder)
 
     def exists(self, path: str) -> bool:
         file = self._file(path)
-        with _explained(file, "read"):
+        with explained(file, "read"):
             return file.is_file()
 
     def folders(self, prefix: str) -> tuple[str, ...]:
         folder = self._file(prefix)
-        with _explained(folder, "list"):
+        with explained(folder, "list"):
             try:
                 return tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()))
             except FileNotFoundError:
@@ -157,8 +172,8 @@ class LocalObjects(Objects):
 
     def settle(self, folder: str) -> None:
         path = self._file(folder)
-        with _explained(path, "write"):
-            _sync_folder(path)
+        with explained(path, "write"):
+            disk.sync_folder(path)
 
     def sweep(self, older_than_s: float) -> int:
         old = [i for i in self._walk("", temporary=True) if i.modified < time.time() - older_than_s]
@@ -169,7 +184,7 @@ class LocalObjects(Objects):
         return self._root / checked_path(path)
 
     def _make_folder(self, folder: Path) -> None:
-        """A folder whose own entry is durable, or a power loss takes it with every acknowledged file in it.
+        """Make a folder whose own entry is durable, or a power loss takes it with every acknowledged file in it.
 
         One that is there already may come from a process killed before it could sync it: the first write of this
         process into each folder makes sure.
@@ -183,15 +198,15 @@ class LocalObjects(Objects):
         else:
             self._make_folder(folder.parent)
             folder.mkdir(exist_ok=True)
-        _sync_folder(folder.parent)
+        disk.sync_folder(folder.parent)
         self._settled.add(folder)
 
     def _walk(self, prefix: str, temporary: bool) -> Iterator[ObjectInfo]:
         top = self._file(prefix) if prefix else self._root
-        with _explained(top, "list"):
+        with explained(top, "list"):
             for folder, _, names in os.walk(top):
                 for name in names:
-                    if (name.startswith(".") and name.endswith(_TEMPORARY)) != temporary:
+                    if disk.is_temporary(name) != temporary:
                         continue
                     file = Path(folder, name)
                     try:
@@ -206,25 +221,38 @@ class BucketObjects(Objects):
 
     def __init__(self, uri: str, store: Any = None, **options: Any) -> None:
         self.uri = uri.rstrip("/")
-        self._store = _bucket(self.uri, options) if store is None else store
+        self._store = open_bucket(self.uri, **options) if store is None else store
 
-    def get(self, path: str) -> bytes | None:
-        with _explained(self._name(path), "read"):
+    def get(self, path: str, start: int = 0, stop: int | None = None) -> bytes | None:
+        checked = checked_path(path)
+        with explained(self._name(path), "read"):
             try:
-                return bytes(obstore.get(self._store, checked_path(path)).bytes())
+                if start == 0 and stop is None:
+                    return bytes(obstore.get(self._store, checked).bytes())
+                end = obstore.head(self._store, checked)["size"] if stop is None else stop
+                return bytes(obstore.get_range(self._store, checked, start=start, end=end)) if end > start else b""
             except FileNotFoundError:
                 return None
 
     def put(self, path: str, data: bytes, create_only: bool = False) -> bool:
-        with _explained(self._name(path), "write"):
+        with explained(self._name(path), "write"):
             try:
                 obstore.put(self._store, checked_path(path), data, mode="create" if create_only else "overwrite")
             except (AlreadyExistsError, PreconditionError):
                 return False
             return True
 
+    @contextlib.contextmanager
+    def open_writer(self, path: str) -> Iterator[Writer]:
+        checked, name = checked_path(path), self._name(path)
+        with explained(name, "write"):
+            stream: Any = obstore.open_writer(self._store, checked)
+        yield Writer(stream, name)
+        with explained(name, "write"):
+            stream.close()  # only now the object exists
+
     def list(self, prefix: str) -> tuple[ObjectInfo, ...]:
-        with _explained(self._name(prefix), "list"):
+        with explained(self._name(prefix), "list"):
             found = [
                 ObjectInfo(item["path"], item["size"], item["last_modified"].timestamp())
                 for page in obstore.list(self._store, checked_path(prefix) if prefix else None)
@@ -234,11 +262,11 @@ class BucketObjects(Objects):
 
     def delete(self, paths: Iterable[str]) -> None:
         for path in paths:
-            with _explained(self._name(path), "delete"), contextlib.suppress(FileNotFoundError):
+            with explained(self._name(path), "delete"), contextlib.suppress(FileNotFoundError):
                 obstore.delete(self._store, checked_path(path))
 
     def exists(self, path: str) -> bool:
-        with _explained(self._name(path), "read"):
+        with explained(self._name(path), "read"):
             try:
                 obstore.head(self._store, checked_path(path))
             except FileNotFoundError:
@@ -246,7 +274,7 @@ class BucketObjects(Objects):
             return True
 
     def folders(self, prefix: str) -> tuple[str, ...]:
-        with _explained(self._name(prefix), "list"):
+        with explained(self._name(prefix), "list"):
             found = obstore.list_with_delimiter(self._store, checked_path(prefix))["common_prefixes"]
         return tuple(sorted(name.rstrip("/").rpartition("/")[2] for name in found))
 
@@ -255,81 +283,8 @@ class BucketObjects(Objects):
 
 
 def checked_path(path: str) -> str:
-    """The path itself when it stays below the root, else a UserError: names come from people and from tar files."""
+    """Return the path itself when it stays below the root, else raise UserError: people and tar files give names."""
     parts = path.split("/")
     if not path or "\\" in path or "\0" in path or any(part in ("", ".", "..") for part in parts):
         raise UserError(f"{path!r} is no object name: use relative names without empty, '.' or '..' parts")
     return path
-
-
-def _bucket(uri: str, options: dict[str, Any]) -> Any:
-    endpoint = options.get("endpoint") or os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT") or ""
-    # Plain http only where the user's own endpoint says so (a MinIO beside the cluster, a test server).
-    client_options: Any = {"allow_http": True} if endpoint.startswith("http://") else {}
-    retry: Any = {"max_retries": 5, "retry_timeout": timedelta(seconds=_RETRY_TIMEOUT_S)}
-    try:
-        return obstore.store.from_url(uri, client_options=client_options, retry_config=retry, **options)
-    except (BaseError, ValueError) as error:
-        raise UserError(f"{uri} is no storage: give a local path, s3://, gs:// or az:// ({_brief(error)})") from error
-
-
-@contextlib.contextmanager
-def _explained(where: Path | str, action: str) -> Iterator[None]:
-    """Turn what disks and services raise into errors that name the path and say what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFullError(
-                f"cannot {action} {where}: no space left ({_free_bytes(where):,} bytes free there); free some "
-                "space and run the same command again, everything committed so far is intact"
-            ) from error
-        raise StorageError(f"cannot {action} {where}: {error.strerror or _brief(error)}") from error
-    except BaseError as error:
-        raise StorageError(f"cannot {action} {where}: {_brief(error)}") from error
-
-
-def _brief(error: Exception) -> str:
-    return str(error).partition("\n\nDebug source")[0].strip()
-
-
-def _free_bytes(where: Path | str) -> int:
-    folder = Path(where)
-    while not folder.is_dir() and folder != folder.parent:
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
-def _write_synced(file: Path, data: bytes) -> None:
-    with open(file, "xb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _link(temporary: Path, file: Path) -> bool:
-    try:
-        os.link(temporary, file)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        if error.errno in _NO_LINKS:
-            raise StorageError(
-                f"the file system of {file.parent} has no hard links, so two drivers could overwrite each other: "
-                "use a local disk or NFS, or give the bucket itself (s3://, gs://, az://) instead of a mount of it"
-            ) from error
-        raise
-    return True
-
-
-def _replace(temporary: Path, file: Path) -> bool:
-    os.replace(temporary, file)
-    return True
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,7 +10,7 @@ from diki_ray.store.log import Holder
 
 
 def this_process(job: str = "") -> Holder:
-    """This process as the holder of a run; every call draws a new token, so call it once per driver."""
+    """Return this process as the holder of a run. Every call draws a new token, so call it once per driver."""
     pid = os.getpid()
     return Holder(
         host=socket.gethostname(),
@@ -24,7 +24,7 @@ def this_process(job: str = "") -> Holder:
 
 
 def is_alive(holder: Holder) -> bool | None:
-    """True or False when the holder's process would be visible from here; None when it runs (or ran) elsewhere."""
+    """Tell whether the holder's process lives; None when it runs (or ran) where this machine can't see it."""
     if holder.machine != _machine():
         return None
     started = _started(holder.pid)
@@ -40,7 +40,7 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """The kernel's start time of a process, None when there is no such process (or only its unreaped remains)."""
+    """Return the kernel's start time of a process, None when it is gone (or only its unreaped remains are left)."""
     try:
         # The second field is the command in brackets and may hold blanks and brackets itself.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

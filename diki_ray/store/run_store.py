@@ -1,15 +1,15 @@
 """The run's store: a log that outlives any process, and the blobs it names. What was acknowledged is never lost.
 
 The store knows nothing of torch: a module is bytes under a key. Its promises rest on two facts. Objects are created
-atomically, durably and once (objects.py), and everything a reader believes is reached from the log (store_log.py,
-store_journal.py), whose entries are written only after what they point to. So a crash leaves at worst a blob nobody
-names, never a name without its blob, and there is nothing to repair at start.
+atomically, durably and once (objects.py), and everything a reader believes is reached from the log (log.py,
+run_log.py), whose entries are written only after what they point to. So a crash leaves at worst a blob nobody names,
+never a name without its blob, and there is nothing to repair at start.
 
-<storage>/library/…                  modules, shared by all runs of the storage (store_library.py)
-<storage>/runs/<run>/log/…           what was committed, removed, rolled back, and by whom (store_journal.py)
-<storage>/runs/<run>/checkpoints/…   tasks in training (store_checkpoints.py)
+<storage>/library/…                  modules, shared by all runs of the storage (library.py)
+<storage>/runs/<run>/log/…           what was committed, removed, rolled back, and by whom (run_log.py)
+<storage>/runs/<run>/checkpoints/…   tasks in training (checkpoints.py)
 <storage>/runs/<run>/results/…       small documents for people: configuration, results
-<storage>/cache/…                    derived arrays, shared by all runs, safe to delete
+<storage>/cache/…                    derived arrays, shared by all runs, safe to delete (caches.py)
 """
 
 import json
@@ -18,10 +18,11 @@ from typing import Any
 from diki_ray.errors import CorruptError, StorageError, UserError
 from diki_ray.store import upkeep as store_upkeep
 from diki_ray.store.checkpoints import Checkpoints
-from diki_ray.store.journal import RunLog
+from diki_ray.store.interface import ReadableRun
 from diki_ray.store.library import Library, Record, checked_name
-from diki_ray.store.log import Entry, Holder, State, canonical, digest_of
+from diki_ray.store.log import Entry, Holder, State, canonical
 from diki_ray.store.objects import Objects, checked_path
+from diki_ray.store.run_log import RunLog
 from diki_ray.store.upkeep import Problem, PurgeReport
 
 __all__ = ["Entry", "Holder", "Problem", "PurgeReport", "RunStore"]
@@ -31,10 +32,11 @@ CONFIG_DOCUMENT = "config.yaml"
 DEFAULT_TTL_S = 30.0  # how long a driver that died unseen, on another machine, keeps the run to itself
 
 
-class RunStore:
-    """One run of one storage. Writers pass the `epoch` that `acquire` gave them; readers need none.
+class RunStore(ReadableRun):
+    """A run of a storage, read and written by this process.
 
-    Not thread-safe: one thread at a time may write (the store actor sees to it).
+    Writers pass the `epoch` that `acquire` gave them; readers need none. The object is not thread-safe: one thread at a
+    time may write (the store actor sees to it).
     """
 
     def __init__(self, objects: Objects, run: str, salvage: bool = False) -> None:
@@ -55,7 +57,7 @@ class RunStore:
 
     @staticmethod
     def runs(storage: str) -> tuple[str, ...]:
-        """Names of all runs of a storage."""
+        """Return the names of all runs of a storage."""
         return Objects.open(storage).folders("runs")
 
     # Who may write
@@ -73,7 +75,7 @@ class RunStore:
         return self.log.acquire(holder, ttl_s, take_over, wait_s)
 
     def resume(self, holder: Holder) -> int:
-        """The epoch `holder` has already (a restarted process of the same driver); FencedError if it lost the run."""
+        """Return the epoch `holder` has already, after a restart of its process; FencedError if it lost the run."""
         return self.log.resume(holder)
 
     def renew(self, epoch: int) -> None:
@@ -88,19 +90,20 @@ class RunStore:
 
     @property
     def state(self) -> State:
+        """What the log entries read so far add up to."""
         return self.log.state
 
     @property
     def version(self) -> int:
-        """Number of the last log entry read: grows with every change, so equal versions mean equal modules."""
+        """The number of the last log entry read: it grows with every change, so equal versions mean equal modules."""
         return self.log.state.seq
 
     def refresh(self) -> int:
-        """Read what others have appended since; the new version."""
+        """Read what others have appended since, and return the new version."""
         return self.log.refresh().seq
 
     def modules(self) -> tuple[Entry, ...]:
-        """The run's modules in the order in which their tasks were first committed."""
+        """Return the run's modules in the order in which their tasks were first committed."""
         return self.log.state.modules
 
     def commit_module(
@@ -124,32 +127,28 @@ class RunStore:
         record = self.library.find_intact(key)
         return self._enter(epoch, task, record) if record is not None else None
 
-    def has_module(self, key: str) -> bool:
-        """Whether the run has an intact module under `key`; a damaged one is to be trained again."""
-        return any(entry.key == key and self.library.intact(entry.digest) for entry in self.modules())
-
     def module_by_key(self, key: str) -> bytes:
-        """The verified bytes of the run's, else the library's, module under `key`; StorageError when there is none."""
+        """Return the verified bytes of the run's, else the library's, module under `key`; StorageError without one."""
         digest = next((entry.digest for entry in self.modules() if entry.key == key), None) or self.find_in_library(key)
         if digest is None:
             raise StorageError(f"{self.objects.uri} has no intact module under key {key}: train its task first")
         return self.read_module(digest)
 
     def find_in_library(self, key: str) -> str | None:
-        """Digest of the module that any run of this storage has committed under `key`, if its blob is intact."""
+        """Return the digest of the intact module that any run of this storage has committed under `key`."""
         record = self.library.find_intact(key)
         return record.digest if record is not None else None
 
     def read_module(self, digest: str) -> bytes:
-        """The module's bytes, verified against their sha256; CorruptError otherwise."""
+        """Return the module's bytes, verified against their sha256; CorruptError otherwise."""
         return self.library.read(digest)
 
     def damaged_modules(self) -> tuple[Entry, ...]:
-        """Modules of the run whose blob is gone or altered: train these tasks again, committing puts them right."""
+        """Return the modules whose blob is gone or altered: train their tasks again, committing puts them right."""
         return tuple(entry for entry in self.modules() if not self.library.intact(entry.digest))
 
     def remove_task(self, epoch: int, task: str) -> Entry:
-        """Take a task out of the run, exactly as if it had never been learnt; its removal entry. Twice is one entry.
+        """Take a task out of the run, as if it had never been learnt, and return the entry that says so; twice is one.
 
         Its blob stays in the library until `purge`; `roll_back` can bring it back until then.
         """
@@ -165,7 +164,7 @@ class RunStore:
         return removal
 
     def roll_back(self, epoch: int, seq: int) -> tuple[Entry, ...]:
-        """Make the run's modules what they were after log entry `seq`; the modules that are left. Twice is one entry.
+        """Make the run's modules what they were after log entry `seq`, and return them. Twice is one entry.
 
         It is an entry like any other: rolling back to the number before it undoes it, as long as nothing was purged.
         """
@@ -181,7 +180,7 @@ class RunStore:
         ).modules
 
     def compact(self, epoch: int) -> int:
-        """Write a snapshot, so that opening reads one object instead of the whole log; the number it covers.
+        """Write a snapshot, so that opening need not read the whole log; return the number of the last entry in it.
 
         The log's entries stay (about 1 KB each): they are the history that `roll_back` needs, and as nothing is
         deleted there is no moment in which state is missing, nor a number a fenced writer could use a second time.
@@ -201,7 +200,7 @@ class RunStore:
         self.checkpoints.save(key, step, blob, json.loads(canonical(metadata or {})))
 
     def load_checkpoint(self, key: str) -> tuple[int, bytes, dict[str, Any]] | None:
-        """(step, blob, metadata) of the newest whole checkpoint of a key; damaged ones are passed over and counted."""
+        """Return (step, blob, metadata) of a key's newest whole checkpoint; damaged ones are skipped and counted."""
         return self.checkpoints.load(key)
 
     def drop_checkpoints(self, epoch: int, key: str) -> None:
@@ -212,13 +211,15 @@ class RunStore:
 
     @property
     def corrupt_checkpoints(self) -> int:
+        """How many damaged checkpoints this object has met."""
         return self.checkpoints.corrupt
 
     @property
     def corrupt_modules(self) -> int:
+        """How many damaged modules and keys this object has met."""
         return self.library.corrupt
 
-    # Documents and caches
+    # Documents
 
     def put_document(self, epoch: int, name: str, document: dict[str, Any] | list[Any] | str) -> None:
         """Write `results/<name>` atomically: JSON for a dict or list, a str as it is. Durable when it returns.
@@ -232,7 +233,7 @@ class RunStore:
         self.objects.put(self._document(name), text.encode())
 
     def get_document(self, name: str) -> Any:
-        """The document: parsed when its name ends in .json, else its text; None when there is none."""
+        """Return the document: parsed when its name ends in .json, else its text; None when there is none."""
         data = self.objects.get(self._document(name))
         if data is None:
             return None
@@ -243,19 +244,10 @@ class RunStore:
                 f"{self.objects.uri}/{self._document(name)} is damaged: {error}; run the job again"
             ) from error
 
-    def cache_put(self, name: str, data: bytes) -> None:
-        """Keep derived bytes under a name that says what they depend on."""
-        self.objects.put(self._cached(name), digest_of(data).encode() + data)
-
-    def cache_get(self, name: str) -> bytes | None:
-        """The bytes kept under `name`; None when there are none or they are damaged."""
-        kept = self.objects.get(self._cached(name)) or b""
-        return kept[64:] if len(kept) >= 64 and digest_of(kept[64:]).encode() == kept[:64] else None
-
     # Upkeep
 
     def purge(self, epoch: int, dry_run: bool = False) -> PurgeReport:
-        """Delete the library's blobs that no run of this storage refers to; what, and how many bytes.
+        """Delete the library's blobs that no run of this storage refers to, and report what and how many bytes.
 
         Refused (LeaseHeldError) while another run is held, for its driver may be about to refer to one of them. After a
         purge `roll_back` can't bring the deleted modules back.
@@ -265,16 +257,16 @@ class RunStore:
         return store_upkeep.purge(self.log, self.library, dry_run)
 
     def verify(self) -> tuple[Problem, ...]:
-        """Everything that is wrong with the run: log, modules, keys, checkpoints, documents. Reads all of it."""
+        """Read all of the run (log, modules, keys, checkpoints, documents) and return everything that is wrong."""
         return store_upkeep.verify(self.log, self.library, self.checkpoints)
 
     def export(self, path: str) -> int:
-        """Copy the run to a folder, or a tar if `path` ends in .tar, that opens as a storage; its bytes. No caches."""
+        """Copy the run, without caches, to a folder or .tar that opens as a storage; return how many bytes it has."""
         return store_upkeep.export_run(self.log, self.library, path)
 
     @staticmethod
     def import_(storage: str, run: str, path: str) -> "RunStore":
-        """Copy an exported run in. Stopped half-way it is an earlier state of the run; a second time completes it."""
+        """Copy an exported run in. Stopped half-way it is an earlier state; a second call completes it."""
         store_upkeep.import_run(Objects.open(storage), checked_name(run, "run name"), path)
         return RunStore.open(storage, run)
 
@@ -289,6 +281,3 @@ class RunStore:
 
     def _document(self, name: str) -> str:
         return checked_path(f"{self.log.folder}/results/{name}")
-
-    def _cached(self, name: str) -> str:
-        return checked_path(f"cache/{name}")

@@ -15,11 +15,11 @@ from typing import Any
 
 from diki_ray.errors import FencedError, LeaseHeldError, StorageError, UserError
 from diki_ray.store.checkpoints import Checkpoints
-from diki_ray.store.journal import UPKEEP_LOCK, RunLog
 from diki_ray.store.library import Library, key_path, module_path
 from diki_ray.store.log import Holder, holder_of, seal, unseal
 from diki_ray.store.objects import LocalObjects, Objects, checked_path
 from diki_ray.store.process import is_alive, this_process
+from diki_ray.store.run_log import UPKEEP_LOCK, RunLog
 
 _LOCK_TTL_S = 60.0  # how long a purge or import that died elsewhere keeps runs from starting
 _LEFTOVER_AGE_S = 3600.0  # no write of ours takes an hour: an older temporary file has no writer any more
@@ -83,11 +83,8 @@ def verify(log: RunLog, library: Library, checkpoints: Checkpoints) -> tuple[Pro
             found.append(Problem(module_path(entry.digest), f"module of task {entry.task!r}: {error}"))
         record = library.find(entry.key)
         if record is None:
-            found.append(
-                Problem(
-                    key_path(entry.key), f"key of task {entry.task!r} is gone or damaged: other runs train it again"
-                )
-            )
+            what = f"key of task {entry.task!r} is gone or damaged: other runs train it again"
+            found.append(Problem(key_path(entry.key), what))
     found += [Problem(checkpoints.folder, what) for what in checkpoints.problems()]
     for info in log.objects.list(f"{log.folder}/results"):
         if info.path.endswith(".json"):
@@ -96,7 +93,7 @@ def verify(log: RunLog, library: Library, checkpoints: Checkpoints) -> tuple[Pro
 
 
 def export_run(log: RunLog, library: Library, path: str) -> int:
-    """Copy a run out; its bytes. A tar appears whole or not at all."""
+    """Copy a run out and return how many bytes it has. A tar appears whole or not at all."""
     if not path.endswith(".tar"):
         return _copy(log.objects, log.run, Objects.open(path), log.run)
     target = Path(path).absolute()
@@ -134,7 +131,7 @@ def _copy_in(source: Objects, target: Objects, run: str, path: str) -> None:
 
 
 def _unreferenced(objects: Objects, log: RunLog, library: Library) -> tuple[dict[str, int], list[str]]:
-    """Bytes of each blob that no run refers to, and the keys that lead to them. A damaged run's log stops it all."""
+    """Return the bytes of each blob that no run refers to, and the keys that lead there. A damaged log stops it."""
     runs = objects.folders("runs")
     used = {entry.digest for run in runs for entry in RunLog(objects, run).state.modules}
     used |= {entry.digest for entry in log.state.modules}
@@ -210,7 +207,7 @@ class _StillOurs:
 
 
 def _copy(source: Objects, source_run: str, target: Objects, target_run: str, without: str | None = None) -> int:
-    """Blobs and keys, then the run's folders, its log last and in order: stopped anywhere, it is an earlier state.
+    """Copy blobs and keys, then the run's folders, its log last and in order: stopped anywhere, it is an earlier state.
 
     Under the upkeep lock of the target: a purge there would find blobs that no log refers to yet.
     """
@@ -275,7 +272,7 @@ def _only_run(objects: Objects, run: str, path: str) -> str:
 
 
 def _unpack(archive: Path, folder: str) -> None:
-    """Regular files with plain relative names only; a tar from elsewhere may hold links, devices and '../'."""
+    """Unpack regular files with plain relative names only: a tar may hold links, devices and '../'."""
     target = LocalObjects(folder)
     try:
         with tarfile.open(archive, "r:") as tar:

@@ -24,9 +24,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "unit")]
 from storage_faults import KILLED, FaultyObjects, no_sync  # noqa: E402
 
 from diki_ray.errors import FencedError, StorageError  # noqa: E402
-from diki_ray.store.journal import UPKEEP_LOCK  # noqa: E402
 from diki_ray.store.objects import LocalObjects, Objects  # noqa: E402
 from diki_ray.store.process import this_process  # noqa: E402
+from diki_ray.store.run_log import UPKEEP_LOCK  # noqa: E402
 from diki_ray.store.run_store import RunStore  # noqa: E402
 
 Operation = Callable[[RunStore, int], Any]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -61,8 +62,12 @@ def test_learn_run_again_add_a_task_and_share_modules(storage: Path, local_clust
     assert yaml.safe_load((storage / "runs/debug/results/config.yaml").read_text())["run"]["name"] == "debug"
     committed = digests(storage, "debug")
 
-    again = run(debug(storage))
-    assert again == first  # the stored results: nothing trained, nothing evaluated
+    # What changes neither modules nor answers leaves nothing to do: the results are those that are stored.
+    console = Console(file=io.StringIO(), width=200)
+    changed = ("evaluate.num_workers=2", "train.max_failures=7", "train.checkpoint_every_steps=9", "data.num_threads=1")
+    again = run_continual(debug(storage, *changed), console)
+    assert "nothing to train or evaluate" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert again == first
     assert digests(storage, "debug") == committed
 
     grown = run(with_my_own_folder(debug(storage), storage / "my_balloons"))

@@ -133,11 +133,11 @@ def test_a_damaged_index(
 def test_relative_storage_on_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     from diki_ray.config import load
     from diki_ray.errors import ConfigError
-    from diki_ray.runs import cluster
+    from diki_ray.runs import run_cluster
 
     config = load(ROOT / "configs" / "debug.yaml")
     with pytest.raises(ConfigError, match="would lie in the job's temporary folder and be lost"):
-        cluster._check_storage(config)
+        run_cluster._check_storage(config)
 
 
 REFUSALS = [
@@ -163,7 +163,7 @@ def test_a_cluster_that_is_not_to_be_had(
 
     from diki_ray.config import load
     from diki_ray.errors import ConfigError
-    from diki_ray.runs import cluster
+    from diki_ray.runs import run_cluster
 
     def refuse(**options: object) -> None:
         raise refusal
@@ -171,5 +171,5 @@ def test_a_cluster_that_is_not_to_be_had(
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", refuse)
     config = load(ROOT / "configs" / "debug.yaml", [override, "run.storage=/tmp/x", "data.root=/tmp/y"])
-    with pytest.raises(ConfigError, match=says), cluster.cluster(config):
+    with pytest.raises(ConfigError, match=says), run_cluster.cluster(config):
         pass

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from diki_ray.errors import CorruptError, DataError, FencedError, LeaseHeldError, StorageError, UserError
+from diki_ray.errors import CorruptError, FencedError, LeaseHeldError, StorageError, UserError
 from diki_ray.runs.store_client import NAMESPACE, RunHandle, StoreClient, actor_name
 from diki_ray.store.objects import Objects
 from diki_ray.store.run_store import RunStore
@@ -89,25 +89,24 @@ def test_a_run_through_the_actor(start, storage):
     assert RunStore.open(storage, "run").modules() == (entry,) == client.modules()
     assert client.read_module(entry.digest) == BLOB
     assert client.module_by_key("k") == BLOB
-    assert client.has_module("k")
-    assert not client.has_module("other")
     assert client.find_in_library("k") == entry.digest
+    assert client.find_in_library("other") is None
+    assert client.adopt_module("k", "aircraft") == entry
+    assert client.adopt_module("other", "aircraft") is None
     client.save_checkpoint("k2", 10, b"state", {"epoch": 1})
     assert client.load_checkpoint("k2") == (10, b"state", {"epoch": 1})
     client.drop_checkpoints("k2")
     assert client.load_checkpoint("k2") is None
     client.put_document("results.json", {"average": 0.5})
     assert client.get_document("results.json") == {"average": 0.5}
-    client.cache_put("features", BLOB)
-    assert client.cache_get("features") == BLOB
-    assert client.verify() == client.damaged_modules() == ()
-    version, _ = client.snapshot()
-    client.remove_task("aircraft")
-    assert client.snapshot() == (version + 1, ())
-    assert client.roll_back(version) == (entry,)
-    client.compact()
-    assert client.purge(dry_run=True).num_bytes == 0
+    assert client.damaged_modules() == ()
+    version, modules = client.snapshot()
+    assert (version, modules) == client.snapshot() == (entry.seq, (entry,))
+    replaced = client.commit_module("k3", "aircraft", BLOB + b"again")
+    assert client.snapshot() == (version + 1, (replaced,))
+    assert RunStore.open(storage, "run").verify() == ()
     assert client.status()["num_modules"] == 1
+    assert client.status()["driver_pid"] == os.getpid()
 
 
 def test_workers_reach_the_store_through_a_copy_of_the_client(start):
@@ -133,8 +132,8 @@ def test_workers_reach_the_store_through_a_copy_of_the_client(start):
 
 def test_errors_cross_the_actor_as_themselves(start, storage):
     client = start()
-    with pytest.raises(UserError, match="no task 'x'") as caught:
-        client.remove_task("x")
+    with pytest.raises(UserError, match="is no module key") as caught:
+        client.adopt_module("../k", "task")
     assert type(caught.value) is UserError
     entry = client.commit_module("k", "task", BLOB)
     Path(storage, "library/modules", f"{entry.digest}.safetensors").write_bytes(BLOB[:1000])
@@ -142,11 +141,6 @@ def test_errors_cross_the_actor_as_themselves(start, storage):
         client.module_by_key("k")
     assert type(caught.value) is CorruptError
     assert client.status()["corrupt_modules"] == 1
-    client.record_failure(DataError("shard 3 is empty"))
-    client.record_failure(DataError("another"))
-    failure = client.failure()
-    assert type(failure) is DataError
-    assert str(failure) == "shard 3 is empty"
     with pytest.raises(ValueError, match="not JSON compliant"):  # a defect of the caller: no retries, at once
         client.commit_module("nan", "task", BLOB, {"loss": float("nan")})
 
@@ -215,8 +209,8 @@ def test_an_overtaken_drivers_late_write_is_fenced_off(start, storage):
     for late in (zombie, worker):
         with pytest.raises(FencedError, match="took it over"):
             late.commit_module("late", "late", BLOB)
-        with pytest.raises(FencedError):
-            late.check()
+        with pytest.raises(FencedError, match="took it over"):  # and it knows by itself from then on
+            late.drop_checkpoints("late")
     zombie.stop()  # must not end the successor's actor
     assert successor.modules() == (kept,) == RunStore.open(storage, "run").modules()
     successor.commit_module("k2", "next", BLOB)
@@ -229,7 +223,7 @@ def test_an_idle_overtaken_driver_learns_of_it_by_its_heartbeat(start):
     while zombie._lost is None and time.monotonic() < until:
         time.sleep(0.05)
     with pytest.raises(FencedError):
-        zombie.check()
+        zombie.put_document("results.json", {})
 
 
 def test_a_killed_driver_is_followed_at_once_and_its_actor_ended(cluster, start, storage):

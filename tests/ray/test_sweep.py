@@ -174,7 +174,8 @@ def test_methods_of_every_kind_side_by_side(
             assert values[name]["last"] == pytest.approx(alone.metrics()["last"], abs=1e-6)
             assert values[name]["average"] == pytest.approx(alone.metrics()["average"], abs=1e-6)
 
-    again = swept(config, said := [], **fields)
+    elsewhere = {"evaluate.num_workers": 2, "train.max_failures": 7, "train.collective_timeout_s": 60}
+    again = swept(varied(config, elsewhere), said := [], **fields)
     assert said[0] == "known already: 4 of 4 settings"
     assert again["trials"] == document["trials"]
     assert again["modules_trained"] == 0

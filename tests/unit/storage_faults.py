@@ -4,11 +4,12 @@ import dataclasses
 import errno
 import os
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from diki_ray.errors import DiskFullError, StorageError
 from diki_ray.store.log import Holder
-from diki_ray.store.objects import LocalObjects, ObjectInfo, Objects
+from diki_ray.store.objects import LocalObjects, ObjectInfo, Objects, Writer
 from diki_ray.store.process import this_process
 from diki_ray.store.run_store import RunStore
 
@@ -58,8 +59,11 @@ class FaultyObjects(Objects):
         for path in paths:
             self._change(path, b"", lambda path=path: self._inner.delete([path]))
 
-    def get(self, path: str) -> bytes | None:
-        return self._inner.get(path)
+    def get(self, path: str, start: int = 0, stop: int | None = None) -> bytes | None:
+        return self._inner.get(path, start, stop)
+
+    def open_writer(self, path: str) -> AbstractContextManager[Writer]:
+        return self._inner.open_writer(path)
 
     def list(self, prefix: str) -> tuple[ObjectInfo, ...]:
         return self._inner.list(prefix)

@@ -322,7 +322,9 @@ def test_a_service_asks_for_a_token_from_a_secret_and_only_named_clients_reach_i
         assert {"name": "serve", "containerPort": 8000} in container["ports"], name
     (policy,) = of_kind(overlay, "NetworkPolicy")
     who = [rule["from"] for rule in policy["spec"]["ingress"] if {"port": 8000} in rule.get("ports", [])]
-    labels = [peer["podSelector"]["matchLabels"] for (peer,) in who]
+    monitoring = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+    assert who.count([monitoring]) == 1  # Prometheus, with the token
+    labels = [peer["podSelector"]["matchLabels"] for (peer,) in who if peer != monitoring]
     assert labels == [{"diki-client": "true"}, {"app.kubernetes.io/name": "kuberay-operator"}]
 
 

@@ -11,16 +11,18 @@ import time
 import urllib.parse
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import jsonschema
 import pytest
 import yaml
-from cluster_overlays import ROOT, configuration_of, of_kind, ray_cluster, tool
-from prometheus_client import Counter, Gauge, generate_latest, start_http_server
+from cluster_overlays import ROOT, SERVE_OVERLAYS, configuration_of, of_kind, ray_cluster, tool
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, start_http_server
 from ray.dashboard.modules.metrics import dashboards as ray_dashboards
 
 from diki_ray import config
 from diki_ray.runs.telemetry import Telemetry
+from diki_ray.serving.metrics import Metrics, together
 
 PROMETHEUS = ROOT / "cluster" / "prometheus"
 ALERTS = yaml.safe_load((PROMETHEUS / "rules.yaml").read_text())["spec"]
@@ -44,8 +46,35 @@ def observed():
     return telemetry.registry
 
 
+class Served:
+    """Collects what two replicas of a server tell, in which everything has happened once."""
+
+    def __init__(self):
+        cache = SimpleNamespace(num_bytes=1)
+        snapshots = SimpleNamespace(
+            settings=SimpleNamespace(run="debug"),
+            current=SimpleNamespace(version=3, tasks=("warm",)),
+            class_features=SimpleNamespace(kept=cache, passing=cache),
+            stale_since=None,
+            failures=1,
+        )
+        self.metrics = Metrics(snapshots)
+        for series in vars(self.metrics).values():
+            if isinstance(series, Counter | Gauge | Histogram):
+                self.count(series.labels(*("x" for _ in series._labelnames)) if series._labelnames else series)
+
+    @staticmethod
+    def count(series):
+        series.observe(1) if isinstance(series, Histogram) else series.inc()
+
+    def collect(self):
+        return together({"a": self.metrics.collected(), "b": self.metrics.collected()})
+
+
 def test_every_metric_in_alerts_and_dashboard_exists():
-    ours = {sample.name for family in observed().collect() for sample in family.samples}
+    ours = {
+        sample.name for source in (observed(), Served()) for family in source.collect() for sample in family.samples
+    }
     rules = [rule["expr"] for group in ALERTS["groups"] for rule in group["rules"]]
     variables = [v["query"]["query"] for v in DASHBOARD["templating"]["list"] if v["type"] == "query"]
     text = "\n".join([*rules, *variables, *QUERIES.values()])
@@ -59,7 +88,7 @@ def test_every_metric_in_alerts_and_dashboard_exists():
     assert {name for name in re.findall(r"\bray_node\w+", text) if name not in rays} == set()
 
 
-@pytest.mark.parametrize("file", ["pod-monitor.yaml", "rules.yaml"])
+@pytest.mark.parametrize("file", ["pod-monitor.yaml", "pod-monitor-serve.yaml", "rules.yaml"])
 def test_what_to_scrape_and_the_alerts_are_what_the_prometheus_operator_takes(file):
     schemas = json.loads(lzma.decompress((ROOT / "tests/prometheus_operator/types.json.xz").read_bytes()))
     thing = yaml.safe_load((PROMETHEUS / file).read_text())
@@ -89,6 +118,21 @@ def test_every_port_that_prometheus_scrapes_is_open_to_it():
     assert served.linger_s >= 2 * float(monitor["spec"]["podMetricsEndpoints"][-1]["interval"].removesuffix("s"))
 
 
+@pytest.mark.parametrize("overlay", SERVE_OVERLAYS)
+def test_the_server_lets_prometheus_in_with_the_token_that_it_asks_for(overlay):
+    (endpoint,) = yaml.safe_load((PROMETHEUS / "pod-monitor-serve.yaml").read_text())["spec"]["podMetricsEndpoints"]
+    (service,) = of_kind(overlay, "RayService")
+    (policy,) = of_kind(overlay, "NetworkPolicy")
+    scraped = [rule for rule in policy["spec"]["ingress"] if "monitoring" in json.dumps(rule["from"])]
+    cluster = service["spec"]["rayClusterConfig"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        container = group["template"]["spec"]["containers"][0]
+        ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+        assert {"port": ports[endpoint["port"]]} in [port for rule in scraped for port in rule["ports"]]
+        (token,) = [e["valueFrom"]["secretKeyRef"] for e in container["env"] if e["name"] == "DIKI_SERVE_TOKEN"]
+        assert token == endpoint["authorization"]["credentials"]
+
+
 @pytest.fixture
 def alerts(tmp_path):
     """A folder with the alert rules as Prometheus itself reads them."""
@@ -115,12 +159,15 @@ def test_metrics_keep_to_the_conventions_of_prometheus():
 
 @pytest.fixture
 def prometheus(alerts):
-    """Asks a Prometheus that scrapes a run's metrics each second: query -> list of series."""
-    server, thread = start_http_server(0, "127.0.0.1", observed())
+    """Asks a Prometheus that scrapes a run's and a server's metrics each second: query -> list of series."""
+    served = CollectorRegistry(auto_describe=False)
+    served.register(Served())
+    servers = [start_http_server(0, "127.0.0.1", registry) for registry in (observed(), served)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    target = {"targets": [f"127.0.0.1:{server.server_port}"], "labels": {"ray_io_cluster": "diki"}}
+    addresses = [f"127.0.0.1:{server.server_port}" for server, _ in servers]
+    target = {"targets": addresses, "labels": {"ray_io_cluster": "diki"}}
     settings = {
         "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
         "rule_files": ["groups.yaml"],
@@ -138,7 +185,8 @@ def prometheus(alerts):
 
     def ready():
         try:
-            return len(ask("query", query="count_over_time(diki_up[1m]) >= 2")["result"]) == 1
+            twice = 'count_over_time({__name__=~"diki_up|diki_serve_tasks"}[1m]) >= 2'
+            return len(ask("query", query=twice)["result"]) == 3  # the run, and two replicas
         except OSError:
             return False
 
@@ -148,9 +196,10 @@ def prometheus(alerts):
     finally:
         process.terminate()
         process.wait(timeout=20)
-        server.shutdown()
-        server.server_close()
-        thread.join()
+        for server, thread in servers:
+            server.shutdown()
+            server.server_close()
+            thread.join()
 
 
 def wait_for(condition, explanation, seconds=60):

@@ -18,8 +18,8 @@ def test_the_configuration_reference_is_what_the_types_give() -> None:
 
 def test_the_reference_has_each_fields_type_bounds_default_and_meaning() -> None:
     page = (DOCS / "configuration.md").read_text()
-    assert "| `num_streams` | whole number, ≥ 1 | `24` | Virtual streams; any number of workers up to it reads" in page
-    assert "| `take_over` | true, false | `false` | True: take the run from another driver" in page
+    assert "| `num_streams` | whole number, ≥ 1 | `24` | modules | Virtual streams; any number of workers up" in page
+    assert "| `take_over` | true, false | `false` | nothing | True: take the run from another driver" in page
     for title in ("### `train`", "### `evaluate`", "## A sweep", "## A server"):
         assert f"\n{title}\n" in page
 

@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
 
-from diki_ray.data import index as index_module
-from diki_ray.data.index import DatasetIndex, Shard, Split, read_bytes, scheme_of, write_bytes
+from diki_ray.data.index import DatasetIndex, Shard, Split
 from diki_ray.errors import DataError, StorageError
+from diki_ray.store.files import read_bytes, scheme_of, write_bytes
 
 SHA = "ab" * 32
 
@@ -136,8 +137,8 @@ def test_a_write_is_whole_or_not_at_all(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(index_module.os, "fsync", full)
-    with pytest.raises(StorageError, match="No space left"):
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match="no space left"):
         write_bytes(target, b"new")
     assert read_bytes(target) == b"old"
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["x"]

@@ -180,7 +180,8 @@ class TestModules:
         assert adopted is not None
         assert (adopted.digest, adopted.task) == (entry.digest, "its own name for it")
         assert two.module_by_key("k") == BLOB
-        assert two.has_module("k")
+        assert two.modules() == (adopted,)
+        assert two.damaged_modules() == ()
 
     def test_a_task_under_another_key_is_replaced_in_its_place(self, objects):
         store, epoch = held(objects)
@@ -241,7 +242,7 @@ class TestModules:
         with pytest.raises(StorageError, match=f"{entry.digest}.*run the job again") as caught:
             store.read_module(entry.digest)
         assert isinstance(caught.value, CorruptError) == (how != "missing")
-        assert not store.has_module("k")
+        assert store.find_in_library("k") is None
         assert store.damaged_modules() == (entry,)
         assert store.adopt_module(epoch, "k", "task") is None
         assert (store.corrupt_modules > 0) == (how != "missing")

@@ -7,6 +7,7 @@ import pytest
 from storage_faults import BLOB, FaultyObjects, damage, elsewhere, held
 
 from diki_ray.errors import CorruptError, StorageError, UserError
+from diki_ray.store.caches import Cache
 from diki_ray.store.log import Entry, replay, seal
 from diki_ray.store.run_store import RunStore
 
@@ -152,13 +153,14 @@ class TestDocumentsAndCache:
             store.get_document("../../library/keys/k.json")
 
     def test_a_damaged_cache_is_no_cache(self, disk):
-        store, _ = held(disk)
-        assert store.cache_get("features-abc") is None
-        store.cache_put("features-abc", BLOB)
-        assert store.cache_get("features-abc") == BLOB
-        assert RunStore(disk, "another-run").cache_get("features-abc") == BLOB
+        cache = Cache.open(disk.uri)
+        assert cache.get("features-abc") is None
+        cache.put("features-abc", BLOB)
+        assert cache.get("features-abc") == BLOB == Cache(disk).get("features-abc")
+        with pytest.raises(UserError, match="no object name"):
+            cache.put("../library/keys/k.json", BLOB)
         damage(Path(disk.uri, "cache/features-abc"))
-        assert store.cache_get("features-abc") is None
+        assert cache.get("features-abc") is None
 
     def test_a_damaged_document_is_said(self, disk):
         store, epoch = held(disk)

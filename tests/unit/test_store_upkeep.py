@@ -10,6 +10,7 @@ import pytest
 from storage_faults import BLOB, damage, elsewhere, held
 
 from diki_ray.errors import CorruptError, FencedError, LeaseHeldError, UserError
+from diki_ray.store.caches import Cache
 from diki_ray.store.objects import Objects
 from diki_ray.store.run_store import RunStore
 
@@ -128,7 +129,7 @@ class TestMoving:
         store.remove_task(epoch, "removed")
         store.save_checkpoint(epoch, "k-c", 10, b"in training")
         store.put_document(epoch, "results.json", {"average": 0.5})
-        store.cache_put("features", BLOB)
+        Cache(objects).put("features", BLOB)
         store.compact(epoch)
         store.release(epoch)
         return store
@@ -144,7 +145,7 @@ class TestMoving:
         assert moved.verify() == ()
         assert moved.load_checkpoint("k-c") == (10, b"in training", {})
         assert moved.get_document("results.json") == {"average": 0.5}
-        assert moved.cache_get("features") is None
+        assert Cache(moved.objects).get("features") is None
         assert RunStore.import_(str(tmp_path / "new"), "run", path).state == store.state
         epoch = moved.acquire(elsewhere())
         assert moved.commit_module(epoch, "k-c", "c", b"c").seq == store.version + 2

@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from diki_ray.data.index import DatasetIndex, delete
+from diki_ray.data.index import DatasetIndex
 from diki_ray.data.order import EpochOrder, PlannedBatch, plan_epoch, streams_of
 from diki_ray.data.shards import Sample, SkipLedger, write_split
 from diki_ray.data.stream import Batch, TrainStream, eval_batches
 from diki_ray.errors import DataError, StorageError
+from diki_ray.store.files import delete
 
 WORKERS = (1, 2, 3, 4, 8, 24)
 NUM_SAMPLES = 97

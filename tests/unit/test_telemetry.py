@@ -17,8 +17,8 @@ from sample_results import sample_results
 
 from diki_ray.config import Config, parse
 from diki_ray.errors import ConfigError, StorageError
-from diki_ray.runs.store_client import StoreClient
-from diki_ray.runs.telemetry import MAX_PAIRED_TASKS, Telemetry, serving
+from diki_ray.runs.telemetry import MAX_PAIRED_TASKS, Telemetry, exporting
+from diki_ray.store.interface import HeldRun
 
 NAMES = ["digits", "neon", "mist"]
 
@@ -65,8 +65,8 @@ class FakeStore:
         return [SimpleNamespace(key=name) for name in [*NAMES, "another run's"][: self.tasks]]
 
 
-def as_store(fake: FakeStore) -> StoreClient:
-    return cast(StoreClient, fake)
+def as_store(fake: FakeStore) -> HeldRun:
+    return cast(HeldRun, fake)
 
 
 def step(task: str, step: int, **more: Any) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def step(task: str, step: int, **more: Any) -> dict[str, Any]:
 
 def test_metrics_are_served_while_the_run_goes_on() -> None:
     port = free_port()
-    with serving(config(port), "own/image") as telemetry:
+    with exporting(config(port), "own/image") as telemetry:
         telemetry.phase.state("train")
         page = get(port)
         assert 'diki_run_info{config_digest="' in page
@@ -112,7 +112,7 @@ def test_the_last_values_linger_for_a_last_scrape() -> None:
                 return
             time.sleep(0.02)
 
-    with serving(config(port, linger_s=1.0), "own/image"):
+    with exporting(config(port, linger_s=1.0), "own/image"):
         thread = threading.Thread(target=scrape_when_up_is_zero)
         thread.start()
     thread.join()
@@ -121,18 +121,18 @@ def test_the_last_values_linger_for_a_last_scrape() -> None:
 
 def test_a_failed_run_says_so_and_frees_the_port() -> None:
     port = free_port()
-    run = serving(config(port), "own/image")
+    run = exporting(config(port), "own/image")
     telemetry = run.__enter__()
     error = ValueError("broken")
     assert not run.__exit__(type(error), error, None)
     assert read(telemetry, "diki_phase", diki_phase="failed") == 1
-    with serving(config(port), "own/image"):  # the port is free at once
+    with exporting(config(port), "own/image"):  # the port is free at once
         assert "diki_up 1.0" in get(port)
 
 
 def test_an_interrupted_run_does_not_linger() -> None:
     started = time.monotonic()
-    with pytest.raises(KeyboardInterrupt), serving(config(free_port(), linger_s=60.0), "own/image"):
+    with pytest.raises(KeyboardInterrupt), exporting(config(free_port(), linger_s=60.0), "own/image"):
         raise KeyboardInterrupt
     assert time.monotonic() - started < 10
 
@@ -141,13 +141,13 @@ def test_a_taken_port_and_a_host_of_another_machine_are_one_sentence() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(ConfigError, match=rf"telemetry\.port={port}.*choose a free port"):
-            serving(config(port), "own/image").__enter__()
+            exporting(config(port), "own/image").__enter__()
     with pytest.raises(ConfigError, match=r"metrics cannot be served on 192\.0\.2\.1"):
-        serving(config(free_port(), host="192.0.2.1"), "own/image").__enter__()
+        exporting(config(free_port(), host="192.0.2.1"), "own/image").__enter__()
 
 
 def test_without_a_port_nothing_listens_and_values_are_kept() -> None:
-    with serving(config(), "own/image") as telemetry:
+    with exporting(config(), "own/image") as telemetry:
         telemetry.on_event(step("digits", 2))
         assert read(telemetry, "diki_train_loss", task="digits") == 1.0
 

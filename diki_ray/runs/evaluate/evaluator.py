@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import ray
@@ -46,7 +46,8 @@ from diki_ray.runs.plan import (
     precision_of,
     with_absolute_paths,
 )
-from diki_ray.runs.store_client import StoreClient
+from diki_ray.store import caches
+from diki_ray.store.interface import HeldRun
 
 BATCHES_PER_UNIT = 2
 
@@ -102,14 +103,6 @@ class Evaluation:
     zero_shot_predictions: tuple[Prediction, ...]
     predictions: tuple[tuple[Prediction, ...], ...]
     """[test set][tasks learnt − 1]"""
-
-
-class CacheStore(Protocol):
-    """Where derived arrays are kept: the store client's methods, or those of a store opened without a cluster."""
-
-    def cache_get(self, name: str) -> bytes | None: ...
-
-    def cache_put(self, name: str, data: bytes) -> None: ...
 
 
 class Evaluating:
@@ -201,7 +194,7 @@ EvalWorker: Any = ray.remote(max_restarts=3, max_task_retries=3)(Evaluating)
 
 
 def evaluate(
-    plan: Plan, store: StoreClient, on_progress: Callable[[int, int], None] = lambda done, total: None
+    plan: Plan, store: HeldRun, on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> tuple[Evaluation, dict[str, Any]]:
     """The accuracy matrix of the plan's stream from the committed modules, and notes about how it was made.
 
@@ -213,8 +206,8 @@ def evaluate(
     config, tasks = plan.config, plan.tasks
     entries = {entry.key: entry for entry in store.modules()}
     digests = [entries[t.key].digest for t in tasks]
-    caches = [Cache(plan, store, j, digests) for j in range(len(tasks))]
-    known = [cache.load() for cache in caches]
+    kept = [Cache(plan, caches.Cache.open(store.storage), j, digests) for j in range(len(tasks))]
+    known = [cache.load() for cache in kept]
     num_batches = [num_batches_of(config, t) for t in tasks]
     use_gpu = device_of(config) == "cuda"
     worker = EvalWorker.options(num_cpus=config.evaluate.cpus_per_worker, num_gpus=1 if use_gpu else 0)
@@ -233,7 +226,7 @@ def evaluate(
         for w in workers:
             ray.kill(w)
     test_sets = [Part.joined(p) for p in parts]
-    for j, cache in enumerate(caches):
+    for j, cache in enumerate(kept):
         cache.save(test_sets[j])
     notes = {"text_feature_error": error, "text_grid": config.evaluate.text_grid}
     return accuracy_of(config, tasks, test_sets), notes
@@ -299,7 +292,7 @@ def num_batches_of(config: Config, task: PlannedTask, split: str = "test") -> in
 class Cache:
     """What earlier evaluations computed of one split: features by data, answers by modules and calibration."""
 
-    def __init__(self, plan: Plan, store: CacheStore, task: int, digests: Sequence[str], split: str = "test"):
+    def __init__(self, plan: Plan, store: caches.Cache, task: int, digests: Sequence[str], split: str = "test"):
         config, self.store, self.digests = plan.config, store, list(digests)
         self.answering = METHODS[config.method.name].answering
         self.num_blocks = len(block_tasks(config.evaluate.label_space, task, len(plan.tasks)))
@@ -324,12 +317,12 @@ class Cache:
     def load(self) -> Part | None:
         """The known features, with the answers known for the modules of this stream; None when nothing is."""
         self._loaded: np.ndarray | None = None
-        blob = self.store.cache_get(self.features_name)
+        blob = self.store.get(self.features_name)
         if blob is None:
             return None
         header, arrays = read_tensors(blob)
         answers = Answers.empty(arrays["labels"], len(self.digests), self.num_blocks, self.answering)
-        if (blob := self.store.cache_get(self.answers_name)) is not None:
+        if (blob := self.store.get(self.answers_name)) is not None:
             known, columns = read_tensors(blob)
             for name in ("answered", "best_logit", "best_class", "log_sum"):
                 here, there = vars(answers)[name], columns[name]
@@ -347,9 +340,9 @@ class Cache:
             return
         header = {"batches": part.batches, "counts": part.counts, "keys": part.keys, "skipped": part.skipped}
         arrays = {"features": part.features, "labels": part.answers.labels}
-        self.store.cache_put(self.features_name, write_tensors(header, arrays))
+        self.store.put(self.features_name, write_tensors(header, arrays))
         columns = {name: vars(part.answers)[name] for name in ("answered", "best_logit", "best_class", "log_sum")}
-        self.store.cache_put(self.answers_name, write_tensors({"digests": self.digests}, columns))
+        self.store.put(self.answers_name, write_tensors({"digests": self.digests}, columns))
 
 
 def _digest(value: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ from diki_ray.runs.evaluate.evaluator import Cache, Evaluating, Part, num_batche
 from diki_ray.runs.plan import Plan, PlannedTask, answered_along, is_sequential, load_backbone, make_plan
 from diki_ray.runs.results import protocol_id
 from diki_ray.runs.stored_run import check_backbone, config_of, open_learnt
+from diki_ray.store import caches
 from diki_ray.store.run_store import RunStore
 
 
@@ -165,7 +166,7 @@ def _answers(
     parts = []
     for j, task in enumerate(plan.tasks):
         on_progress(task.name)
-        cache = Cache(plan, store, j, digests, asked.split) if asked.cache else None
+        cache = Cache(plan, caches.Cache(store.objects), j, digests, asked.split) if asked.cache else None
         known = cache.load() if cache else None
         part = evaluating.evaluate(j, range(num_batches_of(plan.config, task, asked.split)), known)
         if not len(part.answers.labels):

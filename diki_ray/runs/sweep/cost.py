@@ -15,7 +15,7 @@ from diki_ray.learning.methods import METHODS
 from diki_ray.learning.module import TaskModule
 from diki_ray.runs.evaluate.evaluator import Evaluating
 from diki_ray.runs.plan import Plan
-from diki_ray.store.run_store import RunStore
+from diki_ray.store.library import Library
 
 MAX_IMAGES, REPETITIONS = 32, 3
 """Of each task, and passes over them, for the last of them."""
@@ -34,14 +34,14 @@ def cost_of(streams: Sequence[Stream], evaluate_s: float, split: str) -> dict[st
     Training is what was measured when a module was trained, by whichever setting; None where that is not known.
     evaluate_s: seconds for one order, without what earlier evaluations had computed already.
     """
-    store = RunStore.open(streams[0].plan.config.run.storage, "library")
+    library = Library.open(streams[0].plan.config.run.storage)
     plan, digests = streams[-1]
-    blobs = [store.read_module(digest) for digest in digests]
+    blobs = [library.read(digest) for digest in digests]
     is_trained = METHODS[plan.config.method.name].is_trained
     sizes = [
         sum(p.size for name, p in TaskModule.from_bytes(blob).parameters.items() if is_trained(name)) for blob in blobs
     ]
-    records = [store.library.find(task.key) for stream in streams for task in stream.plan.tasks]
+    records = [library.find(task.key) for stream in streams for task in stream.plan.tasks]
     trained = [r.metadata.get("cost") if r is not None else None for r in records]
     known = [c for c in trained if c is not None] if all(trained) else []
     return {
@@ -60,8 +60,8 @@ def images_per_s(stream: Stream, split: str) -> float:
     pass, logits. Batches of one task each; the best of a few passes, after one in which tables of class features were
     filled."""
     plan, digests = stream
-    store = RunStore.open(plan.config.run.storage, "library")
-    evaluating = Evaluating(plan.config, plan.tasks, digests, store.read_module, split)
+    library = Library.open(plan.config.run.storage)
+    evaluating = Evaluating(plan.config, plan.tasks, digests, library.read, split)
     predictor, num_tasks = evaluating.predictor, len(plan.tasks)
     batches = []
     for j, task in enumerate(plan.tasks):

@@ -47,7 +47,9 @@ from diki_ray.runs.sweep.cost import Stream, cost_of
 from diki_ray.runs.train.faults import injected_faults
 from diki_ray.runs.train.group import train
 from diki_ray.runs.train.worker import TaskWorker
-from diki_ray.store.run_store import RunStore
+from diki_ray.store import caches
+from diki_ray.store.interface import HeldRun
+from diki_ray.store.library import Library
 
 METRICS = ("transfer", "average", "last", "forgetting", "zero_shot", "weight_auroc")
 WAIT_S = 2.0
@@ -131,7 +133,7 @@ def modules_of(plan: Plan, epochs: Epochs | None = None) -> list[str]:
     """The digests of the plan's modules in the library, trained here if nobody has or is about to."""
     replayed: set[str] = set()
     while True:
-        library = RunStore.open(plan.config.run.storage, "library").library
+        library = Library.open(plan.config.run.storage)
         found = [library.find_intact(task.key) for task in plan.tasks]
         for task, record in zip(plan.tasks, found, strict=True):
             if epochs is not None and record is not None and task.key not in replayed:
@@ -160,7 +162,7 @@ def lease_of(plan: Plan) -> str:
     return f"modules-{digest(shared_by_keys(plan.config, plan.backbone_digest))[:16]}"
 
 
-def _train(plan: Plan, missing: Sequence[PlannedTask], store: StoreClient) -> None:
+def _train(plan: Plan, missing: Sequence[PlannedTask], store: HeldRun) -> None:
     config = plan.config
     if config.train.num_workers > 1 or config.schedule.concurrent_tasks > 1:
         if missing:
@@ -262,11 +264,11 @@ def by_indexing(
 
 def _tables(plan: Plan, digests: Sequence[str], orders: Sequence[Sequence[int]], split: str) -> list[Part]:
     """For each task the answers of its split under every route that one of the orders takes."""
-    store = RunStore.open(plan.config.run.storage, "library")
-    evaluating = Evaluating(plan.config, plan.tasks, digests, store.read_module, split, orders)
+    storage = plan.config.run.storage
+    evaluating = Evaluating(plan.config, plan.tasks, digests, Library.open(storage).read, split, orders)
     parts = []
     for j, task in enumerate(plan.tasks):
-        cache = Cache(plan, store, j, digests, split)
+        cache = Cache(plan, caches.Cache.open(storage), j, digests, split)
         part = evaluating.evaluate(j, range(num_batches_of(plan.config, task, split)), cache.load())
         cache.save(part)
         parts.append(part)

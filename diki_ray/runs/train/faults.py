@@ -22,14 +22,14 @@ from typing import Any
 
 from diki_ray.data.stream import Batch
 from diki_ray.learning.collective import rank
-from diki_ray.runs.store_client import StoreClient
 from diki_ray.runs.train.observers import Observer, Training
+from diki_ray.store.interface import HeldRun
 
 VARIABLE = "DIKI_FAULTS"
 _FOR_EVER_S = 3600.0
 
 
-def injected_faults(store: StoreClient) -> Sequence[Observer]:
+def injected_faults(store: HeldRun) -> Sequence[Observer]:
     """The observer that brings this process's faults; none without the variable, as in every run but a test's."""
     path = os.environ.get(VARIABLE)
     return (Faults(store, Path(path)),) if path else ()
@@ -38,7 +38,7 @@ def injected_faults(store: StoreClient) -> Sequence[Observer]:
 class Faults(Observer):
     """Strikes at the points of a file's faults."""
 
-    def __init__(self, store: StoreClient, file: Path):
+    def __init__(self, store: HeldRun, file: Path):
         self.store = store
         self.folder = file.parent
         self.faults: list[dict[str, Any]] = json.loads(file.read_text())
@@ -87,7 +87,7 @@ class Faults(Observer):
         victims = {
             "kill-worker": os.getpid,
             "kill-store": lambda: self.store.status()["pid"],
-            "kill-driver": lambda: self.store.handle.holder.pid,
+            "kill-driver": lambda: self.store.status()["driver_pid"],
             "kill-node": os.getppid,
         }
         os.kill(victims[kind](), signal.SIGKILL)

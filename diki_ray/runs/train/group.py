@@ -28,15 +28,15 @@ from diki_ray.runs.plan import (
     precision_of,
     with_absolute_paths,
 )
-from diki_ray.runs.store_client import StoreClient
 from diki_ray.runs.train.faults import injected_faults
 from diki_ray.runs.train.worker import TaskWorker
+from diki_ray.store.interface import HeldRun
 
 FAILURE = "failure.json"
 """The document in which a worker tells the driver what the user can put right."""
 
 
-def train(config: Config, pending: Sequence[PlannedTask], store: StoreClient) -> None:
+def train(config: Config, pending: Sequence[PlannedTask], store: HeldRun) -> None:
     """Trains the pending tasks and commits each module; returns when all are committed.
 
     With `schedule.concurrent_tasks` the tasks are shared out to worker groups that run side by side, as many as the
@@ -92,7 +92,7 @@ def _num_groups(config: Config) -> int:
     return max(1, min(config.schedule.concurrent_tasks, int(room)))
 
 
-def _train_group(config: Config, pending: Sequence[PlannedTask], store: StoreClient) -> None:
+def _train_group(config: Config, pending: Sequence[PlannedTask], store: HeldRun) -> None:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -110,7 +110,7 @@ def _train_group(config: Config, pending: Sequence[PlannedTask], store: StoreCli
         run_config=ray.train.RunConfig(
             # A name of its own every time: a used one would make Ray restore its manifest of the earlier attempt.
             name=f"{config.run.name}-{attempt}",
-            storage_path=f"{store.handle.storage}/ray",
+            storage_path=f"{store.storage}/ray",
             failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures),
         ),
     )
@@ -154,12 +154,12 @@ def train_tasks(loop: dict[str, Any]) -> None:
             raise
 
 
-def _failure(store: StoreClient, attempt: str) -> dict[str, str] | None:
+def _failure(store: HeldRun, attempt: str) -> dict[str, str] | None:
     said = store.get_document(FAILURE)
     return said if said and said["attempt"] == attempt else None
 
 
-def _raise_what_a_worker_said(store: StoreClient, attempt: str) -> None:
+def _raise_what_a_worker_said(store: HeldRun, attempt: str) -> None:
     if (said := _failure(store, attempt)) is not None:
         raise getattr(errors, said["kind"], UserError)(said["message"])
 

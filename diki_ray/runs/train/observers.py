@@ -15,7 +15,7 @@ from diki_ray.data.stream import Batch
 from diki_ray.learning.collective import rank, sum_over_ranks
 from diki_ray.learning.task_trainer import TaskTrainer
 from diki_ray.runs.plan import PlannedTask
-from diki_ray.runs.store_client import StoreClient
+from diki_ray.store.interface import HeldRun
 
 REPORT_EVERY_S = 0.5
 
@@ -138,7 +138,7 @@ def _ledger_entry(epoch: int, step: int, position: int) -> int:
 class ProgressReports(Observer):
     """Tells the driver, through the store, now and then where an epoch stands, and how each one ended; rank 0 only."""
 
-    def __init__(self, store: StoreClient):
+    def __init__(self, store: HeldRun):
         self._store = store
 
     def before_epoch(self, training: Training, epoch: int) -> None:

@@ -28,11 +28,11 @@ from diki_ray.learning.methods import Method
 from diki_ray.learning.module import TaskModule, read_tensors, write_tensors
 from diki_ray.learning.task_trainer import TaskTrainer
 from diki_ray.runs.plan import PlannedTask, recipe_of
-from diki_ray.runs.store_client import StoreClient
 from diki_ray.runs.train.assembly import assembled
 from diki_ray.runs.train.cost import Cost, CostMeter, merged
 from diki_ray.runs.train.observers import ConsumedSamples, Observer, Observers, ProgressReports, Training
 from diki_ray.runs.train.task_data import TaskData
+from diki_ray.store.interface import HeldRun
 
 DRAIN_CHECK_EVERY_STEPS = 4
 """Asking whether a node is to be taken away waits for every rank; the notice comes half a minute ahead or more."""
@@ -45,7 +45,7 @@ class TaskWorker:
 
     config: Config
     method: Method
-    store: StoreClient
+    store: HeldRun
     observers: Sequence[Observer] = ()
     """Told of every task, after the ledger of consumed samples and the progress reports."""
     draining: Callable[[], bool] = lambda: False

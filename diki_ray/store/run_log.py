@@ -41,7 +41,7 @@ _POLL_S = 0.5
 
 
 class RunLog:
-    """One run's log. `state` is what has been read so far; `damaged` names what could not be read (salvage only)."""
+    """The log of one run on storage: `state` is what was read so far, `damaged` names what a salvage passed over."""
 
     def __init__(self, objects: Objects, run: str, salvage: bool = False) -> None:
         self.objects = objects
@@ -62,7 +62,7 @@ class RunLog:
         return self.state
 
     def entries(self, first: int, last: int) -> list[Entry]:
-        """Entries first … last, checksums verified; CorruptError for a missing one, as numbers have no gaps."""
+        """Return entries first … last, verified; CorruptError for a missing one, as numbers have no gaps."""
         numbers = range(first, last + 1)
         if not numbers:
             return []
@@ -80,13 +80,13 @@ class RunLog:
         return entries
 
     def state_at(self, seq: int) -> State:
-        """What the run was after entry `seq`."""
+        """Return what the run was after entry `seq`."""
         if not 0 <= seq <= self.state.seq:
             raise UserError(f"run {self.run!r} has entries 1 to {self.state.seq}, there is no {seq}")
         return replay(self.entries(1, seq))
 
     def require(self, epoch: int) -> None:
-        """FencedError unless `epoch` holds the run, as far as the log has been read."""
+        """Raise FencedError unless `epoch` holds the run, as far as the log has been read."""
         if self.state.lease is None or self.state.epoch != epoch:
             raise self._fenced()
 
@@ -133,7 +133,7 @@ class RunLog:
         raise StorageError(f"{self.objects.uri}: the lease of run {self.run!r} can neither be made nor read")
 
     def resume(self, holder: Holder) -> int:
-        """The epoch `holder` has already; FencedError when it lost it, StorageError when it never had it here."""
+        """Return the epoch `holder` has already; FencedError when it lost it, StorageError if it never had it here."""
         state = self.refresh()
         if holder.token not in state.tokens:
             raise StorageError(
@@ -157,7 +157,7 @@ class RunLog:
             self.append(epoch, "release", lambda state: False)
 
     def take_snapshot(self) -> int:
-        """Write the state down so that opening need not read the log before it; the number of its last entry."""
+        """Write the state down, so that opening need not read the log before it; return its last entry's number."""
         state = self.state
         self.objects.put(f"{self.folder}/snapshots/{state.seq:08d}.json", encode_state(state))
         old = [info.path for info in self.objects.list(f"{self.folder}/snapshots")][:-_KEPT_SNAPSHOTS]
@@ -165,7 +165,7 @@ class RunLog:
         return state.seq
 
     def problems(self) -> list[tuple[str, str]]:
-        """(path, what is wrong) of each entry or snapshot that is damaged, missing or without effect."""
+        """Return (path, what is wrong) of each entry or snapshot that is damaged, missing or without effect."""
         found = [
             (path, "a damaged snapshot: the log is read instead") for path in self.damaged if "/snapshots/" in path
         ]
@@ -185,7 +185,7 @@ class RunLog:
         return f"{self.folder}/log/{seq:08d}.json"
 
     def seconds_held(self) -> float:
-        """For how long the run is still held, as far as can be seen from here; 0 when nobody holds it."""
+        """Return for how long the run is still held, as far as can be seen from here; 0 when nobody holds it."""
         lease = self.state.lease
         if lease is None:
             return 0.0
