@@ -11,7 +11,8 @@ all of it is elementwise, so an image costs one linear map and one product with 
 
     q_c = log N(v; a_c, Q_t),   Q_t = b_t W_t + (1 − b_t) P,   b_t = N_t / (N_t + pooling · E)
 
-with the covariance W_t within the classes of c's own task t. What the densities are used for is in class_answers.py.
+with W_t = S_w(t) / N_t of c's own task t. It is not shrunk: what it lacks P gives it, and shrunk towards a multiple of
+the identity it chose worse (docs/methods.md). What the densities are used for is in class_answers.py.
 
 The model is a function of the set of tasks learnt: sums over tasks are exact and rows are in the order of the tasks'
 keys, so the order of learning changes no bit, and a task taken out leaves the bits of never having had it.
@@ -31,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diki_ray.errors import DataError
+from diki_ray.errors import ConfigError, DataError
 from diki_ray.learning.class_moments import ClassMoments
 from diki_ray.learning.moments import Moments
 
@@ -49,9 +50,9 @@ class ClassConstants:
     own_covariance: share of q_c (the task's own covariance) beside ℓ_c (the pooled one) where tasks are compared.
     zero_shot_between: of the zero-shot logits, where tasks and classes not learnt are compared.
     zero_shot_within: of the zero-shot logits, among the classes of one task.
-    pooling: images for each dimension at which a task's own covariance counts as much as the pooled one.
+    pooling: images for each dimension at which a task's own covariance counts as much as the pooled one; above 0.
     sharpness: factor of all scores of a softmax over them; below 1 it makes confidences milder, it changes no answer.
-    covariance_eps: added to the diagonal of every covariance within classes.
+    covariance_eps: added to the diagonal of the pooled covariance.
     """
 
     own_covariance: float = 0.2
@@ -60,6 +61,14 @@ class ClassConstants:
     pooling: float = 1.0
     sharpness: float = 1.0
     covariance_eps: float = 1e-7
+
+    def __post_init__(self) -> None:
+        if self.pooling <= 0:
+            raise ConfigError(
+                f"pooling is {self.pooling}; it has to be above 0, or few images leave a task no covariance"
+            )
+        if not 0 <= self.own_covariance <= 1:
+            raise ConfigError(f"own_covariance is {self.own_covariance}; allowed is 0 to 1")
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,20 +88,17 @@ class LearntClasses:
         """[E, E]: within the classes, or about the task's mean."""
         return self.classes.within_scatter(self.moments) if within else self.moments.scatter
 
-    def own_covariance(self, eps: float) -> Tensor:
+    def own_covariance(self) -> Tensor:
         """W_t [E, E]."""
-        return _shrunk(self.scatter(), self.moments.count, eps)
+        return torch.from_numpy(self.scatter()) / self.moments.count
 
     @cached_property
-    def _log_dets(self) -> dict[float, float]:
-        return {}
-
-    def log_det(self, eps: float) -> float:
-        """log |W_t|, computed once."""
-        if eps not in self._log_dets:
-            factor = torch.linalg.cholesky(self.own_covariance(eps))
-            self._log_dets[eps] = 2 * float(factor.diagonal().log().sum())
-        return self._log_dets[eps]
+    def log_det(self) -> float:
+        """log |W_t|; minus infinity where there are too few images for it."""
+        if self.moments.count - len(self.classes.seen) < len(self.moments.mean):
+            return -math.inf
+        factor, failed = torch.linalg.cholesky_ex(self.own_covariance())
+        return -math.inf if failed else 2 * float(factor.diagonal().log().sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,9 +259,8 @@ class ClassModel:
         """Nowhere below q_c of any image and class of the task, without its factor: log |b W + (1 − b) P| is at least
         b log |W| + (1 − b) log |P| (it is concave) and at least E log (1 − b) + log |P|."""
         b, embed_dim = self.own_share(task), len(self.centre)
-        own = self._known[task].log_det(self.constants.covariance_eps)
-        mixed = b * own + (1 - b) * self._log_det_pooled
-        least = max(mixed, self._log_det_pooled + embed_dim * math.log1p(-b)) if b < 1 else mixed
+        mixed = b * self._known[task].log_det + (1 - b) * self._log_det_pooled
+        least = max(mixed, self._log_det_pooled + embed_dim * math.log1p(-b))
         return -0.5 * (least + embed_dim * math.log(2 * math.pi))
 
     def own(self, task: int) -> OwnCovariance:
@@ -269,9 +274,8 @@ class ClassModel:
         return found
 
     def _factored(self, task: int) -> OwnCovariance:
-        eps, b = self.constants.covariance_eps, self.own_share(task)
-        learnt = self._known[task]
-        covariance = b * learnt.own_covariance(eps) + (1 - b) * self._pooled_covariance
+        learnt, b = self._known[task], self.own_share(task)
+        covariance = b * learnt.own_covariance() + (1 - b) * self._pooled_covariance
         factor = torch.linalg.cholesky(covariance)
         centre = torch.from_numpy(learnt.moments.mean)
         means = self.centre + self.means[self.task_of_row == task] @ self._from_coordinates

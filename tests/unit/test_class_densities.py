@@ -67,7 +67,7 @@ class Formulas:
         row = 0
         for key in DATA:
             b = len(DATA[key][0]) / (len(DATA[key][0]) + constants.pooling * E)
-            covariance = b * (shrunk(centred[key]) + eye) + (1 - b) * pooled
+            covariance = b * centred[key].T @ centred[key] / len(centred[key]) + (1 - b) * pooled
             pooled_of_task, own_of_task = [], []
             for mean in means[key]:
                 gain = between @ np.linalg.inv(between + pooled / counts[row])
