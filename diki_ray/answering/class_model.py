@@ -26,7 +26,7 @@ import math
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -150,6 +150,17 @@ class OwnCovariance:
         return 8 * (self.factor.numel() + self.whitened.numel())
 
 
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Learnt classes and the candidates of their names, in the order of tasks."""
+
+    row: Tensor  # int64 [P], the learnt class
+    candidate: Tensor  # int64 [P]
+    task: Tensor  # int64 [P], among the tasks that have a candidate
+    tasks: Tensor  # int64 [S], these tasks among `ClassModel.columns`
+    lengths: Tensor  # int64 [S], number of pairs of each
+
+
 class ClassModel:
     """The class densities of a set of learnt tasks. Memory: 16 R E bytes, 32 E² bytes, and up to `factor_bytes` for
     the tasks' own covariances, of which 8 E² bytes are made when an image first needs a task's (0.01 s at E = 512);
@@ -170,14 +181,16 @@ class ClassModel:
         self.constants = constants or ClassConstants()
         self._factor_bytes = factor_bytes
         self._factors: OrderedDict[int, OwnCovariance] = OrderedDict()
+        self._held_bytes = 0
+        self.pairs = lru_cache(maxsize=8)(self._pairs)
         order = sorted(range(len(tasks)), key=lambda t: tasks[t].key)
         self.columns = [t for t in order if len(tasks[t].classes.seen)]
         """The tasks that have images, as positions in `tasks`, in the order of their keys."""
         self._known = [tasks[t] for t in self.columns]
-        self.rows_of: dict[str, list[int]] = defaultdict(list)
+        self._rows_of: dict[str, list[int]] = defaultdict(list)
         self.num_classes = [len(task.classes.seen) for task in self._known]
         for row, name in enumerate(task.names[c] for task in self._known for c in task.classes.seen):
-            self.rows_of[name].append(row)
+            self._rows_of[name].append(row)
         self.task_of_row = torch.repeat_interleave(torch.tensor(self.num_classes, dtype=torch.long))
         if self._known:
             parts = map(PooledScatter.of, self._known)
@@ -210,16 +223,17 @@ class ClassModel:
         self._pooled_covariance = self._covariance_within(eps)
         pooled_factor = torch.linalg.cholesky(self._pooled_covariance)
         self._log_det_pooled = 2 * float(pooled_factor.diagonal().log().sum())
-        whitened = torch.linalg.solve_triangular(pooled_factor, (means - self.centre).T, upper=False).T
-        spread = Moments(len(whitened), np.zeros(embed_dim), (whitened.T @ whitened).numpy())
-        variances, axes = torch.linalg.eigh(_shrunk(spread.scatter, len(whitened), 0.0))
+        off_centre = means - self.centre
+        half = torch.linalg.solve_triangular(pooled_factor, off_centre.T @ off_centre, upper=False)
+        spread = torch.linalg.solve_triangular(pooled_factor, half.T, upper=False)  # of the means, where P is I
+        variances, axes = torch.linalg.eigh(_shrunk(spread.numpy(), len(means), 0.0))
         between = (variances - (1 / self.counts).mean()).clamp(min=SMALLEST_BETWEEN)  # [E]
         self._to_coordinates = torch.linalg.solve_triangular(pooled_factor.T, axes, upper=True)  # [E, E], x ↦ x @ it
         self._from_coordinates = axes.T @ pooled_factor.T
         distinct, self._kind = self.counts.unique(return_inverse=True)
         gain = between / (between + 1 / distinct[:, None])  # n B (n B + 1)⁻¹, [K, E] for K distinct counts
         variance = 1 + between * (1 - gain)  # 1 + B (n B + 1)⁻¹
-        self.means = (whitened @ axes) * gain[self._kind]  # a_c − ȳ [R, E]
+        self.means = (off_centre @ self._to_coordinates) * gain[self._kind]  # a_c − ȳ [R, E]
         self._constant = 0.5 * (embed_dim * math.log(2 * math.pi) + self._log_det_pooled)
         self._precision = 1 / variance
         self._weighted = self.means * self._precision[self._kind]
@@ -241,6 +255,20 @@ class ClassModel:
         whole = np.sum([task.scatter(within=False) for task in self._known], axis=0)
         return _shrunk(0.5 * whole, self.pooled.count, eps)
 
+    def _pairs(self, names: tuple[str, ...]) -> Pairs:
+        """The classes learnt among candidates of these names."""
+        found = sorted((row, c) for c, name in enumerate(names) for row in self._rows_of.get(name, ()))
+        return self._paired(*torch.tensor(found, dtype=torch.long).reshape(-1, 2).T)
+
+    def own_names(self) -> Pairs:
+        """Every class learnt with itself."""
+        rows = torch.arange(len(self.task_of_row))
+        return self._paired(rows, rows)
+
+    def _paired(self, row: Tensor, candidate: Tensor) -> Pairs:
+        tasks, task, lengths = self.task_of_row[row].unique_consecutive(return_inverse=True, return_counts=True)
+        return Pairs(row, candidate, task, tasks, lengths)
+
     def own_share(self, task: int) -> float:
         """b_t of a task among `columns`."""
         moments = self._known[task].moments
@@ -255,22 +283,28 @@ class ClassModel:
         unseen = squared @ self._unseen_precision + self._unseen_offset
         return -0.5 * distance - self._constant, -0.5 * unseen - self._constant
 
-    def upper_bound(self, task: int) -> float:
-        """Nowhere below q_c of any image and class of the task, without its factor: log |b W + (1 − b) P| is at least
-        b log |W| + (1 − b) log |P| (it is concave) and at least E log (1 − b) + log |P|."""
-        b, embed_dim = self.own_share(task), len(self.centre)
-        mixed = b * self._known[task].log_det + (1 - b) * self._log_det_pooled
-        least = max(mixed, self._log_det_pooled + embed_dim * math.log1p(-b))
-        return -0.5 * (least + embed_dim * math.log(2 * math.pi))
+    @cached_property
+    def upper_bounds(self) -> Tensor:
+        """float64, for each task of `columns`: nowhere below q_c of any image and class of the task, and needs none of
+        their factors. log |b W + (1 − b) P| is at least b log |W| + (1 − b) log |P|, for it is concave, and at least
+        E log (1 − b) + log |P|."""
+        embed_dim = len(self.centre)
+        least = []
+        for task, learnt in enumerate(self._known):
+            b = self.own_share(task)
+            mixed = b * learnt.log_det + (1 - b) * self._log_det_pooled
+            least.append(max(mixed, self._log_det_pooled + embed_dim * math.log1p(-b)))
+        return -0.5 * (torch.tensor(least, dtype=torch.float64) + embed_dim * math.log(2 * math.pi))
 
     def own(self, task: int) -> OwnCovariance:
         """Q_t of a task among `columns`, factored when first asked for; the longest unused is dropped."""
         found = self._factors.get(task)
         if found is None:
             found = self._factors[task] = self._factored(task)
+            self._held_bytes += found.num_bytes
         self._factors.move_to_end(task)
-        while len(self._factors) > 1 and sum(f.num_bytes for f in self._factors.values()) > self._factor_bytes:
-            self._factors.popitem(last=False)
+        while len(self._factors) > 1 and self._held_bytes > self._factor_bytes:
+            self._held_bytes -= self._factors.popitem(last=False)[1].num_bytes
         return found
 
     def _factored(self, task: int) -> OwnCovariance:

@@ -98,7 +98,7 @@ def test_routing_densities_are_the_formula_where_a_task_can_win(constants: Class
 def test_no_class_density_is_above_its_bound(constants: ClassConstants) -> None:
     model, formulas = ClassModel(TASKS, constants), Formulas(constants)
     for column, t in enumerate(model.columns):
-        assert (formulas.own[t] <= model.upper_bound(column)).all()
+        assert (formulas.own[t] <= float(model.upper_bounds[column])).all()
 
 
 def test_weights_are_the_likelihood_ratio_against_a_class_never_seen(constants: ClassConstants) -> None:
