@@ -2,10 +2,16 @@
 
     task      log p(v | t) = logsumexp_c ℓ'_c over its classes, ℓ'_c = (1 − κ) ℓ_c + κ q_c
     weight    w_t = σ(log mean_c exp ℓ_c − ℓ₀): learnt against never seen, so its threshold is 0 on every backbone
-    answer    a task's score among the candidates is logsumexp_c (ℓ'_c + z_c), shared out within it by
-              softmax(q_c + λ z_c); a candidate that no task knows has ℓ₀ + z_c
 
-with z the zero-shot logits at the backbone's own scale, κ `own_covariance` and λ `zero_shot_within`.
+The answer among candidates with zero-shot logits z (at the backbone's own scale) is decided in three steps, each by the
+density that tells most there:
+
+    learnt or not     the candidates learnt have logsumexp_c (γ (ℓ_c − ℓ₀) + z_c) together, one that no task knows z_c
+    which task        of what is learnt, softmax_t logsumexp_c (ℓ'_c + z_c)
+    which class       within a task, softmax_c (q_c + λ z_c)
+
+with κ `own_covariance`, γ `likelihood_ratio` and λ `zero_shot_within`.
+
 A class that several tasks know by one name has its share from each of them. Where no candidate is learnt the answer is
 the zero-shot one, bit for bit.
 
@@ -84,20 +90,21 @@ class ClassDensities:
 
     def logits(self, zero_shot: Tensor, names: Sequence[str]) -> Tensor:
         """[N, C] in the dtype of the zero-shot logits [N, C] of candidates of these names. A candidate that no task
-        knows keeps its zero-shot logit (times `sharpness`), the others are relative to it."""
+        knows keeps its zero-shot logit, and the others are relative to it; all are times `sharpness`."""
         pairs = self.model.pairs(tuple(names)) if self._num_tasks else None
         if pairs is None or not len(pairs.row):
             return zero_shot
         constants, z = self.model.constants, zero_shot.double().cpu().T
         between = constants.zero_shot_between * z
-        unknown = torch.ones(len(names), dtype=torch.bool).index_fill(0, pairs.candidate, False)
-        floor = between[unknown].max(0).values + self.unseen if unknown.any() else -torch.inf
-        score = self._scores(pairs, between[pairs.candidate], NEGLIGIBLE / constants.sharpness, floor)
+        ratio = constants.likelihood_ratio * (self.pooled[pairs.row] - self.unseen)
+        learnt = (ratio + between[pairs.candidate]).logsumexp(0)
+        score = self._scores(pairs, between[pairs.candidate], NEGLIGIBLE / constants.sharpness)
+        score += learnt - score.logsumexp(0)
         within = self._own[pairs.row] + constants.zero_shot_within * z[pairs.candidate]
         share = within - segment_logsumexp(within, pairs.lengths)[pairs.task]
         candidate, order = pairs.candidate.sort(stable=True)
         distinct, lengths = candidate.unique_consecutive(return_counts=True)
-        between[distinct] = segment_logsumexp((score[pairs.task] + share)[order], lengths) - self.unseen
+        between[distinct] = segment_logsumexp((score[pairs.task] + share)[order], lengths)
         return (constants.sharpness * between.T).to(zero_shot.dtype).to(zero_shot.device)
 
     def _scores(
@@ -111,7 +118,7 @@ class ClassDensities:
         starts = [0, *pairs.lengths.cumsum(0).tolist()]
         while True:
             done = self._done[pairs.tasks]
-            best = score.where(done, -torch.inf).max(0).values.clamp(min=torch.as_tensor(floor))
+            best = score.where(done, -torch.inf).max(0).values
             needed = (score > best - margin) & ~done
             if not needed.any():
                 return score

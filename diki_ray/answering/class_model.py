@@ -47,6 +47,8 @@ SMALLEST_BETWEEN = 1e-3
 class ClassConstants:
     """What the class model is calibrated with. None of it enters a module's key: changing it learns nothing anew.
 
+    likelihood_ratio: factor of the log likelihood ratio between a class learnt and one never seen, where these are
+        compared. Below 1, for images that no Gaussian fits are unlikely under all of them.
     own_covariance: share of q_c (the task's own covariance) beside ℓ_c (the pooled one) where tasks are compared.
     zero_shot_between: of the zero-shot logits, where tasks and classes not learnt are compared.
     zero_shot_within: of the zero-shot logits, among the classes of one task.
@@ -55,6 +57,7 @@ class ClassConstants:
     covariance_eps: added to the diagonal of the pooled covariance.
     """
 
+    likelihood_ratio: float = 0.5
     own_covariance: float = 0.2
     zero_shot_between: float = 1.0
     zero_shot_within: float = 0.3

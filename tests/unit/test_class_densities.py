@@ -82,7 +82,7 @@ class Formulas:
         self.mixed = [(1 - share) * p + share * q for p, q in zip(self.pooled, self.own, strict=True)]
 
 
-@pytest.fixture(params=[ClassConstants(), ClassConstants(0.5, 0.7, 0.6, 2.0, 0.4, 1e-4)], ids=["default", "other"])
+@pytest.fixture(params=[ClassConstants(), ClassConstants(0.8, 0.5, 0.7, 0.6, 2.0, 0.4, 1e-4)], ids=["default", "other"])
 def constants(request: pytest.FixtureRequest) -> ClassConstants:
     return request.param
 
@@ -108,17 +108,23 @@ def test_weights_are_the_likelihood_ratio_against_a_class_never_seen(constants: 
     np.testing.assert_allclose(actual, expit(mean - formulas.unseen[:, None]), rtol=1e-7, atol=1e-12)
 
 
-def answers_by_formula(constants: ClassConstants, num_learnt: int, candidates: list[str]) -> np.ndarray:
-    """Scores [N, C] relative to ℓ₀ after the first `num_learnt` of three tasks; needs all three in the model."""
+def answers_by_formula(constants: ClassConstants, candidates: list[str]) -> np.ndarray:
+    """Logits [N, C]."""
     formulas, z = Formulas(constants), ZERO_SHOT.double().numpy()[:, [NAMES.index(name) for name in candidates]].T
     scores = constants.zero_shot_between * z
-    for t, task in enumerate(TASKS[:num_learnt]):
-        columns = [n for n, name in enumerate(candidates) if name in task.names]
-        rows = [task.names.index(candidates[n]) for n in columns]
-        if columns:
-            of_task = logsumexp(formulas.mixed[t][rows] + constants.zero_shot_between * z[columns], axis=0)
-            share = log_softmax(formulas.own[t][rows] + constants.zero_shot_within * z[columns], axis=0)
-            scores[columns] = of_task + share - formulas.unseen
+    known = [(t, name) for t, task in enumerate(TASKS) for name in task.names if name in candidates]
+    ratio = [formulas.pooled[t][TASKS[t].names.index(name)] - formulas.unseen for t, name in known]
+    columns = [candidates.index(name) for _, name in known]
+    learnt_at_all = logsumexp(constants.likelihood_ratio * np.array(ratio) + scores[columns], axis=0)
+    of_task, share = {}, {}
+    for t in {t for t, _ in known}:
+        columns = [n for n, name in enumerate(candidates) if name in TASKS[t].names]
+        rows = [TASKS[t].names.index(candidates[n]) for n in columns]
+        of_task[t] = logsumexp(formulas.mixed[t][rows] + constants.zero_shot_between * z[columns], axis=0)
+        share[t] = columns, log_softmax(formulas.own[t][rows] + constants.zero_shot_within * z[columns], axis=0)
+    whole = logsumexp(list(of_task.values()), axis=0)
+    for t, (columns, of_class) in share.items():
+        scores[columns] = learnt_at_all + of_task[t] - whole + of_class
     return (constants.sharpness * scores).T
 
 
@@ -126,7 +132,7 @@ def answers_by_formula(constants: ClassConstants, num_learnt: int, candidates: l
 @pytest.mark.parametrize("candidates", [NAMES, NAMES[:3], [NAMES[8], NAMES[1], NAMES[4]]])
 def test_answers_are_the_formula(constants: ClassConstants, candidates: list[str], stranger: bool) -> None:
     zero_shot = ZERO_SHOT[:, [NAMES.index(name) for name in candidates]]
-    expected = answers_by_formula(constants, 3, candidates)
+    expected = answers_by_formula(constants, candidates)
     if stranger:
         candidates = [*candidates, "a class of the user's own"]
         zero_shot = torch.cat([zero_shot, torch.full((len(QUERIES), 1), 2.5)], dim=1)
