@@ -52,6 +52,8 @@ class ClassConstants:
     own_covariance: share of q_c (the task's own covariance) beside ℓ_c (the pooled one) where tasks are compared.
     zero_shot_between: of the zero-shot logits, where tasks and classes not learnt are compared.
     zero_shot_within: of the zero-shot logits, among the classes of one task.
+    most_pooled: images for each dimension up to which a task's part in the pooled covariance grows with its images: one
+        large task does not decide what is likely for all others.
     pooling: images for each dimension at which a task's own covariance counts as much as the pooled one; above 0.
     sharpness: factor of all scores of a softmax over them; below 1 it makes confidences milder, it changes no answer.
     covariance_eps: added to the diagonal of the pooled covariance.
@@ -61,6 +63,7 @@ class ClassConstants:
     own_covariance: float = 0.2
     zero_shot_between: float = 1.0
     zero_shot_within: float = 0.3
+    most_pooled: float = 4.0
     pooling: float = 1.0
     sharpness: float = 1.0
     covariance_eps: float = 1e-7
@@ -70,6 +73,8 @@ class ClassConstants:
             raise ConfigError(
                 f"pooling is {self.pooling}; it has to be above 0, or few images leave a task no covariance"
             )
+        if self.most_pooled <= 0:
+            raise ConfigError(f"most_pooled is {self.most_pooled}; it has to be above 0, for the tasks share P")
         if not 0 <= self.own_covariance <= 1:
             raise ConfigError(f"own_covariance is {self.own_covariance}; allowed is 0 to 1")
 
@@ -106,17 +111,19 @@ class LearntClasses:
 
 @dataclass(frozen=True, eq=False)
 class PooledScatter:
-    """Σ_t S_w(t) as int64 multiples of SCATTER_GRID [E, E], with Σ_t N_t and how many of these images are not their
-    class's first: adds and subtracts exactly."""
+    """Σ_t w_t S_w(t) as int64 multiples of SCATTER_GRID [E, E], with the images that it counts for and how many images
+    are not their class's first: adds and subtracts exactly. w_t is 1 up to `most_pooled` images for each dimension."""
 
     scatter: np.ndarray
     count: int
     num_repeated: int
 
     @staticmethod
-    def of(task: LearntClasses) -> PooledScatter:
-        scatter = np.rint(task.scatter() / SCATTER_GRID).astype(np.int64)
-        return PooledScatter(scatter, task.moments.count, task.moments.count - len(task.classes.seen))
+    def of(task: LearntClasses, constants: ClassConstants) -> PooledScatter:
+        images = task.moments.count
+        counted = min(images, math.ceil(constants.most_pooled * len(task.moments.mean)))
+        scatter = np.rint(task.scatter() * (counted / images / SCATTER_GRID)).astype(np.int64)
+        return PooledScatter(scatter, counted, images - len(task.classes.seen))
 
     def plus(self, other: PooledScatter, sign: int = 1) -> PooledScatter:
         """With another's images, or without them (sign −1)."""
@@ -196,7 +203,7 @@ class ClassModel:
             self._rows_of[name].append(row)
         self.task_of_row = torch.repeat_interleave(torch.tensor(self.num_classes, dtype=torch.long))
         if self._known:
-            parts = map(PooledScatter.of, self._known)
+            parts = (PooledScatter.of(task, self.constants) for task in self._known)
             self.pooled = pooled or next(parts)
             if pooled is None:
                 for part in parts:
@@ -208,7 +215,7 @@ class ClassModel:
         scatters of the others again."""
         if not len(task.classes.seen) or not self._known:
             return ClassModel([*self.tasks, task], self.constants, self._factor_bytes)
-        pooled = self.pooled.plus(PooledScatter.of(task))
+        pooled = self.pooled.plus(PooledScatter.of(task, self.constants))
         return ClassModel([*self.tasks, task], self.constants, self._factor_bytes, pooled)
 
     def without_task(self, position: int) -> ClassModel:
@@ -216,7 +223,7 @@ class ClassModel:
         rest = [task for t, task in enumerate(self.tasks) if t != position]
         if not len(self.tasks[position].classes.seen) or len(self._known) == 1:
             return ClassModel(rest, self.constants, self._factor_bytes)
-        pooled = self.pooled.plus(PooledScatter.of(self.tasks[position]), sign=-1)
+        pooled = self.pooled.plus(PooledScatter.of(self.tasks[position], self.constants), sign=-1)
         return ClassModel(rest, self.constants, self._factor_bytes, pooled)
 
     def _fit(self) -> None:

@@ -4,6 +4,7 @@ bits where nothing is learnt."""
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -56,7 +57,11 @@ class Formulas:
         }
         means = {key: [x[y == c].mean(0) for c in range(y.max() + 1)] for key, (x, y) in DATA.items()}
         counts = np.concatenate([np.bincount(y) for _, y in DATA.values()])
-        pooled = shrunk(np.concatenate(list(centred.values()))) + eye
+        counted = {key: min(len(x), math.ceil(constants.most_pooled * E)) for key, x in centred.items()}
+        scatter = sum(counted[key] / len(x) * x.T @ x for key, x in centred.items())
+        alike = np.zeros((sum(counted.values()), E))  # as many images, of the same scatter
+        alike[:E] = np.linalg.cholesky(scatter).T
+        pooled = shrunk(alike) + eye
         all_means = np.concatenate(list(means.values()))
         centre = all_means.mean(0)
         root = np.linalg.cholesky(pooled)
@@ -82,7 +87,9 @@ class Formulas:
         self.mixed = [(1 - share) * p + share * q for p, q in zip(self.pooled, self.own, strict=True)]
 
 
-@pytest.fixture(params=[ClassConstants(), ClassConstants(0.8, 0.5, 0.7, 0.6, 2.0, 0.4, 1e-4)], ids=["default", "other"])
+@pytest.fixture(
+    params=[ClassConstants(), ClassConstants(0.8, 0.5, 0.7, 0.6, 2.0, 3.0, 0.4, 1e-4)], ids=["default", "other"]
+)
 def constants(request: pytest.FixtureRequest) -> ClassConstants:
     return request.param
 
