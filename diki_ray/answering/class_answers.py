@@ -2,10 +2,16 @@
 
     task      log p(v | t) = logsumexp_c ℓ'_c over its classes, ℓ'_c = (1 − κ) ℓ_c + κ q_c
     weight    w_t = σ(log mean_c exp ℓ_c − ℓ₀): learnt against never seen, so its threshold is 0 on every backbone
-    answer    a task's score among the candidates is logsumexp_c (ℓ'_c + z_c), shared out within it by
-              softmax(q_c + λ z_c); a candidate that no task knows has ℓ₀ + z_c
 
-with z the zero-shot logits at the backbone's own scale, κ `own_covariance` and λ `zero_shot_within`.
+The answer among candidates with zero-shot logits z (at the backbone's own scale) is decided in three steps, each by the
+density that tells most there:
+
+    learnt or not     the candidates learnt have logsumexp_c (γ (ℓ_c − ℓ₀) + z_c) together, one that no task knows z_c
+    which task        of what is learnt, softmax_t logsumexp_c (ℓ'_c + z_c)
+    which class       within a task, softmax_c (q_c + λ z_c)
+
+with κ `own_covariance`, γ `likelihood_ratio` and λ `zero_shot_within`.
+
 A class that several tasks know by one name has its share from each of them. Where no candidate is learnt the answer is
 the zero-shot one, bit for bit.
 
@@ -17,13 +23,12 @@ Shapes: N images, T tasks, R learnt classes, C candidates, P pairs of a learnt c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from diki_ray.answering.class_model import ClassModel
+from diki_ray.answering.class_model import ClassModel, Pairs
 from diki_ray.errors import DataError
 
 NEGLIGIBLE = 20.0
@@ -35,24 +40,6 @@ def segment_logsumexp(values: Tensor, lengths: Tensor) -> Tensor:
     top = torch.segment_reduce(values, "max", lengths=lengths, axis=0)
     shifted = (values - top.repeat_interleave(lengths, 0)).exp()
     return top + torch.segment_reduce(shifted, "sum", lengths=lengths, axis=0).log()
-
-
-@dataclass(frozen=True, eq=False)
-class Pairs:
-    """Learnt classes and the candidates of their names, in the order of tasks."""
-
-    row: Tensor  # int64 [P], the learnt class
-    candidate: Tensor  # int64 [P]
-    task: Tensor  # int64 [P], among the tasks that have a candidate
-    tasks: Tensor  # int64, these tasks among `ClassModel.columns`
-    lengths: Tensor  # int64, number of pairs of each
-
-    @staticmethod
-    def of(model: ClassModel, names: Sequence[str]) -> Pairs:
-        found = sorted((row, c) for c, name in enumerate(names) for row in model.rows_of.get(name, ()))
-        row, candidate = torch.tensor(found, dtype=torch.long).reshape(-1, 2).T
-        tasks, task, lengths = model.task_of_row[row].unique_consecutive(return_inverse=True, return_counts=True)
-        return Pairs(row, candidate, task, tasks, lengths)
 
 
 class ClassDensities:
@@ -76,10 +63,12 @@ class ClassDensities:
         if not self._num_tasks:
             return
         self._lengths = torch.tensor(model.num_classes)
+        self._starts = [0, *self._lengths.cumsum(0).tolist()]
         self.pooled, self.unseen = model.class_log_densities(self._features)
         """ℓ_c [R, N] and ℓ₀ [N]."""
-        bounds = torch.tensor([model.upper_bound(t) for t in range(self._num_tasks)], dtype=torch.float64)
-        self._own = bounds[model.task_of_row][:, None].repeat(1, len(features))  # q_c [R, N], its bound where not done
+        self._own = model.upper_bounds[model.task_of_row][:, None].repeat(
+            1, len(features)
+        )  # q_c [R, N], its bound where not done
         self._done = torch.zeros(self._num_tasks, len(features), dtype=torch.bool)
 
     def log_density(self) -> Tensor:
@@ -87,7 +76,7 @@ class ClassDensities:
         infinity for a task that cannot be the best and for one without images."""
         out = torch.full((len(self._features), len(self.model.tasks)), -torch.inf, dtype=torch.float64)
         if self._num_tasks:
-            score = self._resolved(lambda: segment_logsumexp(self._mixed(), self._lengths), 0.0)
+            score = self._scores(self.model.own_names(), 0.0, 0.0)
             out[:, self.model.columns] = score.where(self._done, -torch.inf).T
         return out
 
@@ -101,45 +90,35 @@ class ClassDensities:
 
     def logits(self, zero_shot: Tensor, names: Sequence[str]) -> Tensor:
         """[N, C] in the dtype of the zero-shot logits [N, C] of candidates of these names. A candidate that no task
-        knows keeps its zero-shot logit (times `sharpness`), the others are relative to it."""
-        pairs = Pairs.of(self.model, names) if self._num_tasks else None
+        knows keeps its zero-shot logit, and the others are relative to it; all are times `sharpness`."""
+        pairs = self.model.pairs(tuple(names)) if self._num_tasks else None
         if pairs is None or not len(pairs.row):
             return zero_shot
         constants, z = self.model.constants, zero_shot.double().cpu().T
         between = constants.zero_shot_between * z
-        between_pairs = between[pairs.candidate]
-        # Relative to ℓ₀; a task counts where its score comes near the best of the others' and of what is not learnt.
-        known = torch.zeros(len(names), dtype=torch.bool).index_fill(0, pairs.candidate, True)
-        floor = between[~known].max(0).values + self.unseen if not known.all() else None
-        score = self._resolved(
-            lambda: segment_logsumexp(self._mixed()[pairs.row] + between_pairs, pairs.lengths),
-            NEGLIGIBLE / constants.sharpness,
-            pairs.tasks,
-            floor,
-        )
+        ratio = constants.likelihood_ratio * (self.pooled[pairs.row] - self.unseen)
+        learnt = (ratio + between[pairs.candidate]).logsumexp(0)
+        score = self._scores(pairs, between[pairs.candidate], NEGLIGIBLE / constants.sharpness)
+        score += learnt - score.logsumexp(0)
         within = self._own[pairs.row] + constants.zero_shot_within * z[pairs.candidate]
         share = within - segment_logsumexp(within, pairs.lengths)[pairs.task]
         candidate, order = pairs.candidate.sort(stable=True)
         distinct, lengths = candidate.unique_consecutive(return_counts=True)
-        between[distinct] = segment_logsumexp((score[pairs.task] + share)[order], lengths) - self.unseen
+        between[distinct] = segment_logsumexp((score[pairs.task] + share)[order], lengths)
         return (constants.sharpness * between.T).to(zero_shot.dtype).to(zero_shot.device)
 
-    def _mixed(self) -> Tensor:
-        """ℓ'_c [R, N], or its upper bound."""
-        share = self.model.constants.own_covariance
-        return (1 - share) * self.pooled + share * self._own
-
-    def _resolved(
-        self, scores: Callable[[], Tensor], margin: float, tasks: Tensor | None = None, floor: Tensor | None = None
+    def _scores(
+        self, pairs: Pairs, between: Tensor | float, margin: float, floor: Tensor | float = -torch.inf
     ) -> Tensor:
-        """Scores [S, N] of the tasks (all by default), exact for the best of each image and for those within `margin`
-        of it; the others are below and may be upper bounds. floor [N]: a score that others have already."""
-        tasks = torch.arange(self._num_tasks) if tasks is None else tasks
+        """logsumexp over a task's pairs of ℓ'_c + between [S, N]: exact for the best of each image and for those within
+        `margin` of it; the others are below and may be upper bounds. floor [N]: a score that there is already."""
+        share = self.model.constants.own_covariance
+        rest = (1 - share) * self.pooled[pairs.row] + between
+        score = segment_logsumexp(rest + share * self._own[pairs.row], pairs.lengths)
+        starts = [0, *pairs.lengths.cumsum(0).tolist()]
         while True:
-            score, done = scores(), self._done[tasks]
+            done = self._done[pairs.tasks]
             best = score.where(done, -torch.inf).max(0).values
-            if floor is not None:
-                best = best.maximum(floor)
             needed = (score > best - margin) & ~done
             if not needed.any():
                 return score
@@ -147,11 +126,14 @@ class ClassDensities:
             if unresolved.any():
                 first = torch.zeros_like(needed).scatter_(0, score.argmax(0, keepdim=True), True)
                 needed = first & unresolved
-            self._compute_own(tasks, needed)
+            for s in needed.any(1).nonzero().flatten().tolist():
+                images = needed[s].nonzero().flatten()
+                self._compute_own(int(pairs.tasks[s]), images)
+                own = slice(starts[s], starts[s + 1])
+                mixed = rest[own, images] + share * self._own[pairs.row[own]][:, images]
+                score[s, images] = mixed.logsumexp(0)
 
-    def _compute_own(self, tasks: Tensor, needed: Tensor) -> None:
-        for s in needed.any(1).nonzero().flatten().tolist():
-            task, images = int(tasks[s]), needed[s].nonzero().flatten()
-            rows = (self.model.task_of_row == task).nonzero()
-            self._own[rows, images] = self.model.own(task).log_density(self._features[images])
-            self._done[task, images] = True
+    def _compute_own(self, task: int, images: Tensor) -> None:
+        rows = slice(self._starts[task], self._starts[task + 1])
+        self._own[rows, images] = self.model.own(task).log_density(self._features[images])
+        self._done[task, images] = True

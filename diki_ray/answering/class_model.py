@@ -11,7 +11,8 @@ all of it is elementwise, so an image costs one linear map and one product with 
 
     q_c = log N(v; a_c, Q_t),   Q_t = b_t W_t + (1 − b_t) P,   b_t = N_t / (N_t + pooling · E)
 
-with the covariance W_t within the classes of c's own task t. What the densities are used for is in class_answers.py.
+with W_t = S_w(t) / N_t of c's own task t. It is not shrunk: what it lacks P gives it, and shrunk towards a multiple of
+the identity it chose worse (docs/methods.md). What the densities are used for is in class_answers.py.
 
 The model is a function of the set of tasks learnt: sums over tasks are exact and rows are in the order of the tasks'
 keys, so the order of learning changes no bit, and a task taken out leaves the bits of never having had it.
@@ -25,13 +26,13 @@ import math
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from diki_ray.errors import DataError
+from diki_ray.errors import ConfigError, DataError
 from diki_ray.learning.moments import Moments
 from diki_ray.learning.statistics import Statistics
 
@@ -46,20 +47,36 @@ SMALLEST_BETWEEN = 1e-3
 class ClassConstants:
     """What the class model is calibrated with. None of it enters a module's key: changing it learns nothing anew.
 
+    likelihood_ratio: factor of the log likelihood ratio between a class learnt and one never seen, where these are
+        compared. Below 1, for images that no Gaussian fits are unlikely under all of them.
     own_covariance: share of q_c (the task's own covariance) beside ℓ_c (the pooled one) where tasks are compared.
     zero_shot_between: of the zero-shot logits, where tasks and classes not learnt are compared.
     zero_shot_within: of the zero-shot logits, among the classes of one task.
-    pooling: images for each dimension at which a task's own covariance counts as much as the pooled one.
+    most_pooled: images for each dimension up to which a task's part in the pooled covariance grows with its images: one
+        large task does not decide what is likely for all others.
+    pooling: images for each dimension at which a task's own covariance counts as much as the pooled one; above 0.
     sharpness: factor of all scores of a softmax over them; below 1 it makes confidences milder, it changes no answer.
-    covariance_eps: added to the diagonal of every covariance within classes.
+    covariance_eps: added to the diagonal of the pooled covariance.
     """
 
+    likelihood_ratio: float = 0.5
     own_covariance: float = 0.2
     zero_shot_between: float = 1.0
     zero_shot_within: float = 0.3
+    most_pooled: float = 4.0
     pooling: float = 1.0
     sharpness: float = 1.0
     covariance_eps: float = 1e-7
+
+    def __post_init__(self) -> None:
+        if self.pooling <= 0:
+            raise ConfigError(
+                f"pooling is {self.pooling}; it has to be above 0, or few images leave a task no covariance"
+            )
+        if self.most_pooled <= 0:
+            raise ConfigError(f"most_pooled is {self.most_pooled}; it has to be above 0, for the tasks share P")
+        if not 0 <= self.own_covariance <= 1:
+            raise ConfigError(f"own_covariance is {self.own_covariance}; allowed is 0 to 1")
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,35 +96,42 @@ class LearntClasses:
         """int64: the numbers of the classes that have images."""
         return np.flatnonzero(self.statistics.counts)
 
-    def own_covariance(self, eps: float) -> Tensor:
+    @property
+    def moments(self) -> Moments:
+        return self.statistics.moments
+
+    def scatter(self, within: bool = True) -> np.ndarray:
+        """[E, E]: within the classes, or about the task's mean."""
+        return self.statistics.scatter_within if within else self.moments.scatter
+
+    def own_covariance(self) -> Tensor:
         """W_t [E, E]."""
-        return _shrunk(self.statistics.scatter_within, self.statistics.count, eps)
+        return torch.from_numpy(self.scatter()) / self.moments.count
 
     @cached_property
-    def _log_dets(self) -> dict[float, float]:
-        return {}
-
-    def log_det(self, eps: float) -> float:
-        """log |W_t|, computed once."""
-        if eps not in self._log_dets:
-            factor = torch.linalg.cholesky(self.own_covariance(eps))
-            self._log_dets[eps] = 2 * float(factor.diagonal().log().sum())
-        return self._log_dets[eps]
+    def log_det(self) -> float:
+        """log |W_t|; minus infinity where there are too few images for it."""
+        if self.moments.count - len(self.seen) < len(self.moments.mean):
+            return -math.inf
+        factor, failed = torch.linalg.cholesky_ex(self.own_covariance())
+        return -math.inf if failed else 2 * float(factor.diagonal().log().sum())
 
 
 @dataclass(frozen=True, eq=False)
 class PooledScatter:
-    """Σ_t S_w(t) as int64 multiples of SCATTER_GRID [E, E], with Σ_t N_t and how many of these images are not their
-    class's first: adds and subtracts exactly."""
+    """Σ_t w_t S_w(t) as int64 multiples of SCATTER_GRID [E, E], with the images that it counts for and how many images
+    are not their class's first: adds and subtracts exactly. w_t is 1 up to `most_pooled` images for each dimension."""
 
     scatter: np.ndarray
     count: int
     num_repeated: int
 
     @staticmethod
-    def of(task: LearntClasses) -> PooledScatter:
-        scatter = np.rint(task.statistics.scatter_within / SCATTER_GRID).astype(np.int64)
-        return PooledScatter(scatter, task.statistics.count, task.statistics.count - len(task.seen))
+    def of(task: LearntClasses, constants: ClassConstants) -> PooledScatter:
+        images = task.moments.count
+        counted = min(images, math.ceil(constants.most_pooled * len(task.moments.mean)))
+        scatter = np.rint(task.scatter() * (counted / images / SCATTER_GRID)).astype(np.int64)
+        return PooledScatter(scatter, counted, images - len(task.seen))
 
     def plus(self, other: PooledScatter, sign: int = 1) -> PooledScatter:
         """With another's images, or without them (sign −1)."""
@@ -144,6 +168,17 @@ class OwnCovariance:
         return 8 * (self.factor.numel() + self.whitened.numel())
 
 
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Learnt classes and the candidates of their names, in the order of tasks."""
+
+    row: Tensor  # int64 [P], the learnt class
+    candidate: Tensor  # int64 [P]
+    task: Tensor  # int64 [P], among the tasks that have a candidate
+    tasks: Tensor  # int64 [S], these tasks among `ClassModel.columns`
+    lengths: Tensor  # int64 [S], number of pairs of each
+
+
 class ClassModel:
     """The class densities of a set of learnt tasks. Memory: 16 R E bytes, 32 E² bytes, and up to `factor_bytes` for
     the tasks' own covariances, of which 8 E² bytes are made when an image first needs a task's (0.01 s at E = 512);
@@ -164,17 +199,19 @@ class ClassModel:
         self.constants = constants or ClassConstants()
         self._factor_bytes = factor_bytes
         self._factors: OrderedDict[int, OwnCovariance] = OrderedDict()
+        self._held_bytes = 0
+        self.pairs = lru_cache(maxsize=8)(self._pairs)
         order = sorted(range(len(tasks)), key=lambda t: tasks[t].key)
         self.columns = [t for t in order if len(tasks[t].seen)]
         """The tasks that have images, as positions in `tasks`, in the order of their keys."""
         self._known = [tasks[t] for t in self.columns]
-        self.rows_of: dict[str, list[int]] = defaultdict(list)
+        self._rows_of: dict[str, list[int]] = defaultdict(list)
         self.num_classes = [len(task.seen) for task in self._known]
         for row, name in enumerate(task.names[c] for task in self._known for c in task.seen):
-            self.rows_of[name].append(row)
+            self._rows_of[name].append(row)
         self.task_of_row = torch.repeat_interleave(torch.tensor(self.num_classes, dtype=torch.long))
         if self._known:
-            parts = map(PooledScatter.of, self._known)
+            parts = (PooledScatter.of(task, self.constants) for task in self._known)
             self.pooled = pooled or next(parts)
             if pooled is None:
                 for part in parts:
@@ -186,7 +223,7 @@ class ClassModel:
         scatters of the others again."""
         if not len(task.seen) or not self._known:
             return ClassModel([*self.tasks, task], self.constants, self._factor_bytes)
-        pooled = self.pooled.plus(PooledScatter.of(task))
+        pooled = self.pooled.plus(PooledScatter.of(task, self.constants))
         return ClassModel([*self.tasks, task], self.constants, self._factor_bytes, pooled)
 
     def without_task(self, position: int) -> ClassModel:
@@ -194,26 +231,27 @@ class ClassModel:
         rest = [task for t, task in enumerate(self.tasks) if t != position]
         if not len(self.tasks[position].seen) or len(self._known) == 1:
             return ClassModel(rest, self.constants, self._factor_bytes)
-        pooled = self.pooled.plus(PooledScatter.of(self.tasks[position]), sign=-1)
+        pooled = self.pooled.plus(PooledScatter.of(self.tasks[position], self.constants), sign=-1)
         return ClassModel(rest, self.constants, self._factor_bytes, pooled)
 
     def _fit(self) -> None:
         """P, B, ȳ and the classes' means in the coordinates where P is the identity and B diagonal."""
-        eps, embed_dim = self.constants.covariance_eps, self._known[0].statistics.first.shape[1]
+        eps, embed_dim = self.constants.covariance_eps, len(self._known[0].moments.mean)
         self.centre, self.counts, means = self._class_means()
         self._pooled_covariance = self._covariance_within(eps)
         pooled_factor = torch.linalg.cholesky(self._pooled_covariance)
         self._log_det_pooled = 2 * float(pooled_factor.diagonal().log().sum())
-        whitened = torch.linalg.solve_triangular(pooled_factor, (means - self.centre).T, upper=False).T
-        spread = Moments(len(whitened), np.zeros(embed_dim), (whitened.T @ whitened).numpy())
-        variances, axes = torch.linalg.eigh(_shrunk(spread.scatter, len(whitened), 0.0))
+        off_centre = means - self.centre
+        half = torch.linalg.solve_triangular(pooled_factor, off_centre.T @ off_centre, upper=False)
+        spread = torch.linalg.solve_triangular(pooled_factor, half.T, upper=False)  # of the means, where P is I
+        variances, axes = torch.linalg.eigh(_shrunk(spread.numpy(), len(means), 0.0))
         between = (variances - (1 / self.counts).mean()).clamp(min=SMALLEST_BETWEEN)  # [E]
         self._to_coordinates = torch.linalg.solve_triangular(pooled_factor.T, axes, upper=True)  # [E, E], x ↦ x @ it
         self._from_coordinates = axes.T @ pooled_factor.T
         distinct, self._kind = self.counts.unique(return_inverse=True)
         gain = between / (between + 1 / distinct[:, None])  # n B (n B + 1)⁻¹, [K, E] for K distinct counts
         variance = 1 + between * (1 - gain)  # 1 + B (n B + 1)⁻¹
-        self.means = (whitened @ axes) * gain[self._kind]  # a_c − ȳ [R, E]
+        self.means = (off_centre @ self._to_coordinates) * gain[self._kind]  # a_c − ȳ [R, E]
         self._constant = 0.5 * (embed_dim * math.log(2 * math.pi) + self._log_det_pooled)
         self._precision = 1 / variance
         self._weighted = self.means * self._precision[self._kind]
@@ -232,13 +270,27 @@ class ClassModel:
         be half of the whole."""
         if self.pooled.num_repeated:
             return _shrunk(self.pooled.scatter * SCATTER_GRID, self.pooled.count, eps)
-        whole = np.sum([task.statistics.moments.scatter for task in self._known], axis=0)
+        whole = np.sum([task.scatter(within=False) for task in self._known], axis=0)
         return _shrunk(0.5 * whole, self.pooled.count, eps)
+
+    def _pairs(self, names: tuple[str, ...]) -> Pairs:
+        """The classes learnt among candidates of these names."""
+        found = sorted((row, c) for c, name in enumerate(names) for row in self._rows_of.get(name, ()))
+        return self._paired(*torch.tensor(found, dtype=torch.long).reshape(-1, 2).T)
+
+    def own_names(self) -> Pairs:
+        """Every class learnt with itself."""
+        rows = torch.arange(len(self.task_of_row))
+        return self._paired(rows, rows)
+
+    def _paired(self, row: Tensor, candidate: Tensor) -> Pairs:
+        tasks, task, lengths = self.task_of_row[row].unique_consecutive(return_inverse=True, return_counts=True)
+        return Pairs(row, candidate, task, tasks, lengths)
 
     def own_share(self, task: int) -> float:
         """b_t of a task among `columns`."""
-        count, embed_dim = self._known[task].statistics.count, len(self.centre)
-        return count / (count + self.constants.pooling * embed_dim)
+        moments = self._known[task].moments
+        return moments.count / (moments.count + self.constants.pooling * len(moments.mean))
 
     def class_log_densities(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """ℓ_c [R, N] and ℓ₀ [N], of features [N, E] float64."""
@@ -249,31 +301,35 @@ class ClassModel:
         unseen = squared @ self._unseen_precision + self._unseen_offset
         return -0.5 * distance - self._constant, -0.5 * unseen - self._constant
 
-    def upper_bound(self, task: int) -> float:
-        """Nowhere below q_c of any image and class of the task, without its factor: log |b W + (1 − b) P| is at least
-        b log |W| + (1 − b) log |P| (it is concave) and at least E log (1 − b) + log |P|."""
-        b, embed_dim = self.own_share(task), len(self.centre)
-        own = self._known[task].log_det(self.constants.covariance_eps)
-        mixed = b * own + (1 - b) * self._log_det_pooled
-        least = max(mixed, self._log_det_pooled + embed_dim * math.log1p(-b)) if b < 1 else mixed
-        return -0.5 * (least + embed_dim * math.log(2 * math.pi))
+    @cached_property
+    def upper_bounds(self) -> Tensor:
+        """float64, for each task of `columns`: nowhere below q_c of any image and class of the task, and needs none of
+        their factors. log |b W + (1 − b) P| is at least b log |W| + (1 − b) log |P|, for it is concave, and at least
+        E log (1 − b) + log |P|."""
+        embed_dim = len(self.centre)
+        least = []
+        for task, learnt in enumerate(self._known):
+            b = self.own_share(task)
+            mixed = b * learnt.log_det + (1 - b) * self._log_det_pooled
+            least.append(max(mixed, self._log_det_pooled + embed_dim * math.log1p(-b)))
+        return -0.5 * (torch.tensor(least, dtype=torch.float64) + embed_dim * math.log(2 * math.pi))
 
     def own(self, task: int) -> OwnCovariance:
         """Q_t of a task among `columns`, factored when first asked for; the longest unused is dropped."""
         found = self._factors.get(task)
         if found is None:
             found = self._factors[task] = self._factored(task)
+            self._held_bytes += found.num_bytes
         self._factors.move_to_end(task)
-        while len(self._factors) > 1 and sum(f.num_bytes for f in self._factors.values()) > self._factor_bytes:
-            self._factors.popitem(last=False)
+        while len(self._factors) > 1 and self._held_bytes > self._factor_bytes:
+            self._held_bytes -= self._factors.popitem(last=False)[1].num_bytes
         return found
 
     def _factored(self, task: int) -> OwnCovariance:
-        eps, b = self.constants.covariance_eps, self.own_share(task)
-        learnt = self._known[task]
-        covariance = b * learnt.own_covariance(eps) + (1 - b) * self._pooled_covariance
+        learnt, b = self._known[task], self.own_share(task)
+        covariance = b * learnt.own_covariance() + (1 - b) * self._pooled_covariance
         factor = torch.linalg.cholesky(covariance)
-        centre = torch.from_numpy(learnt.statistics.moments.mean)
+        centre = torch.from_numpy(learnt.moments.mean)
         means = self.centre + self.means[self.task_of_row == task] @ self._from_coordinates
         whitened = torch.linalg.solve_triangular(factor, (means - centre).T, upper=False)
         log_norm = -float(factor.diagonal().log().sum()) - 0.5 * len(centre) * math.log(2 * math.pi)

@@ -4,6 +4,7 @@ bits where nothing is learnt."""
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -55,7 +56,11 @@ class Formulas:
         }
         means = {key: [x[y == c].mean(0) for c in range(y.max() + 1)] for key, (x, y) in DATA.items()}
         counts = np.concatenate([np.bincount(y) for _, y in DATA.values()])
-        pooled = shrunk(np.concatenate(list(centred.values()))) + eye
+        counted = {key: min(len(x), math.ceil(constants.most_pooled * E)) for key, x in centred.items()}
+        scatter = sum(counted[key] / len(x) * x.T @ x for key, x in centred.items())
+        alike = np.zeros((sum(counted.values()), E))  # as many images, of the same scatter
+        alike[:E] = np.linalg.cholesky(scatter).T
+        pooled = shrunk(alike) + eye
         all_means = np.concatenate(list(means.values()))
         centre = all_means.mean(0)
         root = np.linalg.cholesky(pooled)
@@ -66,7 +71,7 @@ class Formulas:
         row = 0
         for key in DATA:
             b = len(DATA[key][0]) / (len(DATA[key][0]) + constants.pooling * E)
-            covariance = b * (shrunk(centred[key]) + eye) + (1 - b) * pooled
+            covariance = b * centred[key].T @ centred[key] / len(centred[key]) + (1 - b) * pooled
             pooled_of_task, own_of_task = [], []
             for mean in means[key]:
                 gain = between @ np.linalg.inv(between + pooled / counts[row])
@@ -81,7 +86,9 @@ class Formulas:
         self.mixed = [(1 - share) * p + share * q for p, q in zip(self.pooled, self.own, strict=True)]
 
 
-@pytest.fixture(params=[ClassConstants(), ClassConstants(0.5, 0.7, 0.6, 2.0, 0.4, 1e-4)], ids=["default", "other"])
+@pytest.fixture(
+    params=[ClassConstants(), ClassConstants(0.8, 0.5, 0.7, 0.6, 2.0, 3.0, 0.4, 1e-4)], ids=["default", "other"]
+)
 def constants(request: pytest.FixtureRequest) -> ClassConstants:
     return request.param
 
@@ -97,7 +104,7 @@ def test_routing_densities_are_the_formula_where_a_task_can_win(constants: Class
 def test_no_class_density_is_above_its_bound(constants: ClassConstants) -> None:
     model, formulas = ClassModel(TASKS, constants), Formulas(constants)
     for column, t in enumerate(model.columns):
-        assert (formulas.own[t] <= model.upper_bound(column)).all()
+        assert (formulas.own[t] <= float(model.upper_bounds[column])).all()
 
 
 def test_weights_are_the_likelihood_ratio_against_a_class_never_seen(constants: ClassConstants) -> None:
@@ -107,17 +114,23 @@ def test_weights_are_the_likelihood_ratio_against_a_class_never_seen(constants: 
     np.testing.assert_allclose(actual, expit(mean - formulas.unseen[:, None]), rtol=1e-7, atol=1e-12)
 
 
-def answers_by_formula(constants: ClassConstants, num_learnt: int, candidates: list[str]) -> np.ndarray:
-    """Scores [N, C] relative to ℓ₀ after the first `num_learnt` of three tasks; needs all three in the model."""
+def answers_by_formula(constants: ClassConstants, candidates: list[str]) -> np.ndarray:
+    """Logits [N, C]."""
     formulas, z = Formulas(constants), ZERO_SHOT.double().numpy()[:, [NAMES.index(name) for name in candidates]].T
     scores = constants.zero_shot_between * z
-    for t, task in enumerate(TASKS[:num_learnt]):
-        columns = [n for n, name in enumerate(candidates) if name in task.names]
-        rows = [task.names.index(candidates[n]) for n in columns]
-        if columns:
-            of_task = logsumexp(formulas.mixed[t][rows] + constants.zero_shot_between * z[columns], axis=0)
-            share = log_softmax(formulas.own[t][rows] + constants.zero_shot_within * z[columns], axis=0)
-            scores[columns] = of_task + share - formulas.unseen
+    known = [(t, name) for t, task in enumerate(TASKS) for name in task.names if name in candidates]
+    ratio = [formulas.pooled[t][TASKS[t].names.index(name)] - formulas.unseen for t, name in known]
+    columns = [candidates.index(name) for _, name in known]
+    learnt_at_all = logsumexp(constants.likelihood_ratio * np.array(ratio) + scores[columns], axis=0)
+    of_task, share = {}, {}
+    for t in {t for t, _ in known}:
+        columns = [n for n, name in enumerate(candidates) if name in TASKS[t].names]
+        rows = [TASKS[t].names.index(candidates[n]) for n in columns]
+        of_task[t] = logsumexp(formulas.mixed[t][rows] + constants.zero_shot_between * z[columns], axis=0)
+        share[t] = columns, log_softmax(formulas.own[t][rows] + constants.zero_shot_within * z[columns], axis=0)
+    whole = logsumexp(list(of_task.values()), axis=0)
+    for t, (columns, of_class) in share.items():
+        scores[columns] = learnt_at_all + of_task[t] - whole + of_class
     return (constants.sharpness * scores).T
 
 
@@ -125,7 +138,7 @@ def answers_by_formula(constants: ClassConstants, num_learnt: int, candidates: l
 @pytest.mark.parametrize("candidates", [NAMES, NAMES[:3], [NAMES[8], NAMES[1], NAMES[4]]])
 def test_answers_are_the_formula(constants: ClassConstants, candidates: list[str], stranger: bool) -> None:
     zero_shot = ZERO_SHOT[:, [NAMES.index(name) for name in candidates]]
-    expected = answers_by_formula(constants, 3, candidates)
+    expected = answers_by_formula(constants, candidates)
     if stranger:
         candidates = [*candidates, "a class of the user's own"]
         zero_shot = torch.cat([zero_shot, torch.full((len(QUERIES), 1), 2.5)], dim=1)
