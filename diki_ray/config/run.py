@@ -16,6 +16,7 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from diki_ray.config.affects import Affects, ChangesAnswers, ChangesModule, ChangesNothing, settings
+from diki_ray.config.class_model import ClassModelSection, RoutingSection
 from diki_ray.config.methods import DikiSection, MethodSection
 from diki_ray.config.protocols import protocol
 from diki_ray.config.section import Section
@@ -246,6 +247,8 @@ class Config(Section):
     data: DataSection = DataSection()
     statistics: StatisticsSection = StatisticsSection()
     calibration: CalibrationSection = CalibrationSection()
+    routing: RoutingSection = RoutingSection()
+    class_model: ClassModelSection = ClassModelSection()
     evaluate: EvaluateSection = EvaluateSection()
     schedule: ScheduleSection = ScheduleSection()
     cluster: ClusterSection = ClusterSection()
