@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from benchmarks.evaluation import Row, make_predictor
 from benchmarks.timing import interleaved
 from benchmarks.world import TEMPLATE, Port, World
-from diki_ray.answering.answers import Answers, answer, needed_routes
+from diki_ray.answering.answers import Answers, needed_rows
 from diki_ray.answering.class_features import Candidates
 from diki_ray.answering.predictor import Predictor
+from diki_ray.answering.routing import NO_TASK
+from diki_ray.answering.rows import Rows, Wanted, best_classes, computed_rows
+from diki_ray.answering.split_routes import SplitRouter
 
 
 class Stream:
@@ -32,24 +37,25 @@ class Stream:
         self.tests = [(j, domain + images) for j, domain in enumerate(domains) for images in noise[j]]
 
     def answered(
-        self,
-        predictor: Predictor,
-        j: int,
-        images: Tensor,
-        learnt: int,
-        known: tuple[Tensor, Answers] | None = None,
+        self, predictor: Predictor, j: int, images: Tensor, learnt: int, known: Answers | None = None
     ) -> Answers:
-        """All that the cells of test set j need of a batch once `learnt` tasks are learnt; known: frozen features and
-        answers."""
-        features, answers = known or (predictor.frozen_features(images), None)
-        if answers is None:
-            answers = Answers.empty(np.zeros(len(features)), self.num_tasks, 1)
-        scores = predictor.scores(features)
-        answers.log_density[:] = scores.log_density.numpy()
-        answers.weight[:] = scores.weight.numpy()
-        needed = needed_routes(answers.log_density, [range(learnt)])
-        answer(predictor, images, features, answers, [self.candidates[j]], needed)
-        return answers
+        """All that the cells of test set j need of a batch once `learnt` tasks are learnt."""
+        sample = np.arange(len(images))
+        frozen = predictor.frozen_features(images) if known is None else torch.from_numpy(known.frozen)
+        zero = np.zeros(len(images))
+        rows = {NO_TASK: Rows(Wanted(sample, zero, zero), frozen.numpy())} if known is None else dict(known.rows)
+        new = {NO_TASK: rows[NO_TASK]} if known is None else {}
+        routes = SplitRouter(predictor.router, "routed", "image").routes(frozen, [len(images)])
+        for task, wanted in needed_rows(sample, routes, [range(n) for n in range(learnt + 1)]).items():
+            if task in rows:
+                wanted = wanted.take(np.flatnonzero(rows[task].find(wanted) < 0))
+            if len(wanted.sample):
+                new[task] = computed_rows(predictor, task, images, sample, wanted, len(images))
+        for task, found in new.items():
+            best = best_classes(predictor, task, found.feature, found.wanted.text_weight, self.candidates[j])
+            scored = replace(found, scores={"own": best})
+            rows[task] = Rows.joined([rows[task], scored]) if task in rows and task != NO_TASK else scored
+        return Answers(("",) * len(images), sample, sample, {}, rows)
 
     def matrix(self) -> None:
         predictor = make_predictor(self.world, self.modules)
@@ -64,21 +70,16 @@ class Stream:
                 if j == cell:
                     self.port.evaluate_batch(images, predictor, self.tokens[j], learnt)
 
-    def known_before_the_last(self) -> list[tuple[Tensor, Answers]]:
+    def known_before_the_last(self) -> list[Answers]:
         """Of the test sets that there were before the last task."""
         predictor, last = make_predictor(self.world, self.modules), self.num_tasks - 1
-        return [
-            (predictor.frozen_features(images), self.answered(predictor, j, images, last))
-            for j, images in self.tests
-            if j < last
-        ]
+        return [self.answered(predictor, j, images, last) for j, images in self.tests if j < last]
 
-    def last_added(self, known: list[tuple[Tensor, Answers]]) -> None:
+    def last_added(self, known: list[Answers]) -> None:
         """What the matrix needs more when the last task has been learnt."""
         predictor = make_predictor(self.world, self.modules)
         for (j, images), before in itertools.zip_longest(self.tests, known):
-            kept = before and (before[0], before[1].rows(slice(None)))
-            self.answered(predictor, j, images, self.num_tasks, kept)
+            self.answered(predictor, j, images, self.num_tasks, before)
 
 
 def matrix(world: World, num_tasks: int, num_classes: int, batch: int, num_batches: int, rounds: int) -> Row:

@@ -19,12 +19,12 @@ from rich.console import Console
 
 from diki_ray import config
 from diki_ray.answering.comparison import compare
-from diki_ray.answering.evaluation import Evaluated, report
+from diki_ray.answering.figures import Along, report
 from diki_ray.clip.trust import add_backbone_options
 from diki_ray.config import Config
 from diki_ray.errors import UserError
 from diki_ray.report.evaluation_table import comparison, tables
-from diki_ray.runs.evaluate.stored_evaluation import Asked, evaluate_stored
+from diki_ray.runs.evaluate.stored import Asked, evaluate_stored
 from diki_ray.runs.stored_run import told_config
 
 
@@ -65,7 +65,7 @@ def evaluate(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], list[
     asked = Asked(arguments.routing, arguments.label_space, order, arguments.split, cache=not arguments.no_cache)
     given = config.load(arguments.config) if arguments.config else None
 
-    def evaluated(run: str, given: Config | None) -> Evaluated:
+    def evaluated(run: str, given: Config | None) -> Along:
         told = told_config(arguments.storage, run, given, arguments)
         return evaluate_stored(arguments.storage, run, asked, told, say)
 
@@ -73,8 +73,9 @@ def evaluate(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], list[
     return [report(e) for e in (first, *others)], [compare(first, other) for other in others]
 
 
-def say(task: str) -> None:
-    print(f"{task} …", file=sys.stderr, flush=True)  # standard output may be JSON
+def say(done: int, total: int) -> None:
+    if total:
+        print(f"{done} of {total} batches of test images …", file=sys.stderr, flush=True)  # stdout may be JSON
 
 
 if __name__ == "__main__":

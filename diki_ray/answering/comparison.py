@@ -13,16 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from diki_ray.answering.evaluation import Evaluated, TestSet
+from diki_ray.answering.figures import Along, TestSet
+from diki_ray.answering.metrics import MEANS
 
-METRICS = ("zero_shot", "transfer", "average", "last")
+METRICS = ("zero_shot", *MEANS)
 NUM_RESAMPLES = 10_000
 LEVEL = 0.95
 SETTINGS = ("routing", "label_space", "split", "order")
 
 
 def compare(
-    run: Evaluated, other: Evaluated, num_resamples: int = NUM_RESAMPLES, level: float = LEVEL, seed: int = 0
+    run: Along, other: Along, num_resamples: int = NUM_RESAMPLES, level: float = LEVEL, seed: int = 0
 ) -> dict[str, Any]:
     """`other` less `run`, over the images of test sets that both have learnt; JSON values.
 
@@ -69,15 +70,10 @@ def compare(
 
 def scores(t: TestSet, metric: str) -> np.ndarray | None:
     """Each image's share [N] of a metric of its test set; None where it is not defined (Transfer of the first task)."""
-    place = t.learnt_at
     if metric == "zero_shot":
         return t.correct[0].astype(float)
-    if metric == "last":
-        return t.correct[-1].astype(float)
-    if metric == "average":
-        return t.correct[1:].mean(0)
-    assert metric == "transfer"
-    return t.correct[1 : place + 1].mean(0) if place else None
+    assert t.learnt_at is not None
+    return MEANS[metric](t.correct[1:], t.learnt_at)
 
 
 def aligned(a: TestSet, b: TestSet) -> tuple[np.ndarray, np.ndarray]:

@@ -19,6 +19,9 @@ from diki_ray.learning.module import TaskModule
 COARSE_FROM_TASKS = 64
 """From this many on, a run's predictor rules tasks out by a bound before it computes densities (coarse.py)."""
 
+TABLE_BYTES = 2**30
+"""Class features that an evaluation keeps; it scores the images of one module after those of another."""
+
 
 def build_predictor(
     config: Config,
@@ -39,7 +42,7 @@ def build_predictor(
     return Predictor(
         method,
         modules,
-        build_router(config, method, modules, coarse_from),
+        build_router(config, method.backbone.embed_dim, modules, method.backbone.device, coarse_from),
         build_class_features(config) if class_features is None else class_features,
         skip_weight=config.evaluate.skip_weight,
     )
@@ -49,18 +52,24 @@ def build_class_features(config: Config) -> ClassFeatures:
     """Returns what an evaluation needs: tables where each image has a weight of its own. Under `batch` routing all
     images of a batch share one text weight, and one exact text pass answers them."""
     evaluate = config.evaluate
-    return Exact() if not evaluate.text_grid or evaluate.routing == "batch" else Tabulated(evaluate.text_grid)
+    if not evaluate.text_grid or evaluate.routing == "batch":
+        return Exact()
+    return Tabulated(evaluate.text_grid, TABLE_BYTES)
 
 
 def build_router(
-    config: Config, method: Method, modules: Sequence[TaskModule], coarse_from: int | None = None
+    config: Config,
+    embed_dim: int,
+    modules: Sequence[TaskModule],
+    device: str | torch.device = "cpu",
+    coarse_from: int | None = None,
 ) -> Router:
-    """Returns the router over the Gaussians of these modules, as `build_predictor` says."""
-    embed_dim, statistics = method.backbone.embed_dim, config.statistics
+    """Returns the router over the Gaussians of these modules, as `build_predictor` says. It needs no backbone."""
+    statistics = config.statistics
     if not modules:
         return GaussianRouter(None, build_calibration(config, embed_dim, None, modules))
     gaussians = Gaussians([m.moments for m in modules], statistics.covariance_eps, statistics.shrinkage)
-    gaussians.to(method.backbone.device)
+    gaussians.to(device)
     coarse = CoarseGaussians(gaussians) if coarse_from is not None and len(gaussians) >= coarse_from else None
     return GaussianRouter(gaussians, build_calibration(config, embed_dim, gaussians, modules), coarse)
 

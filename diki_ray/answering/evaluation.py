@@ -1,204 +1,106 @@
-"""What an evaluation says beyond the accuracy matrix: per class, by route, how far confidences can be believed, and
-whether the integration weight tells learnt domains from unlearnt ones. Arrays in, JSON values out.
+"""The one object that holds the answers of a stream's test sets: everything that is reported is a view of it.
 
-Shapes: N images of a test set, n tasks learnt, T test sets. Row i of an array [n + 1, N] is what the images were
-answered with after i tasks; row 0 is the frozen model.
+What an image is answered with after some tasks does not depend on the order in which they were learnt, but for ties
+between routes and for methods that answer with the last. So figures are kept by the set of tasks learnt: 720 orders of
+6 tasks are 64 sets.
+
+Shapes: T tasks and test sets, N images of a test set.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
 
-from diki_ray.answering.metrics import Metrics
+from diki_ray.answering.answers import Answers, Names, Prediction, candidate_tasks, predict
+from diki_ray.answering.figures import TestSet, auroc
 from diki_ray.answering.routing import NO_TASK
+from diki_ray.answering.split_routes import RoutesAfter
 
-FORMAT = 1
-NUM_BINS = 15
-"""Of confidences; the number that calibration errors are usually reported with (Guo et al. 2017)."""
-
-
-@dataclass(frozen=True, eq=False)
-class TestSet:
-    """One test set with its answers along the order in which tasks are learnt."""
-
-    __test__ = False  # pytest takes it for a test by its name
-
-    name: str
-    class_names: tuple[str, ...]
-    data: str
-    """Digest of the split's data: equal digests are equal images."""
-    keys: tuple[str, ...]
-    labels: np.ndarray  # int64 [N]
-    learnt_at: int | None
-    """Its task's place in the order, from 0; None: not learnt."""
-    correct: np.ndarray  # bool [n + 1, N]
-    confidence: np.ndarray  # float [n + 1, N]
-    routed: np.ndarray  # int64 [n + 1, N], place in the order, NO_TASK: the frozen model
-    weight: np.ndarray  # float64 [n + 1, N], integration weights
+Learnt = frozenset[int] | tuple[int, ...]
 
 
-@dataclass(frozen=True, eq=False)
-class Evaluated:
-    """A run under one routing, label space and order, with all its answers."""
+@dataclass(eq=False)
+class Evaluation:
+    """The answers of all test sets of a stream, after any of the tasks and orders that were asked for.
 
-    run: str
-    settings: Mapping[str, Any]
-    """routing, label_space, split, order (names), protocol (None: not as the run's protocol has it), …"""
-    test_sets: tuple[TestSet, ...]
-    """Those of the order, in its order, then those of tasks that are not learnt."""
-    notes: tuple[str, ...] = ()
-
-    @property
-    def num_learnt(self) -> int:
-        return len(self.settings["order"])
-
-    def accuracy(self) -> np.ndarray:
-        """[n + 1, T], from the frozen model on."""
-        return np.stack([t.correct.mean(1) for t in self.test_sets], axis=1)
-
-
-def report(evaluated: Evaluated) -> dict[str, Any]:
-    """The whole evaluation as JSON values; the matrix, zero-shot row and metrics as in results.json."""
-    accuracy, n = evaluated.accuracy(), evaluated.num_learnt
-    metrics = Metrics.of(accuracy[1:, :n])
-    learnt = evaluated.test_sets[:n]
-    return {
-        "format": FORMAT,
-        "run": evaluated.run,
-        **evaluated.settings,
-        "notes": list(evaluated.notes),
-        "zero_shot": _numbers(accuracy[0]),
-        "accuracy": [_numbers(row) for row in accuracy[1:]],
-        "metrics": {
-            name: {"mean": _number(metrics.mean(name)), "per_task": _numbers(values)}
-            for name, values in vars(metrics).items()
-        },
-        "test_sets": [_test_set(t, n) for t in evaluated.test_sets],
-        "confusion": confusion(evaluated.test_sets, n),
-        "calibration": {
-            "learnt": calibration(*_joined(learnt, -1)),
-            "zero_shot": calibration(*_joined(learnt, 0)),
-        },
-        "weight_auroc": weight_auroc(evaluated.test_sets, n),
-    }
-
-
-def _test_set(t: TestSet, num_learnt: int) -> dict[str, Any]:
-    counts = np.bincount(t.routed[-1] + 1, minlength=num_learnt + 1)
-    return {
-        "name": t.name,
-        "learnt": t.learnt_at is not None,
-        "num_images": len(t.labels),
-        "data": t.data,
-        "zero_shot": _number(t.correct[0].mean()),
-        "accuracy": _number(t.correct[-1].mean()),
-        "mean_class_accuracy": _mean([c["accuracy"] for c in per_class(t)]),
-        "routed": {"frozen": int(counts[0]), "tasks": [int(c) for c in counts[1:]]},
-        "mean_weight": _number(t.weight[-1].mean()),
-        "ece": calibration(t.confidence[-1], t.correct[-1])["ece"],
-        "classes": per_class(t),
-    }
-
-
-def per_class(t: TestSet) -> list[dict[str, Any]]:
-    """Accuracy on each class once all is learnt, beside zero-shot; None where a class has no image."""
-    rows = []
-    for number, name in enumerate(t.class_names):
-        own = t.labels == number
-        any_ = bool(own.any())
-        rows.append(
-            {
-                "name": name,
-                "num_images": int(own.sum()),
-                "zero_shot": _number(t.correct[0, own].mean()) if any_ else None,
-                "accuracy": _number(t.correct[-1, own].mean()) if any_ else None,
-            }
-        )
-    return rows
-
-
-def confusion(test_sets: Sequence[TestSet], num_learnt: int) -> dict[str, Any]:
-    """Who answers whose images at the end, and how often that is their own task.
-
-    counts: a row for each test set; a column for each task in the order, then the frozen model. own: the share of the
-    learnt sets' images that their own task answers, each set counting the same.
+    names: each task's class names. routes: of each test set. key_of: see `predict`.
     """
-    counts, own = [], []
-    for t in test_sets:
-        row = np.bincount(np.where(t.routed[-1] == NO_TASK, num_learnt, t.routed[-1]), minlength=num_learnt + 1)
-        counts.append([int(c) for c in row])
-        if t.learnt_at is not None:
-            own.append(row[t.learnt_at] / row.sum())
-    return {
-        "rows": [t.name for t in test_sets],
-        "columns": [*(t.name for t in test_sets[:num_learnt]), "frozen"],
-        "counts": counts,
-        "own": _mean(own),
-    }
 
+    test_sets: Sequence[Answers]
+    names: Names
+    label_space: str
+    routes: Sequence[RoutesAfter]
+    key_of: Callable[[int, int], str]
+    text_feature_error: float = 0.0
+    """The largest error of the tabulated class features that answers rest on."""
+    _accuracies: dict[tuple[int, Learnt], float] = field(default_factory=dict)
+    _areas: dict[Learnt, float | None] = field(default_factory=dict)
 
-def calibration(confidence: np.ndarray, correct: np.ndarray, num_bins: int = NUM_BINS) -> dict[str, Any]:
-    """Expected calibration error: Σ_b n_b/N · |accuracy_b − confidence_b| over bins of equal width, (lower, upper].
+    def predict(self, task: int, learnt: Sequence[int]) -> Prediction:
+        """The predictions of test set `task` once `learnt` are learnt, in that order."""
+        candidates = candidate_tasks(self.label_space, task, learnt, len(self.names))
+        return predict(self.test_sets[task], self.routes[task](learnt), learnt, candidates, self.key_of, self.names)
 
-    bins: the count, mean confidence and accuracy of each; None where a bin is empty.
-    """
-    place = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
-    bins: list[dict[str, Any]] = []
-    error = 0.0
-    for b in range(num_bins):
-        inside = place == b
-        count = int(inside.sum())
-        if not count:
-            bins.append({"num_images": 0, "confidence": None, "accuracy": None})
-            continue
-        mean, right = float(confidence[inside].mean(dtype=np.float64)), float(correct[inside].mean())
-        error += count / len(confidence) * abs(right - mean)
-        bins.append({"num_images": count, "confidence": _number(mean), "accuracy": _number(right)})
-    return {"ece": _number(error), "num_images": len(confidence), "bins": bins}
+    def accuracy_of(self, task: int, learnt: Sequence[int]) -> float:
+        """Accuracy on test set `task` once `learnt` are learnt."""
+        key = (task, self._key(task, learnt))
+        if key not in self._accuracies:
+            labels = self.test_sets[task].labels
+            self._accuracies[key] = float(self.predict(task, learnt).correct(labels, task, self.names).mean())
+        return self._accuracies[key]
 
+    def accuracy(self, order: Sequence[int] | None = None) -> np.ndarray:
+        """A [T, T], rows and columns in the order given (by default the stream's): A[i, j] on order[j] after learning
+        order[: i + 1]."""
+        order = range(len(self.names)) if order is None else order
+        return np.array([[self.accuracy_of(j, order[: i + 1]) for j in order] for i in range(len(order))])
 
-def weight_auroc(test_sets: Sequence[TestSet], num_learnt: int) -> dict[str, Any]:
-    """How well the integration weight tells images of learnt domains (they should get more) from unlearnt ones.
+    def zero_shot(self, order: Sequence[int] | None = None) -> np.ndarray:
+        """[T], in the order given: nothing learnt."""
+        return np.array([self.accuracy_of(j, ()) for j in (range(len(self.names)) if order is None else order)])
 
-    after: the area under the ROC curve after each task, over all test sets; None once none is left to tell apart.
-    0.5 is chance. mean: over the steps that have one.
-    """
-    after: list[float | None] = []
-    for step in range(1, num_learnt + 1):
-        known = [t.learnt_at is not None and t.learnt_at < step for t in test_sets]
-        area = auroc([t.weight[step] for t in test_sets], known)
-        after.append(None if area is None else _number(area))
-    return {"after": after, "mean": _mean(after)}
+    def weight_auroc(self, order: Sequence[int]) -> list[float | None]:
+        """How well the integration weight tells images of learnt domains from others, after each task of an order; None
+        where there are no others."""
+        found, tests = [], range(len(self.names))
+        for n in range(1, len(order) + 1):
+            learnt = order[:n]
+            keys = {self._key(j, learnt) for j in tests}
+            key = frozenset(learnt) if len(keys) == 1 else tuple(learnt)
+            if key not in self._areas:
+                self._areas[key] = auroc([self.routes[j](learnt).weight for j in tests], [j in learnt for j in tests])
+            found.append(self._areas[key])
+        return found
 
+    def along(self, order: Sequence[int], task_names: Sequence[str], data: Sequence[str]) -> tuple[TestSet, ...]:
+        """The answers after 0 … n tasks of an order, of its test sets and then of those that are not learnt.
 
-def auroc(weights: Sequence[np.ndarray], known: Sequence[bool]) -> float | None:
-    """The area under the ROC curve of the weights [N_j] of each test set, given whether its domain is learnt; None
-    where all or none are."""
-    if all(known) or not any(known):
-        return None
-    truth = np.concatenate([np.full(len(w), k) for w, k in zip(weights, known, strict=True)])
-    return float(roc_auc_score(truth, np.concatenate(weights)))
+        task_names, data: the name and the data's digest of each test set of the stream.
+        """
+        unlearnt = [t for t in range(len(self.names)) if t not in order]
+        place = {NO_TASK: NO_TASK} | {task: n for n, task in enumerate(order)}
+        sets = []
+        for j in (*order, *unlearnt):
+            answers = self.test_sets[j]
+            after = [self.predict(j, order[:n]) for n in range(len(order) + 1)]
+            sets.append(
+                TestSet(
+                    name=task_names[j],
+                    class_names=tuple(self.names[j]),
+                    data=data[j],
+                    keys=answers.keys,
+                    labels=answers.labels,
+                    learnt_at=place.get(j),
+                    correct=np.stack([p.correct(answers.labels, j, self.names) for p in after]),
+                    confidence=np.stack([p.confidence for p in after]),
+                    routed=np.stack([np.array([place[t] for t in p.routed.tolist()]) for p in after]),
+                    weight=np.stack([p.weight for p in after]),
+                )
+            )
+        return tuple(sets)
 
-
-def _joined(test_sets: Sequence[TestSet], row: int) -> tuple[np.ndarray, np.ndarray]:
-    confidence = np.concatenate([t.confidence[row] for t in test_sets])
-    return confidence, np.concatenate([t.correct[row] for t in test_sets])
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    defined = [v for v in values if v is not None]
-    return _number(sum(defined) / len(defined)) if defined else None
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else round(float(value), 6)
-
-
-def _numbers(values: np.ndarray) -> list[float | None]:
-    return [_number(v) for v in values]
+    def _key(self, task: int, learnt: Sequence[int]) -> Learnt:
+        return tuple(learnt) if self.routes[task](learnt).ordered else frozenset(learnt)

@@ -133,8 +133,8 @@ class Predictor:
         if not learnt:
             return zero_shot
         key = tuple(learnt)
-        if key not in self._joined:
-            self._joined[key] = self.method.join([self.modules[t] for t in key])
+        if key not in self._joined:  # the last one's alone is kept: a regression may be as large as all modules
+            self._joined = {key: self.method.join([self.modules[t] for t in key])}
         return self.method.joint_logits(self._joined[key], frozen, zero_shot, names)
 
     def classes(self, task: int, candidates: Candidates) -> PromptedClasses:

@@ -5,8 +5,9 @@ Shapes: N images, E embedding dimensions, T tasks learnt. Densities are log N(f;
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
@@ -130,6 +131,11 @@ class Router(Protocol):
         """Returns the scores of frozen features [N, E] once `learnt` (numbers of modules) are learnt, on the CPU."""
         ...
 
+    def about(self, features: Tensor) -> Callable[[Sequence[int]], Scores]:
+        """The same for many sets of tasks learnt, of which each is asked about once: what does not depend on the set is
+        computed once."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class GaussianRouter:
@@ -151,6 +157,15 @@ class GaussianRouter:
             log_density = self.coarse.log_density(features).cpu()
         else:
             log_density = self.gaussians.log_density(features, learnt).cpu()
+        return self._weighed(learnt, log_density)
+
+    def about(self, features: Tensor) -> Callable[[Sequence[int]], Scores]:
+        if self.gaussians is None:
+            return partial(self.scores, features)
+        log_density = self.gaussians.log_density(features).cpu()
+        return lambda learnt: self._weighed(learnt, log_density[:, list(learnt)])
+
+    def _weighed(self, learnt: Sequence[int], log_density: Tensor) -> Scores:
         weight = self.calibration.weight(log_density, torch.as_tensor(list(learnt), dtype=torch.long))
         return Scores(learnt, log_density, weight)
 

@@ -8,6 +8,7 @@ field without a mark is an error as soon as one of them is asked for.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated, Any, TypeVar
 
@@ -24,6 +25,14 @@ class Affects(Enum):
     """Another value gives other results with the same modules: the run is evaluated anew and nothing is trained."""
     NOTHING = "nothing"
     """Where, when and how fast, up to rounding: nothing is computed anew and no result is forgotten."""
+
+
+@dataclass(frozen=True)
+class StoredAs:
+    """A second mark: digests, keys and provenance know the field under another field's name, as they did before there
+    was this one, and have that field's value where this one is not set."""
+
+    name: str
 
 
 T = TypeVar("T")
@@ -46,18 +55,21 @@ def settings(section: BaseModel, *wanted: Affects, defaults: bool = True) -> dic
         TypeError: a field does not say what it affects.
     """
     found: dict[str, Any] = {}
-    for name, field in type(section).model_fields.items():
-        value, mark = getattr(section, name), affects(field)
+    fields = type(section).model_fields
+    for own_name, field in fields.items():
+        value, mark = getattr(section, own_name), affects(field)
+        name = next((m.name for m in field.metadata if isinstance(m, StoredAs)), own_name)
+        value = getattr(section, name) if value is None else value
         if isinstance(value, BaseModel):
             inner = settings(value, *wanted, defaults=defaults)
             if inner or defaults:
                 found[name] = inner
         elif mark is None:
             raise TypeError(
-                f"{type(section).__name__}.{name} does not say what it affects: write its type as ChangesModule[…], "
-                "ChangesAnswers[…] or ChangesNothing[…]"
+                f"{type(section).__name__}.{own_name} does not say what it affects: write its type as "
+                "ChangesModule[…], ChangesAnswers[…] or ChangesNothing[…]"
             )
-        elif mark in wanted and (defaults or value != field.get_default()):
+        elif mark in wanted and (defaults or value != fields[name].get_default()):
             found[name] = _plain(value, wanted, defaults)
     return found
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from diki_ray.config.affects import Affects, ChangesAnswers, ChangesModule, ChangesNothing, settings
+from diki_ray.config.affects import Affects, ChangesAnswers, ChangesModule, ChangesNothing, StoredAs, settings
 from diki_ray.config.class_model import ClassModelSection, RoutingSection
 from diki_ray.config.methods import DikiSection, MethodSection
 from diki_ray.config.protocols import protocol
@@ -66,11 +66,15 @@ class TrainSection(Section):
     epochs of a hundred classes are ten times the steps of ten epochs of ten classes."""
     batch_size: ChangesModule[int] = Field(default=128, ge=1)
     """Images in a global batch, over all workers."""
-    num_workers: ChangesModule[int] = Field(default=1, ge=1)
-    """Data-parallel workers. From here and never from what happens to be free: it is part of a module's key."""
+    num_parts: Annotated[ChangesModule[int | None], StoredAs("num_workers")] = Field(default=None, ge=1)
+    """Parts that a step is computed in, whoever computes them: any number of workers up to it trains the same module,
+    bit for bit. Not set: what the run was begun with; for a new run num_workers. Keys and provenance know it as
+    num_workers."""
+    num_workers: ChangesNothing[int] = Field(default=1, ge=1)
+    """Data-parallel workers; those above num_parts are not started."""
     min_workers: ChangesNothing[int | None] = Field(default=None, ge=1)
     """Elastic: start with as few as these where nodes are missing, go on with fewer when one is lost, and take up to
-    num_workers when nodes come. Modules keep their key; rounding is another (docs/reliability.md)."""
+    num_workers when nodes come (docs/reliability.md)."""
     resize_every_s: ChangesNothing[float] = Field(default=60.0, gt=0)
     """With min_workers: seconds between looks for room for more workers. Taking them costs a restart of the group."""
     num_streams: ChangesModule[int] = Field(default=24, ge=1)
@@ -98,6 +102,16 @@ class TrainSection(Section):
     max_nonfinite_steps: ChangesModule[int] = Field(default=3, ge=1)
     """Batches in a row with a loss or gradient that is not finite before training stops."""
 
+    @property
+    def parts(self) -> int:
+        """num_parts as it is used."""
+        return self.num_workers if self.num_parts is None else self.num_parts
+
+    @property
+    def most_workers(self) -> int:
+        """That are started."""
+        return min(self.num_workers, self.parts)
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.min_workers is not None and self.min_workers > self.num_workers:
@@ -105,10 +119,11 @@ class TrainSection(Section):
                 f"min_workers={self.min_workers} is more than num_workers={self.num_workers}, which is the most there "
                 "will be; lower train.min_workers"
             )
-        if self.num_workers > self.num_streams:
+        if self.parts > self.num_streams:
+            name = "num_workers" if self.num_parts is None else "num_parts"
             raise ValueError(
-                f"num_workers={self.num_workers} is more than num_streams={self.num_streams}: every worker reads at "
-                "least one stream; raise train.num_streams"
+                f"{name}={self.parts} is more than num_streams={self.num_streams}: every worker reads at least one "
+                "stream; raise train.num_streams"
             )
         if (self.compile or self.activation_checkpointing) and self.strategy == "deepspeed":
             raise ValueError("compile and activation_checkpointing are for strategy=ddp; with deepspeed leave them out")

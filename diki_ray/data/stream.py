@@ -11,11 +11,11 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ _READ_THREADS = 8
 
 @dataclass(frozen=True)
 class Batch:
-    """A rank's part of a global batch.
+    """A part of a global batch.
 
     `images` float [b, 3, H, W], `labels` int64 [b]; b may be 0. Samples that could not be decoded are missing, the
     others keep their positions. `step` is the number of the global batch in its epoch; `global_size` the number of
@@ -226,8 +226,11 @@ class TrainStream:
     """A rank's view of the training batches of one split.
 
     For the same (index, seed, batch_size, num_streams, window) the global batches, merged over ranks by position, are
-    the same under every world size up to `num_streams`. `transform` (PIL RGB image → float [3, H, W]) must be
-    deterministic: decoded images are kept for later epochs up to `cache_bytes` a rank.
+    the same under every world size up to `num_streams`. With `num_parts` they are cut as that many ranks would share
+    them, and a rank reads the parts that it has one after the other; by default it has one.
+
+    `transform` (PIL RGB image → float [3, H, W]) must be deterministic: decoded images are kept for later epochs up to
+    `cache_bytes` a rank.
 
     Raises DataError at once for an empty split, or more workers than streams; while reading, when more samples than
     the ledger's budget (default: 1 %, at least 8) could not be used, or a shard is missing.
@@ -244,6 +247,7 @@ class TrainStream:
         num_streams: int = DEFAULT_NUM_STREAMS,
         world_size: int = 1,
         rank: int = 0,
+        num_parts: int | None = None,
         num_threads: int | None = None,
         ledger: SkipLedger | None = None,
         window: int = DEFAULT_WINDOW,
@@ -252,9 +256,12 @@ class TrainStream:
     ) -> None:
         if batch_size < 1 or window < 1 or seed < 0:
             raise DataError(f"batch_size {batch_size} and window {window} must be at least 1, seed {seed} at least 0")
-        streams_of(rank, world_size, num_streams)
+        self.num_parts = world_size if num_parts is None else num_parts
+        streams_of(rank, self.num_parts, num_streams)
+        self.parts = streams_of(rank, world_size, self.num_parts)  # shared as streams are: neighbours, evenly
         threads = default_num_threads() if num_threads is None else num_threads
-        self._reader = _SplitReader(index, split, transform, threads, prefetch_batches, ledger, cache_bytes)
+        prefetch = prefetch_batches * len(self.parts)
+        self._reader = _SplitReader(index, split, transform, threads, prefetch, ledger, cache_bytes)
         if not self._reader.split.num_samples:
             raise DataError(f"split {split!r} of {index.name} ({index.uri}) is empty: there is nothing to train on")
         self.batch_size, self.num_streams, self.world_size, self.rank = batch_size, num_streams, world_size, rank
@@ -271,11 +278,13 @@ class TrainStream:
         return -(-self._reader.split.num_samples // self.batch_size)
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
-        """This rank's part of the global batches from `start_batch` on: one Batch each, empty ones included."""
+        """This rank's parts of the global batches from `start_batch` on: a Batch for each part, empty ones included."""
         order = EpochOrder(self._reader.sizes, self._seed, epoch, self.num_streams, self._window)
-        planned = plan_epoch(
-            order, batch_size=self.batch_size, world_size=self.world_size, rank=self.rank, start_batch=start_batch
-        )
+        of_parts = [
+            plan_epoch(order, batch_size=self.batch_size, world_size=self.num_parts, rank=part, start_batch=start_batch)
+            for part in self.parts
+        ]
+        planned = chain.from_iterable(zip(*of_parts, strict=True))
 
         @lru_cache(maxsize=4 * self.num_streams)
         def samples_of_read(stream: int, window: int) -> Int64:
@@ -291,6 +300,7 @@ def eval_batches(
     batch_size: int,
     transform: Transform,
     batches: Iterable[int] | None = None,
+    samples: Sequence[Int64] | None = None,
     num_threads: int | None = None,
     ledger: SkipLedger | None = None,
     prefetch_batches: int = 2,
@@ -298,7 +308,8 @@ def eval_batches(
     """The canonical batches of a split: batch k is samples [k·B, (k+1)·B) in index order, under any sharing of work.
 
     `batches` chooses some, in the given order (default: all); only their bytes are read. DataError for a batch that
-    does not exist.
+    does not exist. `samples`: these batches of chosen samples (their ascending places in the split) instead; only what
+    is chosen is read, neighbours by one range request.
     """
     threads = default_num_threads() if num_threads is None else num_threads
     reader = _SplitReader(index, split, transform, threads, prefetch_batches, ledger, cache_bytes=0)
@@ -309,14 +320,16 @@ def eval_batches(
     for batch in chosen:
         if not 0 <= batch < num_batches:
             raise DataError(f"split {split!r} of {index.name} has batches 0 … {num_batches - 1}, not {batch}")
+    firsts = [batch * batch_size for batch in chosen]
+    read = [np.arange(first, min(first + batch_size, num_samples), dtype=np.int64) for first in firsts]
+    if samples is not None:
+        chosen, read = list(range(len(samples))), [np.asarray(s, np.int64) for s in samples]
 
     def samples_of_read(_: int, turn: int) -> Int64:
-        first = chosen[turn] * batch_size if turn < len(chosen) else num_samples
-        return np.arange(first, min(first + batch_size, num_samples), dtype=np.int64)
+        return read[turn] if turn < len(read) else np.zeros(0, np.int64)
 
-    def planned() -> Iterator[PlannedBatch]:
-        for turn, batch in enumerate(chosen):
-            samples = samples_of_read(0, turn)
-            yield PlannedBatch(batch, samples, samples, ((0, turn),) * samples.size, global_size=samples.size)
-
-    yield from reader.batches(0, planned(), samples_of_read)
+    planned = (
+        PlannedBatch(batch, read[turn], read[turn], ((0, turn),) * len(read[turn]), global_size=len(read[turn]))
+        for turn, batch in enumerate(chosen)
+    )
+    yield from reader.batches(0, planned, samples_of_read)

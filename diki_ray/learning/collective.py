@@ -1,12 +1,15 @@
 """The few collectives of data-parallel training; in a process without a process group each is the identity.
 
-Gradients of a task are small (164 k numbers), so one flat all-reduce of summed losses and gradients is all that a step
-needs, and dividing by the global number of samples afterwards is exact for uneven and empty parts.
+A step is computed in a fixed number of parts, each of its own samples and classes, that the ranks share. What the parts
+give is gathered and added in the order of the parts, on every rank alike, so that any number of ranks gets the same
+bits. Gradients of a task are small (164 k numbers): one flat tensor a part, with its losses and counts behind, and
+dividing the sum by the global number of samples is exact for uneven and empty parts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, TypeVar
 
 import torch
@@ -59,32 +62,50 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def share(num_rows: int, of_rank: int | None = None) -> slice:
-    """The contiguous rows that a rank works on when `num_rows` are split over all ranks."""
-    r, w = rank() if of_rank is None else of_rank, world_size()
-    return slice(num_rows * r // w, num_rows * (r + 1) // w)
+def share(num_rows: int, part: int, num_parts: int) -> slice:
+    """The contiguous rows that a part has of `num_rows`; maybe none where there are more parts than rows."""
+    return slice(num_rows * part // num_parts, num_rows * (part + 1) // num_parts)
 
 
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, part: Tensor, num_rows: int) -> Tensor:
-        ctx.num_rows = num_rows
-        longest = -(-num_rows // world_size())
-        padded = part.new_zeros(longest, *part.shape[1:])
-        padded[: len(part)] = part
-        parts = [torch.empty_like(padded) for _ in range(world_size())]
-        dist.all_gather(parts, padded)
-        shares = (share(num_rows, r) for r in range(world_size()))
-        return torch.cat([p[: s.stop - s.start] for p, s in zip(parts, shares, strict=True)])
+def own_parts(num_parts: int) -> range:
+    """The parts that this rank computes: neighbours, as many as the others' or one more; one each, if all ranks have
+    one. There are never more ranks than parts.
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        whole = gradients[0].contiguous().clone()
-        dist.all_reduce(whole)  # every rank's images pull at every class
-        return whole[share(ctx.num_rows)], None
+    Raises:
+        ValueError: there are.
+    """
+    if world_size() > num_parts:
+        raise ValueError(f"{world_size()} workers cannot share {num_parts} parts")
+    return _parts_of(rank(), num_parts)
 
 
-def gather_rows(part: Tensor, num_rows: int) -> Tensor:
-    """All ranks' rows [num_rows, ...] from each rank's `share`, with gradient: each rank receives the sum over ranks of
-    the gradients of its own rows. Every rank must call it, and every rank must run backward."""
-    return _GatherRows.apply(part, num_rows) if world_size() > 1 else part
+def _parts_of(of_rank: int, num_parts: int) -> range:
+    return range(-(-of_rank * num_parts // world_size()), -(-(of_rank + 1) * num_parts // world_size()))
+
+
+def gather_parts(own: Sequence[Tensor], num_parts: int) -> list[Tensor]:
+    """The tensors of all parts, in order, on every rank; own: those of this rank's parts. All have one shape."""
+    if world_size() == 1:
+        return list(own)
+    most = -(-num_parts // world_size())
+    padded = torch.stack([*own, *[torch.zeros_like(own[0])] * (most - len(own))])
+    found = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(found, padded)
+    return [part for r, parts in enumerate(found) for part in parts[: len(_parts_of(r, num_parts))]]
+
+
+def sum_of_parts(own: Sequence[Tensor], num_parts: int) -> Tensor:
+    """The sum over all parts, added in their order whichever rank computed which: the same bits for any number of
+    ranks."""
+    return reduce(torch.add, gather_parts(own, num_parts))
+
+
+def gather_rows(own: Sequence[Tensor], num_rows: int, num_parts: int) -> Tensor:
+    """All rows [num_rows, ...] in order, on every rank, from those of this rank's parts: of each its `share`."""
+    if world_size() == 1:
+        return own[0] if num_parts == 1 else torch.cat(list(own))
+    longest = -(-num_rows // num_parts)
+    padded = [torch.cat([part, part.new_zeros(longest - len(part), *part.shape[1:])]) for part in own]
+    shares = (share(num_rows, part, num_parts) for part in range(num_parts))
+    found = gather_parts(padded, num_parts)
+    return torch.cat([p[: s.stop - s.start] for p, s in zip(found, shares, strict=True)])

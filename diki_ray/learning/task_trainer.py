@@ -1,24 +1,25 @@
 """Training one task's parameters, data-parallel and resumable; plain torch, tested without Ray.
 
-Only the prompted pass is computed (no frozen pass), each rank encodes its share of the classes, and one flat all-reduce
-of summed gradients makes the result independent of the number of workers but for rounding.
+Only the prompted pass is computed (no frozen pass), and a step in a fixed number of parts (learning/parts.py), so that
+the result does not depend on the number of workers.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from diki_ray.clip.residual import Parameters
 from diki_ray.errors import UserError
-from diki_ray.learning.collective import all_reduce_sum, gather_rows, share, world_size
+from diki_ray.learning.collective import gather_rows, own_parts, world_size
 from diki_ray.learning.methods.base import Method, Step
+from diki_ray.learning.parts import StepInParts, class_features
 
 
 class NonFiniteError(UserError):
@@ -89,7 +90,8 @@ class TaskTrainer:
     """One task's parameters under training.
 
     class_tokens: [C, L], the task's own class names in its one template; num_steps: S, over all epochs; parameters:
-    all tensors of the task, those that the method does not train included; seed: the task's own.
+    all tensors of the task, those that the method does not train included; seed: the task's own; num_parts: of a step,
+    at least the number of workers; None: one for each worker, so that rounding depends on how many there are.
     """
 
     def __init__(
@@ -100,8 +102,10 @@ class TaskTrainer:
         num_steps: int,
         parameters: Parameters,
         seed: int = 0,
+        num_parts: int | None = None,
     ) -> None:
         self.method, self.recipe, self.num_steps, self.seed = method, recipe, num_steps, seed
+        self._num_parts = num_parts
         self.device = device = method.backbone.device
         self.class_tokens = class_tokens.cpu()  # they are laid out in rows before they go to the device
         own = {name: p.detach().clone().to(device) for name, p in parameters.items()}
@@ -119,45 +123,31 @@ class TaskTrainer:
         self.nonfinite_in_a_row = 0
         self.num_nonfinite = 0
 
-    def step(self, images: Tensor, labels: Tensor, keys: tuple[str, ...] = ()) -> StepResult:
-        """One global batch: this rank's images [b, 3, H, W] and labels [b], b may be 0.
+    @property
+    def num_parts(self) -> int:
+        """Of a step; with weights shared out, where all workers make the same passes, one for each worker."""
+        in_lockstep = self.method.backbone.in_lockstep
+        return world_size() if in_lockstep or self._num_parts is None else self._num_parts
 
-        A loss or gradient that is not finite on any rank means no step on any rank; after
+    def step(self, images: Tensor, labels: Tensor, keys: tuple[str, ...] = ()) -> StepResult:
+        """One global batch, of which this worker has one part: images [b, 3, H, W] and labels [b], b may be 0."""
+        return self.step_in_parts([(images, labels)], keys)
+
+    def step_in_parts(self, batch: Sequence[tuple[Tensor, Tensor]], keys: tuple[str, ...] = ()) -> StepResult:
+        """One global batch: images [b, 3, H, W] and labels [b] of each of this worker's parts, b may be 0.
+
+        A loss or gradient that is not finite in any part means no step on any worker; after
         `max_nonfinite_steps` in a row NonFiniteError names the batch's keys.
         """
-        device = self.device
         step = self._step()
-        with torch.enable_grad():
-            parameters = self.method.effective(self.all_parameters, step)
-            text = self._class_features(parameters)
-            if len(images) or self.method.backbone.in_lockstep:
-                logits = self.method.backbone.logits(self.method.image_features(images, parameters), text)
-                labels = labels.to(device)
-                loss = F.cross_entropy(logits, labels, reduction="sum")
-                correct = (logits.argmax(1) == labels).sum()
-            else:  # the gather's backward is collective
-                loss, correct = text.sum() * 0 + self._zero(), torch.zeros((), device=device)
-            extra = self.method.extra_loss(self.all_parameters, step)
-            # Gradients are divided by the global number of samples below; the extra loss is not to be.
-            total = loss if extra is None else loss + extra * (self._global_count(len(labels)) / world_size())
-            gradients = torch.autograd.grad(total, list(self.parameters.values()), allow_unused=True)
-        flat = torch.cat(
-            [
-                (torch.zeros_like(p) if g is None else g).reshape(-1)
-                for g, p in zip(gradients, self.parameters.values(), strict=True)
-            ]
-        )
-        flat = torch.cat(
-            [flat, torch.stack([loss.detach(), correct.float(), torch.tensor(float(len(labels)), device=device)])]
-        )
-        all_reduce_sum(flat)
-        loss_sum, num_correct, num_samples = flat[-3:].tolist()
+        sums = StepInParts(self.method, self.class_tokens, self.parameters, self.kept, step).sums(batch)
+        loss_sum, num_correct, num_samples = sums[-3:].tolist()
         self.progress.count_workers(world_size())
         self.progress.step += 1
-        finite = bool(torch.isfinite(flat).all())
+        finite = bool(torch.isfinite(sums).all())
         count = int(num_samples)
         if finite and count:
-            self._apply(flat[:-3] / count, replace(step, num_samples=count))
+            self._apply(sums[:-3] / count, replace(step, num_samples=count))
             self.nonfinite_in_a_row = 0
             self.progress.loss_sum += loss_sum
             self.progress.num_correct += num_correct
@@ -170,33 +160,19 @@ class TaskTrainer:
     def _step(self) -> Step:
         number, recipe = self.progress.step, self.recipe
         lr = cosine_lr(number, self.num_steps, recipe.lr, recipe.final_lr_fraction)
-        return Step(number, self.num_steps, lr, self.seed)
+        return Step(number, self.num_steps, lr, self.seed, num_parts=self.num_parts)
 
     @property
     def all_parameters(self) -> Parameters:
         """Trained and kept tensors."""
         return self.parameters | self.kept
 
-    def _zero(self) -> Tensor:
-        return next(iter(self.parameters.values())).sum() * 0
-
-    def _global_count(self, count: int) -> float:
-        return float(all_reduce_sum(torch.tensor(float(count), device=self.device)))
-
-    def _class_features(self, parameters: Parameters | None = None) -> Tensor:
-        """[C, E] from each rank's share of the classes; by default as they are outside of a step."""
-        parameters = self.method.effective(self.all_parameters) if parameters is None else parameters
-        num_classes = len(self.class_tokens)
-        if world_size() == 1:
-            return self.method.text_features(self.class_tokens, parameters)
-        mine = self.class_tokens[share(num_classes)]
-        # The gather's backward is collective: it must run on every rank, also on one that has no class (more workers
-        # than classes) or whose text tower has no parameters, so every part hangs on the parameters by an exact zero.
-        if len(mine) or self.method.backbone.in_lockstep:
-            part = self.method.text_features(mine, parameters) + self._zero()
-        else:
-            part = self._zero().expand(0, self.method.backbone.embed_dim)
-        return gather_rows(part, num_classes)
+    def _class_features(self) -> Tensor:
+        """[C, E] as they are outside of a step, each part's classes by the worker that has the part."""
+        parameters, step = self.method.effective(self.all_parameters), self._step()
+        own = [replace(step, part=part) for part in own_parts(step.num_parts)]
+        features = [class_features(self.method, self.class_tokens, parameters, s) for s in own]
+        return gather_rows(features, len(self.class_tokens), step.num_parts)
 
     def _apply(self, flat: Tensor, step: Step) -> None:
         for group in self.optimizer.param_groups:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import yaml
 from rich.console import Console
 
 from diki_ray.config import Config
@@ -19,7 +20,7 @@ from diki_ray.learning.module import TaskModule
 from diki_ray.report.next_steps import next_steps
 from diki_ray.report.results import DOCUMENT, table
 from diki_ray.report.run import REPORT, render
-from diki_ray.runs.evaluate.evaluator import evaluate
+from diki_ray.runs.evaluate.split import evaluate_run
 from diki_ray.runs.plan import Plan, load_backbone, make_plan
 from diki_ray.runs.progress import Display, Listener, following
 from diki_ray.runs.results import build_results, is_of_configuration, protocol_id
@@ -29,7 +30,10 @@ from diki_ray.runs.telemetry import Telemetry, exporting
 from diki_ray.runs.tracking import Tracking, tracking
 from diki_ray.runs.train.group import train
 from diki_ray.store.interface import HeldRun
-from diki_ray.store.run_store import CONFIG_DOCUMENT
+from diki_ray.store.run_store import CONFIG_DOCUMENT, RunStore
+
+PARTS = "parts.json"
+"""The document that says in how many parts the steps of the run are computed, written before anything is trained."""
 
 
 def run_continual(config: Config, console: Console, config_file: str | None = None) -> dict[str, Any]:
@@ -52,6 +56,7 @@ def run_continual(config: Config, console: Console, config_file: str | None = No
 def _run(config: Config, display: Display, telemetry: Telemetry, tracked: Tracking) -> dict[str, Any]:
     clock = _Clock(telemetry)
     clock.start("plan")
+    config = _with_parts_of_the_run(config)
     plan = make_plan(config, load_backbone(config))
     clock.start("cluster")
     with cluster(config), _store(config) as store:
@@ -59,6 +64,8 @@ def _run(config: Config, display: Display, telemetry: Telemetry, tracked: Tracki
         display.say(f"run {config.run.name!r} on {store.storage}: {len(plan.tasks)} tasks, {protocol_id(config)}")
         if sentence := plan.few_images():
             display.say(sentence)
+        if store.get_document(PARTS) != (parts := {"num_parts": config.train.parts}):
+            store.put_document(PARTS, parts)
         clock.start("train")
         trained = _learn(plan, store, display, [display, telemetry, tracked])
         results = None if trained else _unchanged_results(plan, store)
@@ -72,6 +79,21 @@ def _run(config: Config, display: Display, telemetry: Telemetry, tracked: Tracki
         telemetry.on_results(results)
         tracked.on_results(results)
         return results
+
+
+def _with_parts_of_the_run(config: Config) -> Config:
+    """The configuration with `train.num_parts` said: as it was, or else what the run was begun with, so that another
+    number of workers trains nothing anew. Runs from before there were parts had one for each worker."""
+    if config.train.num_parts is not None:
+        return config
+    run = RunStore.open(config.run.storage, config.run.name)
+    begun, evaluated = run.get_document(PARTS), run.get_document(CONFIG_DOCUMENT)
+    parts = config.train.num_workers
+    if begun is not None:
+        parts = begun["num_parts"]
+    elif evaluated is not None:
+        parts = yaml.safe_load(evaluated)["train"]["num_workers"]
+    return config.model_copy(update={"train": config.train.model_copy(update={"num_parts": parts})})
 
 
 def _learn(plan: Plan, store: HeldRun, display: Display, listeners: Sequence[Listener]) -> list[str]:
@@ -89,8 +111,10 @@ def _learn(plan: Plan, store: HeldRun, display: Display, listeners: Sequence[Lis
         if task.key in committed:
             display.say(f"{task.name}: learnt already")
     if pending:
-        least, most = plan.config.train.min_workers, plan.config.train.num_workers
+        least, most = plan.config.train.min_workers, plan.config.train.most_workers
         workers = f"{'' if least is None else f'{least} to '}{most} worker{'s' if most > 1 else ''}"
+        if (asked := plan.config.train.num_workers) > most:
+            workers += f" of {asked} (the steps of this run have {most} part{'s' if most > 1 else ''}, train.num_parts)"
         display.say(f"training {len(pending)} tasks with {workers} …")
         display.expect([task.name for task in pending])
         with display.bars, following(store, listeners):
@@ -107,7 +131,7 @@ def _evaluated(
 
     display.say("evaluating …")
     with display.bars:
-        evaluation, notes = evaluate(plan, store, on_progress)
+        evaluation = evaluate_run(plan, store, on_progress)
     entries = {entry.key: entry for entry in store.modules()}
     digests = [entries[task.key].digest for task in plan.tasks]
     results = build_results(
@@ -115,7 +139,7 @@ def _evaluated(
         [TaskModule.from_bytes(store.read_module(digest)) for digest in digests],
         digests,
         evaluation,
-        notes=notes,
+        notes={"text_feature_error": evaluation.text_feature_error, "text_grid": plan.config.evaluate.text_grid},
         seconds=clock.laps(),
         trained=trained,
         command=_command(),

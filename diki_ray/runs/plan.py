@@ -123,12 +123,6 @@ def is_sequential(config: Config) -> bool:
     return METHODS[config.method.name].sequential
 
 
-def answered_along(config: Config) -> bool:
-    """Whether what an image is answered with after some tasks is computed along the stream, instead of looked up in a
-    table of routes."""
-    return config.evaluate.routing == "batch" or METHODS[config.method.name].answering == "joint"
-
-
 def recipe_of(config: Config) -> Recipe:
     t = config.train
     return Recipe(t.optimizer, t.lr, t.final_lr_fraction, t.weight_decay, t.max_nonfinite_steps)

@@ -5,7 +5,6 @@ Nothing in it is a secret: the configuration has none, and the command is kept a
 
 from __future__ import annotations
 
-import math
 import platform
 import time
 from collections.abc import Sequence
@@ -14,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from diki_ray.answering.evaluation import Evaluation
+from diki_ray.answering.metrics import Metrics, matrix_document, number
 from diki_ray.config import Config, parse
 from diki_ray.errors import ConfigError
 from diki_ray.learning.methods import METHODS
 from diki_ray.learning.module import TaskModule
 from diki_ray.report.results import DOCUMENT, FORMAT
-from diki_ray.runs.evaluate.evaluator import Evaluation
 from diki_ray.runs.plan import Plan
 
 NUM_BINS = 20
@@ -44,7 +44,7 @@ def build_results(
     command: str,
 ) -> dict[str, Any]:
     """The document of a finished run, JSON values only; NaN (a metric that is not defined) is null."""
-    config = plan.config
+    config, accuracy = plan.config, evaluation.accuracy()
     return {
         "format": FORMAT,
         "run": config.run.name,
@@ -62,12 +62,7 @@ def build_results(
             _task(plan, evaluation, j, module, digest)
             for j, (module, digest) in enumerate(zip(modules, digests, strict=True))
         ],
-        "zero_shot": _numbers(evaluation.zero_shot),
-        "accuracy": [_numbers(row) for row in evaluation.accuracy],
-        "metrics": {
-            name: {"mean": _number(evaluation.metrics.mean(name)), "per_task": _numbers(values)}
-            for name, values in vars(evaluation.metrics).items()
-        },
+        **matrix_document(evaluation.zero_shot(), accuracy, Metrics.of(accuracy)),
     }
 
 
@@ -83,10 +78,10 @@ def is_of_configuration(results: dict[str, Any], config: Config) -> bool:
 
 
 def _task(plan: Plan, evaluation: Evaluation, j: int, module: TaskModule, digest: str) -> dict[str, Any]:
-    planned, part = plan.tasks[j], evaluation.test_sets[j]
+    planned, answers, stream = plan.tasks[j], evaluation.test_sets[j], range(len(plan.tasks))
     method = METHODS[plan.config.method.name]
-    last = evaluation.predictions[j][-1]
-    counts = np.bincount(last.routed + 1, minlength=len(plan.tasks) + 1)
+    last = evaluation.routes[j](stream)
+    counts = np.bincount(last.task + 1, minlength=len(plan.tasks) + 1)
     return {
         "name": planned.name,
         "class_names": list(planned.class_names),
@@ -100,9 +95,9 @@ def _task(plan: Plan, evaluation: Evaluation, j: int, module: TaskModule, digest
             "num_bytes": len(module.to_bytes()),
         },
         "num_train": module.moments.count,
-        "num_test": len(part.answers.labels),
+        "num_test": len(answers.labels),
         "num_skipped_train": module.provenance["num_skipped"],
-        "skipped_test": part.skipped,
+        "skipped_test": answers.skipped,
         "best_epoch": module.provenance["best_epoch"],
         "history": module.provenance["history"],
         "routed": {
@@ -112,7 +107,7 @@ def _task(plan: Plan, evaluation: Evaluation, j: int, module: TaskModule, digest
         "weights": {
             # At the end, when the task is learnt; and before it is learnt, routed among the earlier ones.
             "learnt": _histogram(last.weight),
-            "unlearnt": _histogram(evaluation.predictions[j][j - 1].weight) if j else None,
+            "unlearnt": _histogram(evaluation.routes[j](stream[:j]).weight) if j else None,
         },
         "examples": _examples(plan, evaluation, j),
     }
@@ -120,17 +115,17 @@ def _task(plan: Plan, evaluation: Evaluation, j: int, module: TaskModule, digest
 
 def _examples(plan: Plan, evaluation: Evaluation, j: int) -> list[dict[str, Any]]:
     """Some test images with their answers at the end: as many wrong ones as there are, up to half."""
-    part, last = evaluation.test_sets[j], evaluation.predictions[j][-1]
+    answers, last = evaluation.test_sets[j], evaluation.predict(j, range(len(plan.tasks)))
     names = [t.class_names for t in plan.tasks]
-    right = last.correct(part.answers.labels, j, names)
+    right = last.correct(answers.labels, j, names)
     wrong_rows, right_rows = np.flatnonzero(~right)[: NUM_EXAMPLES // 2], np.flatnonzero(right)
     rows = np.concatenate([wrong_rows, right_rows[: NUM_EXAMPLES - len(wrong_rows)]])
-    zero = evaluation.zero_shot_predictions[j]
+    zero = evaluation.predict(j, ())
     return [
         {
             "sample": int(n),
-            "key": part.keys[n],
-            "label": names[j][part.answers.labels[n]],
+            "key": answers.keys[n],
+            "label": names[j][answers.labels[n]],
             "answer": names[last.block[n]][last.best[n]],
             "zero_shot_answer": names[zero.block[n]][zero.best[n]],
             "right": bool(right[n]),
@@ -144,12 +139,4 @@ def _examples(plan: Plan, evaluation: Evaluation, j: int) -> list[dict[str, Any]
 
 def _histogram(weights: np.ndarray) -> dict[str, Any]:
     counts, _ = np.histogram(weights, bins=NUM_BINS, range=(0, 1))
-    return {"mean": _number(weights.mean()), "counts": [int(c) for c in counts]}
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else round(float(value), 6)
-
-
-def _numbers(values: np.ndarray) -> list[float | None]:
-    return [_number(v) for v in values]
+    return {"mean": number(weights.mean()), "counts": [int(c) for c in counts]}

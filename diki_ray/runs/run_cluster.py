@@ -46,7 +46,7 @@ def _check_capacity(config: Config, joined: bool) -> None:
     there = ray.cluster_resources()
     train, evaluate = config.train, config.evaluate
     for section, workers, cpus in (
-        ("train", train.min_workers or train.num_workers, train.cpus_per_worker),
+        ("train", train.min_workers or train.most_workers, train.cpus_per_worker),
         ("evaluate", evaluate.num_workers, evaluate.cpus_per_worker),
     ):
         need = workers * cpus
@@ -55,7 +55,7 @@ def _check_capacity(config: Config, joined: bool) -> None:
                 f"{section}.num_workers={workers} with {section}.cpus_per_worker={cpus:g} needs {need:g} CPUs and this "
                 f"machine's cluster has {there.get('CPU', 0):g}; lower one of them, or set cluster.num_cpus higher."
             )
-    if not joined and device_of(config) == "cuda" and there.get("GPU", 0) < (train.min_workers or train.num_workers):
+    if not joined and device_of(config) == "cuda" and there.get("GPU", 0) < (train.min_workers or train.most_workers):
         raise ConfigError(
             f"train.device=cuda with train.num_workers={train.num_workers}: Ray sees {there.get('GPU', 0):g} GPUs "
             "on this machine; use train.device=cpu, fewer workers, or a cluster with GPUs."

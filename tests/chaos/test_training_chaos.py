@@ -88,6 +88,26 @@ def test_the_driver_and_then_the_whole_cluster_killed_change_nothing(tmp_path: P
         killed.assert_nothing_is_left()
 
 
+def test_another_number_of_workers_from_the_middle_of_an_epoch_on_changes_nothing(
+    tmp_path: Path, undisturbed: Run
+) -> None:
+    """Two workers, killed with their driver in the first task; one, killed in the second; then two again."""
+    run = Run(tmp_path, undisturbed.prepared)
+    faults = [
+        {"kind": "kill-driver", "task": "digits", "rank": 0, "step": 4},
+        {"kind": "kill-driver", "task": "gems", "rank": 0, "step": 1},
+    ]
+    assert run.start(faults=faults).returncode == -9
+    assert run.start("train.num_workers=1", faults=faults).returncode == -9
+    assert list(run.digests()) == ["digits"]
+    done = run.start(faults=faults)
+    assert done.returncode == 0, done.stderr
+    assert run.num_fired() == 2
+    assert_equal(run, undisturbed)
+    world_sizes = [e.metadata["world_sizes"] for e in RunStore.open(f"{tmp_path}/storage", "debug").modules()]
+    assert world_sizes == [[[0, 2], [4, 1]], [[0, 1], [1, 2]]]
+
+
 def test_a_rank_not_finite_or_hanging_is_dealt_with_and_a_second_driver_refused(
     tmp_path: Path, undisturbed: Run
 ) -> None:

@@ -12,15 +12,15 @@ import yaml
 from pyarrow import parquet
 from rich.console import Console
 
-from diki_ray.answering.evaluation import report
+from diki_ray.answering.figures import report
 from diki_ray.answering.metrics import Metrics
 from diki_ray.config import Config, load, parse
 from diki_ray.config.sweep import SweepConfig, orders_of, varied
 from diki_ray.runs.continual import run_continual
-from diki_ray.runs.evaluate.stored_evaluation import Asked, evaluate_stored
+from diki_ray.runs.evaluate.stored import Asked, evaluate_stored
 from diki_ray.runs.plan import load_backbone, make_plan
 from diki_ray.runs.sweep.sweep import run_sweep
-from diki_ray.runs.sweep.trial import matrices_of_orders, modules_of
+from diki_ray.runs.sweep.trial import evaluated, figures_of, modules_of
 
 DEBUG = Path(__file__).parent.parent.parent / "configs" / "debug.yaml"
 
@@ -93,18 +93,18 @@ def test_every_orders_matrix_is_the_direct_evaluations(config: Config, local_clu
     orders = orders_of(SweepConfig(name="x", base="x", orders={"num_random": 1, "seed": 3}).orders, names)
     for routing in ("image", "batch"):
         plan = make_plan(varied(config, {"evaluate.routing": routing}), load_backbone(config))
-        found = matrices_of_orders(plan, modules_of(plan), orders, "test")
+        found = evaluated(plan, modules_of(plan), list(orders.values()), "test")
         if routing == "image":
-            np.testing.assert_allclose(found["given"].accuracy, direct["accuracy"], atol=1e-6)
-            np.testing.assert_allclose(found["given"].zero_shot, direct["zero_shot"], atol=1e-6)
-            last = Metrics.of(found["given"].accuracy).mean("last")
+            np.testing.assert_allclose(found.accuracy(orders["given"]), direct["accuracy"], atol=1e-6)
+            np.testing.assert_allclose(found.zero_shot(orders["given"]), direct["zero_shot"], atol=1e-6)
+            last = Metrics.of(found.accuracy(orders["given"])).mean("last")
             assert last == pytest.approx(direct["metrics"]["last"]["mean"], abs=1e-6)
-        for name, order in orders.items():
+        for order in orders.values():
             asked = Asked(routing=routing, order=tuple(names[t] for t in order), cache=False)
             afresh = report(evaluate_stored(config.run.storage, config.run.name, asked))
-            np.testing.assert_allclose(found[name].accuracy, afresh["accuracy"], atol=1e-6)
-            np.testing.assert_allclose(found[name].zero_shot, afresh["zero_shot"], atol=1e-6)
-            assert found[name].weight_auroc == pytest.approx(afresh["weight_auroc"]["mean"], abs=1e-6)
+            np.testing.assert_allclose(found.accuracy(order), afresh["accuracy"], atol=1e-6)
+            np.testing.assert_allclose(found.zero_shot(order), afresh["zero_shot"], atol=1e-6)
+            assert figures_of(found, order)["weight_auroc"] == pytest.approx(afresh["weight_auroc"]["mean"], abs=1e-6)
 
 
 def test_optuna_goes_on_from_the_settings_that_it_knows(config: Config, local_cluster: None) -> None:
@@ -118,9 +118,7 @@ def test_optuna_goes_on_from_the_settings_that_it_knows(config: Config, local_cl
     assert first["modules_trained"] == 0
     assert len(first["trials"]) == 3
     assert all(-2 <= t["setting"]["calibration.bias"] <= 4 for t in first["trials"])
-    by = {"image": "indexing", "batch": "evaluation"}
-    for t in first["trials"]:
-        assert t["validation"]["orders_by"] == by[t["setting"]["evaluate.routing"]]
+    assert {t["validation"]["orders_by"] for t in first["trials"]} == {"indexing"}
 
     more = swept(config, said := [], num_samples=5, **fields)
     assert more["trials"][:3] == first["trials"]
@@ -153,7 +151,7 @@ def test_methods_of_every_kind_side_by_side(
     assert {n: v["orders_by"] for n, v in by_name.items()} == {
         "zero_shot": "indexing",
         "sequential_lora": "training",
-        "rail": "evaluation",
+        "rail": "indexing",
         "zscl": "training",
     }
     assert document["modules_trained"] == 2 + 2 * 2 + 2 + 2 * 2  # sequential: both orders
@@ -170,9 +168,10 @@ def test_methods_of_every_kind_side_by_side(
             one = varied(config, setting).model_copy(update={"tasks": tuple(config.tasks[t] for t in order)})
             plan = make_plan(one, load_backbone(one))
             digests = modules_of(plan)  # all in the library
-            (alone,) = matrices_of_orders(plan, digests, {"given": range(len(order))}, "val").values()
-            assert values[name]["last"] == pytest.approx(alone.metrics()["last"], abs=1e-6)
-            assert values[name]["average"] == pytest.approx(alone.metrics()["average"], abs=1e-6)
+            given = range(len(order))
+            alone = figures_of(evaluated(plan, digests, [given], "val"), given)
+            assert values[name]["last"] == pytest.approx(alone["last"], abs=1e-6)
+            assert values[name]["average"] == pytest.approx(alone["average"], abs=1e-6)
 
     elsewhere = {"evaluate.num_workers": 2, "train.max_failures": 7, "train.collective_timeout_s": 60}
     again = swept(varied(config, elsewhere), said := [], **fields)

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from diki_ray.answering.evaluation import Evaluation
 from diki_ray.config import Config, load
 from diki_ray.learning.module import TaskModule
-from diki_ray.runs.evaluate.evaluator import Evaluating, Evaluation, accuracy_of, num_batches_of
+from diki_ray.runs.evaluate.cache import NoCache
+from diki_ray.runs.evaluate.split import evaluate_here
 from diki_ray.runs.plan import Plan, build_method, load_backbone, make_plan
 from diki_ray.runs.train.worker import TaskWorker
 
@@ -88,6 +90,5 @@ def modules(plan: Plan, store: MemoryStore) -> list[TaskModule]:
 
 
 def evaluated(plan: Plan, store: MemoryStore) -> Evaluation:
-    evaluating = Evaluating(plan.config, plan.tasks, [t.key for t in plan.tasks], store.module_by_key)
-    parts = [evaluating.evaluate(j, range(num_batches_of(plan.config, t))) for j, t in enumerate(plan.tasks)]
-    return accuracy_of(plan.config, plan.tasks, parts)
+    stream = range(len(plan.tasks))
+    return evaluate_here(plan, [t.key for t in plan.tasks], store.module_by_key, [stream], "test", NoCache())

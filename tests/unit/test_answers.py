@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from golden import Golden
 
-from diki_ray.answering.answers import (
-    Answers,
-    answer,
-    block_tasks,
-    candidate_tasks,
-    needed_routes,
-    predict_along,
-)
+from diki_ray.answering.answers import Answers, candidate_tasks, needed_rows
 from diki_ray.answering.class_features import Candidates, Exact, Tabulated
+from diki_ray.answering.evaluation import Evaluation
 from diki_ray.answering.gaussians import Gaussians
-from diki_ray.answering.orders import Orders
 from diki_ray.answering.predictor import Predictor
-from diki_ray.answering.routing import GaussianRouter, Published
+from diki_ray.answering.routing import NO_TASK, GaussianRouter, Published, Routing, Scores
+from diki_ray.answering.rows import BestClasses, Rows, Wanted, best_classes, computed_rows
+from diki_ray.answering.split_routes import SplitRouter
+from diki_ray.runs.evaluate.split import prefixes
 
 GOLDEN = Golden.load()
 T = GOLDEN.num_tasks
@@ -36,114 +35,119 @@ def make_predictor(learnt: tuple[int, ...] = tuple(range(T)), text_grid: int = 5
     return Predictor(GOLDEN.method, modules, router, Tabulated(text_grid) if text_grid else Exact())
 
 
-def table(predictor: Predictor, task: int, space: str, orders) -> Answers:
-    images, labels = GOLDEN[f"task{task}.test.images"], GOLDEN[f"task{task}.test.labels"].numpy()
-    features = predictor.frozen_features(images)
-    blocks = [BLOCKS[t] for t in block_tasks(space, task, T)]
-    answers = Answers.empty(labels, T, len(blocks))
-    scores = predictor.scores(features)
-    answers.log_density[:] = scores.log_density.numpy()
-    answers.weight[:] = scores.weight.numpy()
-    answer(predictor, images, features, answers, blocks, needed_routes(answers.log_density, orders))
-    return answers
-
-
-@pytest.mark.parametrize("space", ["task", "seen", "all"])
-def test_every_order_by_indexing_equals_evaluating_each_cell_afresh(space: str) -> None:
-    orders = list(itertools.permutations(range(T)))
-    whole = make_predictor()
-    cells = {}
+def evaluation_of(space: str, orders: Sequence[Sequence[int]], routing: Routing = "image") -> Evaluation:
+    """The golden file's test sets, answered after every prefix of the orders."""
+    predictor, asked = make_predictor(text_grid=5 if routing == "image" else 0), prefixes(orders)
+    answers, routes = [], []
     for task in range(T):
-        images, frozen = GOLDEN[f"task{task}.test.images"], whole.frozen_features(GOLDEN[f"task{task}.test.images"])
-        answers = table(whole, task, space, orders)
-        block_of = block_tasks(space, task, T)
-        for order in orders:
-            for n in range(T + 1):
-                learnt = order[:n]
-                candidates = candidate_tasks(space, task, learnt, T)
-                by_index = answers.predict(learnt, candidates, [block_of.index(t) for t in candidates])
-                if not learnt:
-                    continue
-                if learnt not in cells:
-                    cells[learnt] = make_predictor(learnt)
-                # Afresh: a predictor that only has the learnt modules.
-                alone = cells[learnt]
-                routes = alone.routes(alone.scores(frozen), "image")
-                logits = torch.cat([alone.logits(images, frozen, routes, BLOCKS[t]) for t in candidates], 1)
-                owners = np.concatenate([[t] * len(MODULES[t].class_names) for t in candidates])
-                numbers = np.concatenate([np.arange(len(MODULES[t].class_names)) for t in candidates])
-                best = logits.argmax(1).numpy()
-                assert by_index.routed.tolist() == [learnt[r] for r in routes.task.tolist()]
-                np.testing.assert_allclose(by_index.weight, routes.weight, atol=1e-12)
-                assert by_index.block.tolist() == owners[best].tolist()
-                assert by_index.best.tolist() == numbers[best].tolist()
-                np.testing.assert_allclose(by_index.confidence, logits.softmax(1).max(1).values, atol=1e-4)
+        images, labels = GOLDEN[f"task{task}.test.images"], GOLDEN[f"task{task}.test.labels"].numpy()
+        frozen, sample = predictor.frozen_features(images), np.arange(len(labels))
+        routes.append(SplitRouter(predictor.router, "routed", routing).routes(frozen, [len(labels)]))
+        zero = np.zeros(len(labels))
+        rows = {NO_TASK: Rows(Wanted(sample, zero, zero), frozen.numpy())}
+        for t, wanted in needed_rows(sample, routes[-1], asked).items():
+            rows[t] = computed_rows(predictor, t, images, sample, wanted, batch_size=8)
+        for t, r in rows.items():
+            best = [best_classes(predictor, t, r.feature, r.wanted.text_weight, BLOCKS[c]) for c in range(T)]
+            rows[t] = replace(r, scores={str(c): scores for c, scores in enumerate(best)})
+        answers.append(Answers(tuple(map(str, sample)), sample, labels, {}, rows))
+    return Evaluation(answers, [m.class_names for m in MODULES], space, routes, lambda task, c: str(c))
+
+
+def check_cell(evaluation: Evaluation, alone: Predictor, j: int, learnt: tuple[int, ...], routing: Routing) -> None:
+    """Compares a prediction with a predictor's that only has the modules learnt."""
+    images, prediction = GOLDEN[f"task{j}.test.images"], evaluation.predict(j, learnt)
+    frozen = alone.frozen_features(images)
+    routes = alone.routes(alone.scores(frozen), routing)
+    candidates = candidate_tasks(evaluation.label_space, j, learnt, T)
+    logits = torch.cat([alone.logits(images, frozen, routes, BLOCKS[t]) for t in candidates], 1)
+    owners = np.concatenate([[t] * len(MODULES[t].class_names) for t in candidates])
+    numbers = np.concatenate([np.arange(len(MODULES[t].class_names)) for t in candidates])
+    best = logits.argmax(1).numpy()
+    assert prediction.routed.tolist() == [learnt[r] for r in routes.task.tolist()]
+    np.testing.assert_allclose(prediction.weight, routes.weight, atol=1e-12)
+    assert prediction.block.tolist() == owners[best].tolist()
+    assert prediction.best.tolist() == numbers[best].tolist()
+    np.testing.assert_allclose(prediction.confidence, logits.softmax(1).max(1).values, atol=1e-4)
+
+
+@pytest.mark.parametrize("routing", ["image", "batch"])
+@pytest.mark.parametrize("space", ["task", "seen", "all"])
+def test_every_order_by_indexing_equals_evaluating_each_cell_afresh(space: str, routing: Routing) -> None:
+    orders = list(itertools.permutations(range(T)))
+    evaluation, cells = evaluation_of(space, orders, routing), {}
+    for order, n, task in itertools.product(orders, range(1, T + 1), range(T)):
+        learnt = order[:n]
+        if learnt not in cells:
+            cells[learnt] = make_predictor(learnt, text_grid=5 if routing == "image" else 0)
+        check_cell(evaluation, cells[learnt], task, learnt, routing)
 
 
 @pytest.mark.parametrize("space", ["task", "seen", "all"])
 def test_matrices_of_all_orders_are_those_of_the_predictions(space: str) -> None:
     orders = list(itertools.permutations(range(T)))
-    predictor = make_predictor()
-    tables = [table(predictor, task, space, orders) for task in range(T)]
-    names = [m.class_names for m in MODULES]
-    by_set = Orders(tables, names, space)
+    evaluation = evaluation_of(space, orders)
     for order in orders:
         expected = np.zeros((T, T))
-        for i in range(T):
-            for column, j in enumerate(order):
-                learnt = order[: i + 1]
-                candidates, block_of = candidate_tasks(space, j, learnt, T), block_tasks(space, j, T)
-                prediction = tables[j].predict(learnt, candidates, [block_of.index(t) for t in candidates])
-                expected[i, column] = prediction.correct(tables[j].labels, j, names).mean()
-        np.testing.assert_array_equal(by_set.accuracy(order), expected)
+        for i, (column, j) in itertools.product(range(T), enumerate(order)):
+            prediction = evaluation.predict(j, order[: i + 1])
+            expected[i, column] = prediction.correct(evaluation.test_sets[j].labels, j, evaluation.names).mean()
+        np.testing.assert_array_equal(evaluation.accuracy(order), expected)
 
 
-def test_a_tie_between_two_tasks_goes_to_the_one_learnt_first() -> None:
-    answers = Answers.empty(np.array([0]), num_tasks=2, num_blocks=1)
-    answers.answered[:] = True
-    answers.best_class[0, :, 0] = [0, 1, 1]  # task 0 is right, task 1 and the frozen model are wrong
-    answers.best_logit[:] = answers.log_sum[:] = 0
-    orders = Orders([answers, answers], [["a", "b"], ["c", "d"]], "task")
-    assert orders.of_task(0, (0, 1)) == 1.0
-    assert orders.of_task(0, (1, 0)) == 0.0
+class Even:
+    """A router to which all tasks are alike."""
+
+    def scores(self, features: torch.Tensor, learnt: Sequence[int]) -> Scores:
+        same = torch.zeros(len(features), len(learnt), dtype=torch.float64)
+        return Scores(learnt, same, same + 0.5)
+
+    def about(self, features: torch.Tensor) -> Callable[[Sequence[int]], Scores]:
+        return partial(self.scores, features)
+
+
+@pytest.mark.parametrize("routing", ["image", "batch"])
+def test_a_tie_between_two_tasks_goes_to_the_one_learnt_first(routing: Routing) -> None:
+    routes = SplitRouter(Even(), "routed", routing).routes(torch.zeros(1, 4), [1])
+    half, zero = np.array([0.5]), np.zeros(1)
+    rows = {}
+    for task, best in ((NO_TASK, 1), (0, 0), (1, 1)):  # task 0 is right, task 1 and the frozen model are wrong
+        weight = zero if task == NO_TASK else half
+        found = {str(c): BestClasses(zero, np.array([best]), zero) for c in range(2)}
+        rows[task] = Rows(Wanted(np.array([0]), weight, weight), np.zeros((1, 4), np.float32), found)
+    answers = Answers(("",), np.array([0]), np.array([0]), {}, rows)
+    names = [["a", "b"], ["c", "d"]]
+    evaluation = Evaluation([answers, answers], names, "task", [routes, routes], lambda task, c: str(c))
+    assert evaluation.accuracy_of(0, (0, 1)) == 1.0
+    assert evaluation.accuracy_of(0, (1, 0)) == 0.0
 
 
 def test_fewer_residual_passes_than_evaluating_each_cell() -> None:
-    answers = table(make_predictor(), 1, "task", [range(T)])
-    needed = needed_routes(answers.log_density, [range(T)])
-    assert needed[:, :-1].sum() < needed[:, :-1].size
-    assert needed[:, -1].all()
-    best = answers.log_density.argmax(1)
-    assert needed[np.arange(len(best)), best].all()
+    evaluation = evaluation_of("task", [range(T)])
+    answers, cells = evaluation.test_sets[1], T * len(evaluation.test_sets[1].labels)
+    assert 0 < sum(len(rows) for task, rows in answers.rows.items() if task != NO_TASK) < cells
 
 
-@pytest.mark.parametrize("space", ["task", "seen", "all"])
-def test_batch_routing_along_the_stream_equals_each_prefix_alone(space: str) -> None:
-    whole = make_predictor()
-    for task in range(T):
-        images = GOLDEN[f"task{task}.test.images"]
-        frozen = whole.frozen_features(images)
-        block_of = block_tasks(space, task, T)
-        after = [candidate_tasks(space, task, range(n), T) for n in range(1, T + 1)]
-        columns = [[block_of.index(t) for t in c] for c in after]
-        along = predict_along(whole, images, frozen, [BLOCKS[t] for t in block_of], after, columns)
-        for n, (candidates, prediction) in enumerate(zip(after, along, strict=True), start=1):
-            alone = make_predictor(tuple(range(n)))
-            routes = alone.routes(alone.scores(frozen), "batch")
-            logits = torch.cat([alone.logits(images, frozen, routes, BLOCKS[t]) for t in candidates], 1)
-            owners = np.concatenate([[t] * len(MODULES[t].class_names) for t in candidates])
-            assert prediction.block.tolist() == owners[logits.argmax(1).numpy()].tolist()
-            assert prediction.routed.tolist() == routes.task.tolist()
+def test_rows_are_found_by_image_and_weights_whatever_the_processors_rounding() -> None:
+    wanted = Wanted(np.array([0, 0, 3, 3]), np.array([0.2, 0.7, 0.7, 0.7]), np.array([0.2, 0.7, 0.1, 0.7]))
+    rows = Rows(wanted, np.eye(4, dtype=np.float32))
+    asked = Wanted(
+        np.array([3, 0, 3, 0, 3]), np.array([0.7, 0.7 + 1e-9, 0.7, 0.5, 1]), np.array([0.7, 0.7, 0.1, 0.5, 1])
+    )
+    assert rows.find(asked).tolist() == [3, 1, 2, -1, -1]
+    assert rows.find(Wanted(np.array([3]), np.array([0.7]), np.array([0.4])), whatever_text=True).tolist() == [2]
+    kept = rows.without_other_weights(np.array([3]))
+    assert kept.wanted.text_weight.tolist() == [0.2, 0.7, 0.7]
 
 
 def test_the_same_name_in_another_data_set_counts_as_right() -> None:
-    answers = table(make_predictor(), 0, "all", [range(T)])
-    prediction = answers.predict(range(T), range(T), range(T))
+    evaluation = evaluation_of("all", [range(T)])
+    prediction, labels = evaluation.predict(0, range(T)), evaluation.test_sets[0].labels
     names = [["x"] * len(m.class_names) for m in MODULES]
-    assert prediction.correct(answers.labels, 0, names).all()
+    assert prediction.correct(labels, 0, names).all()
     distinct = [[f"{t}.{c}" for c in range(len(m.class_names))] for t, m in enumerate(MODULES)]
-    right = (prediction.block == 0) & (prediction.best == answers.labels)
-    assert prediction.correct(answers.labels, 0, distinct).tolist() == right.tolist()
+    right = (prediction.block == 0) & (prediction.best == labels)
+    assert prediction.correct(labels, 0, distinct).tolist() == right.tolist()
 
 
 def test_interpolated_class_features_have_the_error_they_state() -> None:

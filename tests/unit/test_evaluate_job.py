@@ -6,9 +6,10 @@ from __future__ import annotations
 import io
 import json
 import runpy
+import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,17 @@ from tiny_backbone import write_tiny_backbone
 from diki_ray.answering.answers import candidate_tasks
 from diki_ray.answering.class_features import Candidates, Exact
 from diki_ray.answering.configured import build_predictor
-from diki_ray.answering.evaluation import Evaluated, report
+from diki_ray.answering.figures import Along, report
 from diki_ray.clip.backbone import Backbone
 from diki_ray.config import Config, parse
+from diki_ray.data.images import decode_image
 from diki_ray.data.stream import eval_batches
+from diki_ray.errors import DataError
 from diki_ray.learning.module import TaskModule
 from diki_ray.learning.moments import Moments
-from diki_ray.runs.evaluate.evaluator import Evaluating, accuracy_of, num_batches_of
-from diki_ray.runs.evaluate.stored_evaluation import Asked, evaluate_stored
+from diki_ray.runs.evaluate.cache import NoCache
+from diki_ray.runs.evaluate.split import evaluate_here
+from diki_ray.runs.evaluate.stored import Asked, evaluate_stored
 from diki_ray.runs.plan import Plan, build_method, load_backbone, make_plan
 from diki_ray.runs.results import build_results
 from diki_ray.store.process import this_process
@@ -130,20 +134,19 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Stored:
         store.commit_module(epoch, task.key, task.name, module.to_bytes())
         modules.append(module)
     digests = [entry.digest for entry in store.modules()]
-    evaluating = Evaluating(config, plan.tasks, digests, store.read_module)
-    parts = [evaluating.evaluate(j, range(num_batches_of(config, t))) for j, t in enumerate(plan.tasks)]
-    evaluation = accuracy_of(config, plan.tasks, parts)
+    evaluation = evaluate_here(plan, digests, store.read_module, [range(3)], "test", NoCache())
     results = build_results(plan, modules, digests, evaluation, notes={}, seconds={}, trained=[], command="a test")
     store.put_document(epoch, "config.yaml", config.to_yaml())
     store.put_document(epoch, "results.json", results)
     store.release(epoch)
-    assert len(np.unique(evaluation.accuracy)) > 3  # an experiment in which something happens
-    assert any(len(set(p[-1].routed.tolist())) > 1 for p in evaluation.predictions)
-    assert max(p[-1].weight.std() for p in evaluation.predictions) > 0.1
+    assert len(np.unique(evaluation.accuracy())) > 3  # an experiment in which something happens
+    last = [evaluation.predict(j, range(3)) for j in range(3)]
+    assert any(len(set(p.routed.tolist())) > 1 for p in last)
+    assert max(p.weight.std() for p in last) > 0.1
     return Stored(config, backbone, plan, modules, store.get_document("results.json"))
 
 
-def evaluated(stored: Stored, **asked: Any) -> Evaluated:
+def evaluated(stored: Stored, **asked: Any) -> Along:
     return evaluate_stored(stored.storage, "three", Asked(**asked), stored.config)
 
 
@@ -200,6 +203,108 @@ def test_any_routing_label_space_and_order_is_evaluating_each_cell_afresh(
             assert t.correct[learnt][lead > 1e-4].tolist() == right[lead > 1e-4].astype(bool).tolist()
     assert np.mean(clear) > 0.5  # and those that are ties have the same confidence
     assert report(run)["weight_auroc"]["after"][1] is not None
+
+
+class MemoryCache:
+    """A storage's cache that is a dictionary."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, bytes] = {}
+
+    def get(self, name: str) -> bytes | None:
+        return self.kept.get(name)
+
+    def put(self, name: str, data: bytes) -> None:
+        self.kept[name] = data
+
+
+def count_decoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    decoded: list[bytes] = []
+    monkeypatch.setattr("diki_ray.data.stream.decode_image", lambda data: decoded.append(data) or decode_image(data))
+    return decoded
+
+
+@pytest.mark.parametrize("routing", ["image", "batch"])
+def test_a_task_more_reads_its_test_set_and_the_images_that_are_rerouted(
+    stored: Stored, routing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cache, decoded = _asked(stored.plan, routing=routing), MemoryCache(), count_decoded(monkeypatch)
+    store = RunStore.open(stored.storage, "three")
+    digests = [entry.digest for entry in store.modules()]
+
+    def found(plan: Plan, kept: Any = cache, order: tuple[int, ...] = (0, 1, 2)) -> Any:
+        decoded.clear()
+        n = len(plan.tasks)
+        return evaluate_here(plan, digests[:n], store.read_module, [order[:n]], "test", kept)
+
+    sizes = [t.index.split("test").num_samples for t in whole.tasks]
+    before = found(replace(whole, tasks=whole.tasks[:2]))
+    assert len(decoded) == sum(sizes[:2])
+    grown = found(whole)
+    rows = [grown.test_sets[j].rows for j in range(3)]
+    new = [{*zip(*(a.tolist() for a in rows[j][2].wanted[:2]), strict=True)} if 2 in rows[j] else set() for j in (0, 1)]
+    rerouted = [len({sample for sample, _ in places}) for places in new]
+    moved = [(grown.routes[j]((0, 1, 2)).module == 2).sum() for j in (0, 1)]
+    assert sum(rerouted) == sum(moved)
+    if routing == "image":
+        assert sum(moved) > 0  # an experiment in which something happens
+    assert len(decoded) == sizes[2] + sum(rerouted) < sum(sizes)
+    np.testing.assert_array_equal(grown.accuracy()[:2, :2], before.accuracy())
+
+    afresh = found(whole, MemoryCache())
+    assert len(decoded) == sum(sizes)
+    np.testing.assert_array_equal(grown.accuracy(), afresh.accuracy())
+    for j in range(3):
+        confidences = [e.predict(j, (0, 1, 2)).confidence for e in (grown, afresh)]
+        np.testing.assert_allclose(*confidences, atol=1e-5)
+    assert grown.text_feature_error == afresh.text_feature_error
+
+    # Nothing new: nothing is read and no worker is made; other candidates need class features and no pixel.
+    with monkeypatch.context() as patched:
+        patched.setattr("diki_ray.runs.evaluate.worker.EvaluationWorker.__init__", None)
+        np.testing.assert_array_equal(found(whole).accuracy(), grown.accuracy())
+        assert found(whole).text_feature_error == grown.text_feature_error
+    spread = found(_asked(whole, label_space="all"))
+    assert decoded == []
+    np.testing.assert_array_equal(spread.accuracy(), found(_asked(whole, label_space="all"), MemoryCache()).accuracy())
+
+
+def test_another_calibration_reads_images_again_and_keeps_no_row_twice(
+    stored: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, decoded, store = MemoryCache(), count_decoded(monkeypatch), RunStore.open(stored.storage, "three")
+    digests, results = [entry.digest for entry in store.modules()], []
+    for scale in (30.0, 25.0, 30.0):
+        calibration = stored.config.calibration.model_copy(update={"scale": scale})
+        plan = replace(stored.plan, config=stored.config.model_copy(update={"calibration": calibration}))
+        decoded.clear()
+        results.append(evaluate_here(plan, digests, store.read_module, [range(3)], "test", cache))
+        # All but images so far from every task that their weight is 0 at any scale.
+        assert len(decoded) >= 0.95 * sum(len(a.labels) for a in results[0].test_sets)
+    np.testing.assert_array_equal(results[2].accuracy(), results[0].accuracy())
+    rows = [{t: len(r) for t, r in a.rows.items()} for e in results for a in e.test_sets]
+    assert rows[:3] == rows[6:]
+
+
+def _asked(plan: Plan, **evaluate: Any) -> Plan:
+    changed = plan.config.evaluate.model_copy(update=evaluate)
+    return replace(plan, config=plan.config.model_copy(update={"evaluate": changed}))
+
+
+def test_an_image_that_cannot_be_read_again_is_said(stored: Stored, tmp_path: Path) -> None:
+    cache, store = MemoryCache(), RunStore.open(stored.storage, "three")
+    digests = [entry.digest for entry in store.modules()]
+    first = replace(stored.plan, tasks=stored.plan.tasks[:1])
+    evaluate_here(first, digests[:1], store.read_module, [(0,)], "test", cache)
+    folder = tmp_path / "damaged"
+    shutil.copytree(first.tasks[0].index.uri, folder)
+    for shard in folder.glob("test-*.tar"):
+        shard.write_bytes(b"\0" * shard.stat().st_size)
+    calibration = stored.config.calibration.model_copy(update={"scale": 25.0})
+    damaged = replace(first.tasks[0], index=replace(first.tasks[0].index, uri=str(folder)))
+    plan = replace(first, tasks=(damaged,), config=stored.config.model_copy(update={"calibration": calibration}))
+    with pytest.raises(DataError, match="could not be used and the budget is 0"):
+        evaluate_here(plan, digests[:1], store.read_module, [(0,)], "test", cache)
 
 
 def test_other_splits_and_what_the_run_cannot_do(stored: Stored) -> None:

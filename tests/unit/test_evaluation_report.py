@@ -10,11 +10,11 @@ import pytest
 from scipy import stats
 
 from diki_ray.answering.comparison import aligned, compare, interval, scores
-from diki_ray.answering.evaluation import Evaluated, TestSet, calibration, report
+from diki_ray.answering.figures import Along, TestSet, calibration, report
 from diki_ray.report.evaluation_table import comparison, tables
 
 
-def hand(run: str = "hand", last: tuple[int, ...] = (1, 1, 0, 1)) -> Evaluated:
+def hand(run: str = "hand", last: tuple[int, ...] = (1, 1, 0, 1)) -> Along:
     """Two tasks learnt of three, four images each; `last`: which of task a's images are right at the end."""
     none = np.full(4, -1)
 
@@ -32,7 +32,7 @@ def hand(run: str = "hand", last: tuple[int, ...] = (1, 1, 0, 1)) -> Evaluated:
             weight=np.array(weight, float),
         )
 
-    return Evaluated(
+    return Along(
         run,
         {"protocol": None, "routing": "image", "label_space": "task", "split": "test", "order": ["a", "b"]},
         (

@@ -12,11 +12,11 @@ from learning import evaluated, learnt, learnt_through_kills, modules, planned
 from torch import Tensor
 from torch.nn import functional as F
 
-from diki_ray.answering.evaluation import report
+from diki_ray.answering.figures import report
 from diki_ray.clip.residual import Parameters
 from diki_ray.errors import ConfigError
 from diki_ray.learning.methods import METHODS, Diki, Method, Step, TrainingBatch
-from diki_ray.runs.evaluate.stored_evaluation import Asked, evaluate_stored
+from diki_ray.runs.evaluate.stored import Asked, evaluate_stored
 from diki_ray.store.process import this_process
 from diki_ray.store.run_store import RunStore
 
@@ -100,7 +100,7 @@ def test_nothing_trained_is_the_zero_shot_row_after_every_task(prepared: Path) -
     assert all(m.parameters == {} and m.provenance["history"] == [] for m in modules(plan, store))
     assert all(m.moments.count > 0 for m in modules(plan, store))
     evaluation = evaluated(plan, store)
-    np.testing.assert_array_equal(evaluation.accuracy, [evaluation.zero_shot] * 2)
+    np.testing.assert_array_equal(evaluation.accuracy(), [evaluation.zero_shot()] * 2)
 
 
 def test_a_sequential_method_is_answered_by_its_latest_module(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,8 +114,9 @@ def test_a_sequential_method_is_answered_by_its_latest_module(prepared: Path, mo
     evaluation = evaluated(plan, store)
     for j in range(2):
         for i in range(2):
-            assert set(evaluation.predictions[j][i].routed.tolist()) == {i}
-            assert set(evaluation.predictions[j][i].weight.tolist()) == {1.0}
+            prediction = evaluation.predict(j, range(i + 1))
+            assert set(prediction.routed.tolist()) == {i}
+            assert set(prediction.weight.tolist()) == {1.0}
 
 
 def test_a_sequential_method_killed_between_any_steps_is_bit_equal(
@@ -133,11 +134,11 @@ def test_a_closed_form_method_answers_from_all_that_is_learnt(prepared: Path, mo
     plan = planned(prepared, DIKI)
     store = learnt(plan)
     evaluation = evaluated(plan, store)
-    assert evaluation.accuracy[0, 1] == evaluation.zero_shot[1]  # not learnt yet
-    assert evaluation.accuracy[0, 0] == evaluation.accuracy[1, 0] > evaluation.zero_shot[0]
+    assert evaluation.accuracy()[0, 1] == evaluation.zero_shot()[1]  # not learnt yet
+    assert evaluation.accuracy()[0, 0] == evaluation.accuracy()[1, 0] > evaluation.zero_shot()[0]
     turned = evaluated(plan.in_order((1, 0)), store)
-    assert turned.accuracy[0, 1] == evaluation.zero_shot[0]
-    assert turned.accuracy[1].tolist() == evaluation.accuracy[1, ::-1].tolist()  # order-independent at the end
+    assert turned.accuracy()[0, 1] == evaluation.zero_shot()[0]
+    assert turned.accuracy()[1].tolist() == evaluation.accuracy()[1, ::-1].tolist()  # order-independent at the end
 
 
 def test_another_order_of_a_sequential_run_is_refused_and_its_first_tasks_are_not(
@@ -155,7 +156,7 @@ def test_another_order_of_a_sequential_run_is_refused_and_its_first_tasks_are_no
     with pytest.raises(ConfigError, match=r"--order: each module .* was trained from the one before it"):
         evaluate_stored(str(tmp_path), run, Asked(order=(second, first)))
     alone = report(evaluate_stored(str(tmp_path), run, Asked(order=(first,))))
-    np.testing.assert_allclose(alone["accuracy"][0], evaluated(plan, memory).accuracy[0], atol=1e-6)
+    np.testing.assert_allclose(alone["accuracy"][0], evaluated(plan, memory).accuracy()[0], atol=1e-6)
 
 
 def test_the_documents_example_of_a_method_is_trained_and_answers(
@@ -177,11 +178,9 @@ def test_the_documents_example_of_a_method_is_trained_and_answers(
     losses = [line["loss"] for line in modules(plan, store)[0].provenance["history"]]
     assert losses[-1] < losses[0]
     evaluation = evaluated(plan, store)
-    assert any(
-        (p[-1].best != z.best).any()
-        for p, z in zip(evaluation.predictions, evaluation.zero_shot_predictions, strict=True)
-    )
-    assert any((p[-1].routed == 1).any() for p in evaluation.predictions)
+    last, zero_shot = ([evaluation.predict(j, learnt) for j in range(2)] for learnt in ((0, 1), ()))
+    assert any((p.best != z.best).any() for p, z in zip(last, zero_shot, strict=True))
+    assert any((p.routed == 1).any() for p in last)
 
 
 @pytest.mark.parametrize("method", [
@@ -193,4 +192,4 @@ def test_methods_learn_a_stream_and_are_bit_equal_after_a_kill(prepared: Path, m
     plan = planned(prepared, method, "train.lr=0.5", "train.checkpoint_every_steps=1")
     undisturbed = learnt(plan)
     assert learnt_through_kills(plan, (1, 1)).blobs == undisturbed.blobs
-    assert evaluated(plan, undisturbed).accuracy.shape == (2, 2)
+    assert evaluated(plan, undisturbed).accuracy().shape == (2, 2)

@@ -132,7 +132,7 @@ def test_a_stream_learnt_with_rail_keeps_zero_shot_exactly_and_forgets_nothing(t
     store = learnt(plan)
     assert all(m.provenance["history"] == [] for m in modules(plan, store))  # no gradient
     given, turned = evaluated(plan, store), evaluated(plan.in_order((1, 0)), store)
-    assert given.accuracy[0, 1] == given.zero_shot[1]
-    assert turned.accuracy[0, 1] == given.zero_shot[0]
-    np.testing.assert_array_equal(turned.accuracy[1], given.accuracy[1, ::-1])
-    assert given.accuracy[1].mean() > given.zero_shot.mean() + 0.05
+    assert given.accuracy()[0, 1] == given.zero_shot()[1]
+    assert turned.accuracy()[0, 1] == given.zero_shot()[0]
+    np.testing.assert_array_equal(turned.accuracy()[1], given.accuracy()[1, ::-1])
+    assert given.accuracy()[1].mean() > given.zero_shot().mean() + 0.05

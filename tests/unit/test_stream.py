@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from diki_ray.data.images import decode_image
 from diki_ray.data.index import DatasetIndex
 from diki_ray.data.order import EpochOrder, PlannedBatch, plan_epoch, streams_of
 from diki_ray.data.shards import Sample, SkipLedger, write_split
@@ -365,6 +366,21 @@ def test_any_batches_can_be_evaluated_without_the_rest(tmp_path):
     assert evaluated(index, batches=[]) == []
     with pytest.raises(DataError, match="batches 0 … 6, not 7"):
         evaluated(index, batches=[7])
+
+
+def test_chosen_samples_are_read_without_the_rest(tmp_path, monkeypatch):
+    index = toy_index(str(tmp_path))
+    whole, decoded = evaluated(index), []
+    monkeypatch.setattr("diki_ray.data.stream.decode_image", lambda data: decoded.append(data) or decode_image(data))
+    chosen = [np.array([1, 2, 17, NUM_SAMPLES - 1]), np.array([40])]
+    batches = evaluated(index, samples=chosen)
+    assert len(decoded) == 5
+    assert [b.positions for b in batches] == [(1, 2, 17, NUM_SAMPLES - 1), (40,)]
+    everything, keys = torch.cat([b.images for b in whole]), [key for b in whole for key in b.keys]
+    for batch, samples in zip(batches, chosen, strict=True):
+        assert torch.equal(batch.images, everything[samples])
+        assert batch.keys == tuple(keys[n] for n in samples)
+    assert evaluated(index, samples=[]) == []
 
 
 def test_an_empty_split_evaluates_to_nothing(index):

@@ -4,74 +4,112 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
 from diki_ray.answering.answers import Answers
-from diki_ray.answering.metrics import Metrics
-from diki_ray.runs.sweep.trial import by_indexing, spread
+from diki_ray.answering.evaluation import Evaluation
+from diki_ray.answering.routing import NO_TASK
+from diki_ray.answering.rows import BestClasses, Rows, Wanted
+from diki_ray.answering.split_routes import RoutesAfter, SplitRoutes
+from diki_ray.runs.sweep.trial import figures_of, spread
 
 NUM_TASKS, NUM_CLASSES = 6, 10
 
 
-def tables(num_images: int, num_blocks: int = 1) -> list[Answers]:
-    """Answers of six test sets, whose densities lean towards their own task."""
+def made_up(num_images: int, label_space: str = "task", num_tasks: int = NUM_TASKS) -> Evaluation:
+    """Answers of test sets whose densities lean towards their own task."""
     random = np.random.default_rng(0)
-    found = []
-    for task in range(NUM_TASKS):
-        answers = Answers.empty(random.integers(NUM_CLASSES, size=num_images), NUM_TASKS, num_blocks)
-        answers.log_density[:] = random.normal(size=answers.log_density.shape)
-        answers.log_density[:, task] += 2
-        answers.weight[:] = 1 / (1 + np.exp(-answers.log_density))
-        answers.answered[:] = True
-        answers.best_logit[:] = random.normal(size=answers.best_logit.shape)
-        answers.best_class[:] = random.integers(NUM_CLASSES, size=answers.best_class.shape)
-        answers.log_sum[:] = answers.best_logit + 0.1
-        found.append(answers)
-    return found
+    answers, routes = [], []
+    for task in range(num_tasks):
+        log_density = random.normal(size=(num_images, num_tasks))
+        log_density[:, task] += 2
+        weight = 1 / (1 + np.exp(-log_density))
+        rows = {}
+        for t in range(NO_TASK, num_tasks):
+            own = np.zeros(num_images) if t == NO_TASK else weight[:, t]
+            best = random.normal(size=(num_tasks, num_images)).astype(np.float32)
+            scores = {
+                str(c): BestClasses(b, random.integers(NUM_CLASSES, size=num_images), b + np.float32(0.1))
+                for c, b in enumerate(best)
+            }
+            rows[t] = Rows(Wanted(np.arange(num_images), own, own), np.zeros((num_images, 1), np.float32), scores)
+        labels = random.integers(NUM_CLASSES, size=num_images)
+        answers.append(Answers(("",) * num_images, np.arange(num_images), labels, {}, rows))
+        routes.append(densest(log_density, weight))
+    return Evaluation(answers, NAMES[:num_tasks], label_space, routes, lambda task, c: str(c))
+
+
+def densest(log_density: np.ndarray, weight: np.ndarray) -> RoutesAfter:
+    n = np.arange(len(log_density))
+
+    def ask(learnt: tuple[int, ...]) -> SplitRoutes:
+        task = np.asarray(learnt)[log_density[:, learnt].argmax(1)] if learnt else np.full(len(n), NO_TASK)
+        own = weight[n, task] if learnt else np.zeros(len(n))
+        return SplitRoutes(task, own, own, task)
+
+    return RoutesAfter(ask)
 
 
 NAMES = [[f"{t}.{c}" for c in range(NUM_CLASSES)] for t in range(NUM_TASKS)]
 
 
-@pytest.mark.parametrize(("label_space", "num_blocks"), [("task", 1), ("all", NUM_TASKS)])
-def test_720_orders_of_6_tasks_take_seconds(label_space: str, num_blocks: int) -> None:
-    orders = {str(p): p for p in itertools.permutations(range(NUM_TASKS))}
-    answers = tables(500, num_blocks)
+@pytest.mark.parametrize("label_space", ["task", "all"])
+def test_720_orders_of_6_tasks_take_seconds(label_space: str) -> None:
+    evaluation, orders = made_up(500, label_space), list(itertools.permutations(range(NUM_TASKS)))
     started = time.process_time()
-    found = by_indexing(answers, NAMES, label_space, orders)
+    found = [figures_of(evaluation, order) for order in orders]
     assert time.process_time() - started < 15  # about 1 s when nothing else runs
     assert len(found) == 720
-    last = {name: Metrics.of(o.accuracy).mean("last") for name, o in found.items()}
-    assert max(last.values()) - min(last.values()) < 1e-12  # what is known at the end does not depend on the order
-    assert len({round(Metrics.of(o.accuracy).mean("transfer"), 9) for o in found.values()}) > 100
+    last = [figures["last"] for figures in found]
+    assert max(last) - min(last) < 1e-12  # what is known at the end does not depend on the order
+    assert len({round(figures["transfer"], 9) for figures in found}) > 100
+
+
+def test_every_set_of_tasks_is_routed_and_asked_about_once() -> None:
+    evaluation, asked = made_up(20), Counter()
+    for j, routes in enumerate(evaluation.routes):
+        routes._ask = counted(j, routes._ask, asked)
+    for order in itertools.permutations(range(4)):
+        figures_of(evaluation, order)
+    assert len({learnt for _, learnt in asked}) == 16  # of four tasks, the empty one included
+    assert set(asked.values()) == {1}  # by test set
+
+
+def counted(j: int, ask: Callable[[tuple[int, ...]], SplitRoutes], asked: Counter) -> Callable[..., SplitRoutes]:
+    def counting(learnt: tuple[int, ...]) -> SplitRoutes:
+        asked[j, frozenset(learnt)] += 1
+        return ask(learnt)
+
+    return counting
 
 
 def test_a_matrix_and_its_auroc_by_hand() -> None:
-    answers, order = tables(50), (4, 0, 2, 5, 1, 3)
-    found = by_indexing(answers, NAMES, "task", {"x": order})["x"]
-    areas = []
+    evaluation, order = made_up(50), (4, 0, 2, 5, 1, 3)
+    accuracy, areas = evaluation.accuracy(order), []
     for step in range(1, NUM_TASKS + 1):
-        learnt = list(order[:step])
+        learnt = order[:step]
         weights, known = [], []
-        for j in range(NUM_TASKS):
-            best = [max(learnt, key=lambda t, n=n, j=j: answers[j].log_density[n, t]) for n in range(50)]
-            right = [answers[j].best_class[n, t, 0] == answers[j].labels[n] for n, t in enumerate(best)]
-            assert found.accuracy[step - 1, order.index(j)] == pytest.approx(np.mean(right))
-            weights += [answers[j].weight[n, t] for n, t in enumerate(best)]
+        for j, answers in enumerate(evaluation.test_sets):
+            own = [max(learnt, key=lambda t, n=n, a=answers: a.rows[t].wanted.weight[n]) for n in range(50)]
+            right = [answers.rows[t].scores[str(j)].best_class[n] == answers.labels[n] for n, t in enumerate(own)]
+            assert accuracy[step - 1, order.index(j)] == pytest.approx(np.mean(right))
+            weights += [answers.rows[t].wanted.weight[n] for n, t in enumerate(own)]
             known += [j in learnt] * 50
         if step < NUM_TASKS:
             areas.append(roc_auc_score(known, weights))
-    assert found.weight_auroc == pytest.approx(np.mean(areas))
+    assert figures_of(evaluation, order)["weight_auroc"] == pytest.approx(np.mean(areas))
 
 
 def test_a_stream_of_one_task_has_neither_transfer_nor_auroc() -> None:
-    metrics = by_indexing(tables(20)[:1], NAMES[:1], "task", {"x": (0,)})["x"].metrics()
-    assert metrics["transfer"] is None
-    assert metrics["weight_auroc"] is None
-    assert metrics["last"] is not None
+    figures = figures_of(made_up(20, num_tasks=1), (0,))
+    assert figures["transfer"] is None
+    assert figures["weight_auroc"] is None
+    assert figures["last"] is not None
 
 
 def test_mean_and_standard_deviation() -> None:

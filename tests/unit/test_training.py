@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,20 +13,25 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from golden import Golden
 
+from diki_ray.learning import collective
+from diki_ray.learning.collective import own_parts
 from diki_ray.learning.task_trainer import NonFiniteError, Recipe, TaskTrainer, cosine_lr
 
 GOLDEN = Golden.load()
 
 
-def golden_trainer(golden: Golden, recipe: Recipe | None = None) -> TaskTrainer:
+def golden_trainer(golden: Golden, recipe: Recipe | None = None, num_parts: int | None = None) -> TaskTrainer:
     meta = golden.meta
     recipe = recipe or Recipe(lr=meta["lr"], final_lr_fraction=meta["lr_final"] / meta["lr"])
     steps = meta["epochs"] * len(golden.train_batches(0))
-    return TaskTrainer(golden.method, golden["task0.tokens"], recipe, steps, golden.prompts("init", 0))
+    return TaskTrainer(
+        golden.method, golden["task0.tokens"], recipe, steps, golden.prompts("init", 0), num_parts=num_parts
+    )
 
 
-WORLD_SIZES = (2, 3, 6)
-"""6 workers for 5 classes and batches of 16: somebody has no class, and parts are uneven."""
+NUM_PARTS = 6
+"""For 5 classes and batches of 16: a part has no class, and parts are uneven."""
+WORLD_SIZES = (2, 3, 4, 6)
 
 
 def train_golden_with_each_number_of_workers(rank: int, folder: str) -> None:
@@ -39,29 +45,46 @@ def train_golden_with_each_number_of_workers(rank: int, folder: str) -> None:
 
 def train_golden(golden: Golden, rank: int, world_size: int, folder: str) -> None:
     dist.init_process_group("gloo", f"file://{folder}/group{world_size}", world_size=world_size, rank=rank)
-    trainer = golden_trainer(golden)
-    losses = []
-    for _ in range(golden.meta["epochs"]):
-        for images, labels in golden.train_batches(0):
-            losses.append(trainer.step(images[rank::world_size], labels[rank::world_size]).loss)
+    run = golden_run(golden, golden_trainer(golden, num_parts=NUM_PARTS))
     if rank == 0:
-        parameters = {n: p.detach() for n, p in trainer.parameters.items()}
-        torch.save({"losses": losses, "parameters": parameters}, f"{folder}/{world_size}.pt")
+        torch.save(run, f"{folder}/{world_size}.pt")
     dist.destroy_process_group()
 
 
+def golden_run(golden: Golden, trainer: TaskTrainer) -> dict[str, Any]:
+    """Losses and parameters of all steps; image n of a batch is in part n modulo the number of parts."""
+    parts, losses = trainer.num_parts, []
+    for _ in range(golden.meta["epochs"]):
+        for images, labels in golden.train_batches(0):
+            batch = [(images[part::parts], labels[part::parts]) for part in own_parts(parts)]
+            losses.append(trainer.step_in_parts(batch).loss)
+    return {"losses": losses, "parameters": {n: p.detach() for n, p in trainer.parameters.items()}}
+
+
 def test_the_trained_module_does_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
-    """1, 2, 3 and 6 workers over the golden steps, the classes' text tower split among them: equal to 1e-5."""
+    """1, 2, 3, 4 and 6 workers over the golden steps in 6 parts: equal to the bit, and to 1e-5 of one part."""
     mp.start_processes(
         train_golden_with_each_number_of_workers, (str(tmp_path),), nprocs=max(WORLD_SIZES), start_method="spawn"
     )
-    alone = golden_trainer(GOLDEN)
-    losses = [alone.step(*batch).loss for _ in range(GOLDEN.meta["epochs"]) for batch in GOLDEN.train_batches(0)]
+    number = torch.get_num_threads()
+    torch.set_num_threads(1)  # as many as the others: another number is another rounding
+    alone = golden_run(GOLDEN, golden_trainer(GOLDEN, num_parts=NUM_PARTS))
+    torch.set_num_threads(number)
+    whole = golden_run(GOLDEN, golden_trainer(GOLDEN))
+    np.testing.assert_allclose(alone["losses"], whole["losses"], atol=1e-5)
+    for name, expected in whole["parameters"].items():
+        torch.testing.assert_close(alone["parameters"][name], expected, atol=1e-5, rtol=0)
     for world_size in WORLD_SIZES:
         run = torch.load(tmp_path / f"{world_size}.pt", weights_only=True)
-        np.testing.assert_allclose(run["losses"], losses, atol=1e-5)
-        for name, expected in alone.parameters.items():
-            torch.testing.assert_close(run["parameters"][name], expected.detach(), atol=1e-5, rtol=0)
+        assert run["losses"] == alone["losses"]
+        for name, expected in alone["parameters"].items():
+            assert torch.equal(run["parameters"][name], expected), f"{name} with {world_size} workers"
+
+
+def test_more_workers_than_parts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collective, "world_size", lambda: 3)
+    with pytest.raises(ValueError, match="3 workers cannot share 2 parts"):
+        own_parts(2)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

@@ -1,13 +1,13 @@
 """The small interface between a method and the platform: trainer, store and evaluator are written against it.
 
-Shapes: B images, b this rank's images, C texts or classes, L tokens, E embedding dimensions.
+Shapes: B images, b a part's images, C texts or classes, L tokens, E embedding dimensions.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diki_ray.clip.backbone import Backbone
 from diki_ray.clip.residual import Parameters
-from diki_ray.learning.collective import share, world_size
+from diki_ray.learning.collective import share
 from diki_ray.learning.module import TaskModule
 
 Answering = Literal["routed", "latest", "frozen", "joint", "classes"]
@@ -33,7 +33,12 @@ class Step:
     seed: int
     """The task's own."""
     num_samples: int = 0
-    """Images of the global batch, over all ranks; known in `after_step`."""
+    """Images of the global batch, over all parts; known in `after_step`."""
+    part: int = 0
+    num_parts: int = 1
+    """Which of the step's parts is computed, and how many there are; a worker computes one or several."""
+    shared: Tensor | None = field(default=None, compare=False)
+    """In `extra_loss`: the rows of all parts' `shared_rows`."""
 
     def generator(self) -> torch.Generator:
         """Random numbers of this step, equal on every rank: a function of the task's seed and the step alone, so that
@@ -41,17 +46,17 @@ class Step:
         return torch.Generator().manual_seed((self.seed * 1_000_003 + self.number) % 2**63)
 
     def share(self, num_rows: int) -> slice:
-        """This rank's rows of a batch that all ranks drew alike."""
-        return share(num_rows)
+        """This part's rows of a batch that all parts drew alike."""
+        return share(num_rows, self.part, self.num_parts)
 
     def mean(self, losses: Tensor, num_rows: int) -> Tensor:
-        """From the losses of this rank's rows what `Method.extra_loss` returns for their mean over all rows."""
-        return losses.sum() / num_rows * world_size()
+        """From the losses of this part's rows what `Method.extra_loss` returns for their mean over all rows."""
+        return losses.sum() / num_rows * self.num_parts
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingBatch:
-    """This rank's part of a batch of the task's training split, once the task is trained."""
+    """A batch of the task's training split, once the task is trained."""
 
     images: Tensor  # [b, 3, H, W]
     labels: Tensor  # [b]
@@ -111,8 +116,14 @@ class Method(ABC):
         return parameters
 
     def extra_loss(self, parameters: Parameters, step: Step) -> Tensor | None:
-        """Added to the mean cross entropy of a step: the mean over ranks of what each returns. A penalty is the same
-        everywhere; over reference rows that ranks share use `step.share` and `step.mean`."""
+        """Added to the mean cross entropy of a step: the mean over parts of what is returned for each. A penalty is the
+        same for all; over rows that parts share use `step.share` and `step.mean`, or, where a loss needs the features
+        of all rows at once, `shared_rows`."""
+        return None
+
+    def shared_rows(self, parameters: Parameters, step: Step) -> tuple[Tensor, int] | None:
+        """Features of this part's rows (`step.share`) [r, E] of a batch that all parts drew alike, and its number of
+        rows R. `extra_loss` finds all of them, [R, E] in order, in `step.shared`, with gradients back to here."""
         return None
 
     def after_step(self, parameters: Parameters, gradients: Parameters, step: Step) -> None:

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from diki_ray.clip.backbone import Backbone
 from diki_ray.clip.residual import Parameters
-from diki_ray.learning.collective import gather_rows
 from diki_ray.learning.methods.base import Step
 from diki_ray.learning.methods.low_rank import LowRankMethod, keep, kept, trained
 
@@ -65,21 +64,31 @@ class Zscl(LowRankMethod):
         average = kept("average", parameters)  # none in a module: it holds the average itself
         return average if step is None and average else trained(parameters)
 
+    def shared_rows(self, parameters: Parameters, step: Step) -> tuple[Tensor, int]:
+        """Features of this part's reference images."""
+        images, *_ = self._learn_reference()
+        chosen, _ = self._drawn(step)
+        mine = chosen[step.share(len(chosen))]
+        if len(mine) or self.backbone.in_lockstep:
+            return self.image_features(images[mine], trained(parameters)), len(chosen)
+        return torch.zeros(0, self.backbone.embed_dim, device=self.backbone.device), len(chosen)
+
     def extra_loss(self, parameters: Parameters, step: Step) -> Tensor:
-        images, frozen_images, frozen_texts = self._learn_reference()
-        generator, num_images = step.generator(), min(self.reference_batch, len(images))
-        chosen = torch.randperm(len(images), generator=generator)[:num_images]
-        texts = frozen_texts[torch.randperm(len(frozen_texts), generator=generator)[: self.reference_batch]]
-        factors, mine = trained(parameters), chosen[step.share(num_images)]
-        if len(mine):
-            features = self.image_features(images[mine], factors)
-        else:  # the gather's backward is collective
-            features = sum(p.sum() for p in factors.values()) * torch.zeros(0, self.backbone.embed_dim)
-        # All ranks compute the same loss of all images; each gets the gradients of its own.
-        logits = self.backbone.logits(gather_rows(features, num_images), texts)
+        _, frozen_images, frozen_texts = self._learn_reference()
+        chosen, captions = self._drawn(step)
+        factors, texts = trained(parameters), frozen_texts[captions]
+        assert step.shared is not None, "the platform gives the features that shared_rows returned"
+        logits = self.backbone.logits(step.shared, texts)
         target = self.backbone.logits(frozen_images[chosen], texts)
         distilled = self._distillation(logits, target) + self._distillation(logits.T, target.T)
         return distilled + self.weight_consolidation * self.squared_distance(factors, kept("anchor", parameters))
+
+    def _drawn(self, step: Step) -> tuple[Tensor, Tensor]:
+        """Which reference images and captions the step distils on, the same for all its parts."""
+        images, _, texts = self._learn_reference()
+        generator = step.generator()
+        chosen = torch.randperm(len(images), generator=generator)[: self.reference_batch]
+        return chosen, torch.randperm(len(texts), generator=generator)[: self.reference_batch]
 
     def _distillation(self, logits: Tensor, target: Tensor) -> Tensor:
         t = self.temperature

@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from diki_ray.answering.answers import candidate_tasks
+from diki_ray.answering.configured import build_predictor
+from diki_ray.answering.predictor import Candidates
 from diki_ray.data.stream import eval_batches
 from diki_ray.data.to_device import on_device
 from diki_ray.learning.methods import METHODS
 from diki_ray.learning.module import TaskModule
-from diki_ray.runs.evaluate.evaluator import Evaluating
-from diki_ray.runs.plan import Plan
+from diki_ray.runs.plan import Plan, build_method, device_of, load_backbone, precision_of
 from diki_ray.store.library import Library
 
 MAX_IMAGES, REPETITIONS = 32, 3
@@ -61,8 +63,11 @@ def images_per_s(stream: Stream, split: str) -> float:
     filled."""
     plan, digests = stream
     library = Library.open(plan.config.run.storage)
-    evaluating = Evaluating(plan.config, plan.tasks, digests, library.read, split)
-    predictor, num_tasks = evaluating.predictor, len(plan.tasks)
+    torch.set_num_threads(max(1, int(plan.config.evaluate.cpus_per_worker)))
+    backbone = load_backbone(plan.config).to(device_of(plan.config), precision_of(plan.config))
+    modules = [TaskModule.from_bytes(library.read(digest)) for digest in digests]
+    predictor, num_tasks = build_predictor(plan.config, build_method(plan.config, backbone), modules), len(plan.tasks)
+    of_tasks = [Candidates.of(backbone, t.class_names, t.templates) for t in plan.tasks]
     batches = []
     for j, task in enumerate(plan.tasks):
         first = eval_batches(
@@ -74,7 +79,7 @@ def images_per_s(stream: Stream, split: str) -> float:
             num_threads=plan.config.data.num_threads,
         )
         among = candidate_tasks(plan.config.evaluate.label_space, j, range(num_tasks), num_tasks)
-        candidates = [evaluating.candidates[t] for t in among]
+        candidates = [of_tasks[t] for t in among]
         batches += [(batch.images, candidates) for batch in on_device(first, predictor.backbone.device)]
     taken = []
     for _ in range(REPETITIONS):

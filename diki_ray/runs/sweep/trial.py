@@ -2,9 +2,8 @@
 
 A module is trained once however many settings, orders, processes or repetitions need it. Trials that could need the
 same modules take turns by the lease of one run in the storage, named after all that their keys have in common: who
-comes second finds the modules in the library. Under `image` routing the accuracy matrix of every order follows from one
-table for each test set (answering/orders.py). `batch` routing and methods that answer jointly are not exact that way
-and are evaluated order by order; a method whose tasks build on each other is also trained order by order.
+comes second finds the modules in the library. Every order is a view of one evaluation (answering/evaluation.py); a
+method whose tasks build on each other is trained and evaluated order by order.
 """
 
 from __future__ import annotations
@@ -14,24 +13,21 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from diki_ray.answering.answers import Answers
-from diki_ray.answering.evaluation import auroc
+from diki_ray.answering.evaluation import Evaluation
 from diki_ray.answering.metrics import Metrics
-from diki_ray.answering.orders import Orders
 from diki_ray.config import Config
 from diki_ray.config.sweep import SweepConfig, varied
 from diki_ray.errors import LeaseHeldError
 from diki_ray.learning.module import TaskModule
-from diki_ray.runs.evaluate.evaluator import Cache, Evaluating, Part, accuracy_of, num_batches_of
+from diki_ray.runs.evaluate.split import evaluate_here
 from diki_ray.runs.plan import (
     Plan,
     PlannedTask,
-    answered_along,
     build_method,
     device_of,
     is_sequential,
@@ -47,7 +43,7 @@ from diki_ray.runs.sweep.cost import Stream, cost_of
 from diki_ray.runs.train.faults import injected_faults
 from diki_ray.runs.train.group import train
 from diki_ray.runs.train.worker import TaskWorker
-from diki_ray.store import caches
+from diki_ray.store.caches import Cache
 from diki_ray.store.interface import HeldRun
 from diki_ray.store.library import Library
 
@@ -58,21 +54,15 @@ Report = Callable[[float, float], None]
 """Called with (epochs done of the modules that are trained, their mean validation accuracy so far)."""
 
 
-class Ordered(NamedTuple):
-    """What one order of the tasks gives."""
-
-    accuracy: np.ndarray  # [T, T], rows and columns in that order
-    zero_shot: np.ndarray  # [T], in that order
-    weight_auroc: float | None
-    """How well the integration weight tells learnt from unlearnt domains, mean over the steps of the stream."""
-
-    def metrics(self) -> dict[str, float | None]:
-        known = Metrics.of(self.accuracy)
-        values = {m: known.mean(m) for m in METRICS[:4]}
-        return {m: None if np.isnan(v) else float(v) for m, v in values.items()} | {
-            "zero_shot": float(self.zero_shot.mean()),
-            "weight_auroc": self.weight_auroc,
-        }
+def figures_of(evaluation: Evaluation, order: Sequence[int]) -> dict[str, float | None]:
+    """Every metric of one order of the tasks. weight_auroc: how well the integration weight tells learnt from unlearnt
+    domains, mean over the steps of the stream."""
+    known = Metrics.of(evaluation.accuracy(order))
+    values = {m: known.mean(m) for m in METRICS[:4]}
+    return {m: None if np.isnan(v) else float(v) for m, v in values.items()} | {
+        "zero_shot": float(evaluation.zero_shot(order).mean()),
+        "weight_auroc": spread(evaluation.weight_auroc(order))["mean"],
+    }
 
 
 def judge(
@@ -88,7 +78,7 @@ def judge(
 
     folder: where the setting's relative paths start, for this process has a folder of its own.
 
-    seconds: training (or waiting for another who trains), the tables of answers, and the orders from them. cost: see
+    seconds: training (or waiting for another who trains), the answers (tables), and the orders from them. cost: see
     `cost_of`.
     """
     streams: list[Stream] = []
@@ -103,8 +93,13 @@ def judge(
             digests = modules_of(ordered_plan, epochs)
             seconds["train"] += time.monotonic() - clock
             streams.append(Stream(ordered_plan, digests))
-            for name, ordered in matrices_of_orders(ordered_plan, digests, its_orders, split, seconds).items():
-                values.append({"order": name, "seed": seed} | ordered.metrics())
+            clock = time.monotonic()
+            evaluation = evaluated(ordered_plan, digests, list(its_orders.values()), split)
+            seconds["tables"] += time.monotonic() - clock
+            clock = time.monotonic()
+            for name, order in its_orders.items():
+                values.append({"order": name, "seed": seed} | figures_of(evaluation, order))
+            seconds["orders"] += time.monotonic() - clock
             clock = time.monotonic()
     judged: dict[str, Any] = {m: spread([v[m] for v in values]) for m in METRICS}
     return judged | {
@@ -126,7 +121,7 @@ def _plans(plan: Plan, orders: Mapping[str, Sequence[int]]) -> list[tuple[Plan, 
 
 
 def _orders_by(config: Config) -> str:
-    return "training" if is_sequential(config) else "evaluation" if answered_along(config) else "indexing"
+    return "training" if is_sequential(config) else "indexing"
 
 
 def modules_of(plan: Plan, epochs: Epochs | None = None) -> list[str]:
@@ -164,7 +159,7 @@ def lease_of(plan: Plan) -> str:
 
 def _train(plan: Plan, missing: Sequence[PlannedTask], store: HeldRun) -> None:
     config = plan.config
-    if config.train.num_workers > 1 or config.schedule.concurrent_tasks > 1:
+    if config.train.most_workers > 1 or config.schedule.concurrent_tasks > 1:
         if missing:
             train(config, missing, store)
         return
@@ -217,73 +212,10 @@ class _EpochListener:
             self._epochs.add(self._plan, event["task"], event["epoch"], event["validation_accuracy"])
 
 
-def matrices_of_orders(
-    plan: Plan,
-    digests: Sequence[str],
-    orders: Mapping[str, Sequence[int]],
-    split: str,
-    seconds: dict[str, float] | None = None,
-) -> dict[str, Ordered]:
-    """What each order gives, by its name. seconds: the time that tables and orders took is added to it."""
-    started = time.monotonic()
-    if answered_along(plan.config):
-        found = {name: _directly(plan, digests, order, split) for name, order in orders.items()}
-        tabled = started
-    else:
-        tables = [p.answers for p in _tables(plan, digests, list(orders.values()), split)]
-        tabled = time.monotonic()
-        found = by_indexing(tables, [t.class_names for t in plan.tasks], plan.config.evaluate.label_space, orders)
-    if seconds is not None:
-        seconds["tables"] += tabled - started
-        seconds["orders"] += time.monotonic() - tabled
-    return found
-
-
-def by_indexing(
-    tables: Sequence[Answers], names: Sequence[Sequence[str]], label_space: str, orders: Mapping[str, Sequence[int]]
-) -> dict[str, Ordered]:
-    """Every order from the answers of all test sets, under `image` routing; see `Orders`."""
-    by_set = Orders(tables, names, label_space)
-    known: dict[frozenset[int], float | None] = {}  # a weight depends on what is learnt, not on its order
-
-    def auroc_of(learnt: Sequence[int]) -> float | None:
-        if frozenset(learnt) not in known:
-            weights = [by_set.weights(task, learnt) for task in range(len(tables))]
-            known[frozenset(learnt)] = auroc(weights, [task in learnt for task in range(len(tables))])
-        return known[frozenset(learnt)]
-
-    return {
-        name: Ordered(
-            by_set.accuracy(order),
-            by_set.zero_shot(order),
-            _mean([auroc_of(order[: n + 1]) for n in range(len(order))]),
-        )
-        for name, order in orders.items()
-    }
-
-
-def _tables(plan: Plan, digests: Sequence[str], orders: Sequence[Sequence[int]], split: str) -> list[Part]:
-    """For each task the answers of its split under every route that one of the orders takes."""
+def evaluated(plan: Plan, digests: Sequence[str], orders: Sequence[Sequence[int]], split: str) -> Evaluation:
+    """One split along all of the orders, from modules in the library."""
     storage = plan.config.run.storage
-    evaluating = Evaluating(plan.config, plan.tasks, digests, Library.open(storage).read, split, orders)
-    parts = []
-    for j, task in enumerate(plan.tasks):
-        cache = Cache(plan, caches.Cache.open(storage), j, digests, split)
-        part = evaluating.evaluate(j, range(num_batches_of(plan.config, task, split)), cache.load())
-        cache.save(part)
-        parts.append(part)
-    return parts
-
-
-def _directly(plan: Plan, digests: Sequence[str], order: Sequence[int], split: str) -> Ordered:
-    arranged = Plan(plan.config, plan.backbone_digest, plan.embed_dim, tuple(plan.tasks[t] for t in order))
-    parts = _tables(arranged, [digests[t] for t in order], [range(len(order))], split)
-    evaluation = accuracy_of(plan.config, arranged.tasks, parts)
-    after = [
-        auroc([p[n].weight for p in evaluation.predictions], [j <= n for j in range(len(order))])
-        for n in range(len(order))
-    ]
-    return Ordered(evaluation.accuracy, evaluation.zero_shot, _mean(after))
+    return evaluate_here(plan, digests, Library.open(storage).read, orders, split, Cache.open(storage))
 
 
 def spread(values: Sequence[float | None]) -> dict[str, float | None]:
@@ -293,10 +225,6 @@ def spread(values: Sequence[float | None]) -> dict[str, float | None]:
         return {"mean": None, "std": None}
     std = float(np.std(defined, ddof=1)) if len(defined) > 1 else None
     return {"mean": float(np.mean(defined)), "std": std}
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    return spread(values)["mean"]
 
 
 def digest(value: Any) -> str:

@@ -45,19 +45,24 @@ def assembled(data: TaskData, trainer: TaskTrainer, recorded: dict[str, Any], nu
 
 @torch.no_grad()
 def statistics(data: TaskData, trainer: TaskTrainer) -> tuple[Statistics, Parameters]:
-    """The sums of the frozen features of the training images by class, and what the module holds with the method's own
-    sums over them, which are merged in rank order."""
-    method, tokens = trainer.method, trainer.class_tokens
-    num_classes = len(tokens)
-    own, sums = Statistics.empty(num_classes, method.backbone.embed_dim), Sums()
-    for images, labels in data.share_of("train"):
+    """The sums by class of the frozen features of the training images, and what the module holds with the method's own
+    sums over them. The latter are added in the order of parts, so that both are the same whoever computed which."""
+    own = [_of_part(data, trainer, part) for part in data.own_parts]
+    parts = [part for parts in gather_objects(own) for part in parts]
+    sums = Sums()
+    for _, of_part in parts:
+        sums.add(of_part)
+    return Statistics.merged([found for found, _ in parts]), trainer.method.finish(trainer.best, sums.tensors)
+
+
+def _of_part(data: TaskData, trainer: TaskTrainer, part: int) -> tuple[Statistics, Parameters]:
+    method, num_classes, sums = trainer.method, len(trainer.class_tokens), Sums()
+    found = Statistics.empty(num_classes, data.backbone.embed_dim)
+    for images, labels in data.part_of("train", part):
         features = method.backbone.encode_image(images)
-        own = own.merge(Statistics.of(features.cpu(), labels.cpu(), num_classes))
-        sums.add(method.sums(trainer.best, TrainingBatch(images, labels, features, tokens)))
-    merged = Sums()
-    for parts in gather_objects(sums.tensors):
-        merged.add(parts)
-    return Statistics.merged(gather_objects(own)), method.finish(trainer.best, merged.tensors)
+        found = found.merge(Statistics.of(features.cpu(), labels.cpu(), num_classes))
+        sums.add(method.sums(trainer.best, TrainingBatch(images, labels, features, trainer.class_tokens)))
+    return found, sums.tensors
 
 
 @torch.no_grad()
@@ -113,7 +118,9 @@ def _course(trainer: TaskTrainer, num_skipped: int) -> dict[str, Any]:
         "best_epoch": progress.best_epoch if progress.history else None,
         "history": progress.history,
         "num_steps": progress.step,
-        "world_sizes": progress.world_sizes,
+        # As if every part had been a worker: who computed it is in the log, and not in a module, which is the same
+        # whoever did.
+        "world_sizes": [[0, trainer.num_parts]] if progress.step else [],
         "num_nonfinite_steps": trainer.num_nonfinite,
         "num_skipped": num_skipped,
     }

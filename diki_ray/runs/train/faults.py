@@ -43,7 +43,7 @@ class Faults(Observer):
         self.folder = file.parent
         self.faults: list[dict[str, Any]] = json.loads(file.read_text())
 
-    def before_step(self, training: Training, batch: Batch) -> None:
+    def before_step(self, training: Training, batch: Sequence[Batch]) -> None:
         self._meet("step", training, batch)
 
     def before_checkpoint(self, training: Training) -> None:
@@ -58,7 +58,7 @@ class Faults(Observer):
     def after_commit(self, training: Training) -> None:
         self._meet("committed", training)
 
-    def _meet(self, point: str, training: Training, batch: Batch | None = None) -> None:
+    def _meet(self, point: str, training: Training, batch: Sequence[Batch] = ()) -> None:
         here = (point, training.task.name, rank(), training.trainer.progress.step)
         for number, fault in enumerate(self.faults):
             place = (fault.get("at", "step"), fault["task"], fault["rank"], fault["step"])
@@ -72,10 +72,10 @@ class Faults(Observer):
             return False
         return True
 
-    def _strike(self, kind: str, number: int, batch: Batch | None) -> None:
+    def _strike(self, kind: str, number: int, batch: Sequence[Batch]) -> None:
         if kind == "nan":
-            assert batch is not None, "only a step has images"
-            batch.images.fill_(float("nan"))
+            for part in batch:
+                part.images.fill_(float("nan"))
             return
         if kind == "hang":
             time.sleep(_FOR_EVER_S)

@@ -86,9 +86,9 @@ def _num_groups(config: Config) -> int:
     if config.schedule.concurrent_tasks == 1:
         return 1
     free, train = ray.available_resources(), config.train
-    room = free.get("CPU", 0) / (train.num_workers * train.cpus_per_worker)
+    room = free.get("CPU", 0) / (train.most_workers * train.cpus_per_worker)
     if device_of(config) == "cuda":
-        room = min(room, free.get("GPU", 0) / train.num_workers)
+        room = min(room, free.get("GPU", 0) / train.most_workers)
     return max(1, min(config.schedule.concurrent_tasks, int(room)))
 
 
@@ -129,9 +129,9 @@ def _num_workers(config: Config) -> dict[str, Any]:
     """How many workers the group has, as Ray Train takes it: fixed, or (at least, at most)."""
     train = config.train
     if train.min_workers is None:
-        return {"num_workers": train.num_workers}
+        return {"num_workers": train.most_workers}
     return {
-        "num_workers": (train.min_workers, train.num_workers),
+        "num_workers": (min(train.min_workers, train.most_workers), train.most_workers),
         "elastic_resize_monitor_interval_s": train.resize_every_s,
     }
 

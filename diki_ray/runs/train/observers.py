@@ -37,10 +37,10 @@ class Observer:
     def before_epoch(self, training: Training, epoch: int) -> None:
         """An epoch is begun, or gone on with, on every rank."""
 
-    def before_step(self, training: Training, batch: Batch) -> None:
-        """This rank's part of a global batch is about to make step number `trainer.progress.step`, from 0."""
+    def before_step(self, training: Training, batch: Sequence[Batch]) -> None:
+        """This rank's parts of a global batch are about to make step number `trainer.progress.step`, from 0."""
 
-    def after_step(self, training: Training, batch: Batch, num_samples: int) -> None:
+    def after_step(self, training: Training, batch: Sequence[Batch], num_samples: int) -> None:
         """The step was made; num_samples: of all ranks."""
 
     def after_epoch(self, training: Training, epoch: int, validation_accuracy: float | None) -> None:
@@ -78,11 +78,11 @@ class Observers(Observer):
         for observer in self._all:
             observer.before_epoch(training, epoch)
 
-    def before_step(self, training: Training, batch: Batch) -> None:
+    def before_step(self, training: Training, batch: Sequence[Batch]) -> None:
         for observer in self._all:
             observer.before_step(training, batch)
 
-    def after_step(self, training: Training, batch: Batch, num_samples: int) -> None:
+    def after_step(self, training: Training, batch: Sequence[Batch], num_samples: int) -> None:
         for observer in self._all:
             observer.after_step(training, batch, num_samples)
 
@@ -120,8 +120,8 @@ class ConsumedSamples(Observer):
     def on_resume(self, header: dict[str, Any]) -> None:
         self._own = header["consumed"] if rank() == 0 else 0
 
-    def after_step(self, training: Training, batch: Batch, num_samples: int) -> None:
-        self._own += sum(_ledger_entry(batch.epoch, batch.step, position) for position in batch.positions)
+    def after_step(self, training: Training, batch: Sequence[Batch], num_samples: int) -> None:
+        self._own += sum(_ledger_entry(p.epoch, p.step, position) for p in batch for position in p.positions)
 
     def recorded(self) -> dict[str, Any]:
         total = sum_over_ranks(self._own)
@@ -144,7 +144,7 @@ class ProgressReports(Observer):
     def before_epoch(self, training: Training, epoch: int) -> None:
         self._epoch, self._started, self._reported, self._count = epoch, time.monotonic(), 0.0, 0
 
-    def after_step(self, training: Training, batch: Batch, num_samples: int) -> None:
+    def after_step(self, training: Training, batch: Sequence[Batch], num_samples: int) -> None:
         self._count += num_samples
         if rank() == 0 and time.monotonic() - self._reported > REPORT_EVERY_S:
             self._reported = time.monotonic()

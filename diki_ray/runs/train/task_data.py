@@ -1,4 +1,4 @@
-"""What a worker reads of a task's prepared data: its part of the training batches, and of the canonical ones."""
+"""What a worker reads of a task's prepared data: its parts of the training batches, and of the canonical ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diki_ray.config import Config
 from diki_ray.data.shards import SkipLedger
 from diki_ray.data.stream import Batch, TrainStream, eval_batches
 from diki_ray.data.to_device import on_device
-from diki_ray.learning.collective import rank, world_size
+from diki_ray.learning.collective import own_parts, rank, world_size
 from diki_ray.runs.plan import PlannedTask
 
 
@@ -25,8 +25,13 @@ class TaskData:
     task: PlannedTask
     backbone: Backbone
 
+    @property
+    def num_parts(self) -> int:
+        """Of a step and of the statistics (`TaskTrainer.num_parts`)."""
+        return world_size() if self.backbone.in_lockstep else self.config.train.parts
+
     def train_stream(self) -> TrainStream:
-        """The training batches, of which each rank reads its own streams."""
+        """The training batches, of which each rank reads its own parts."""
         return TrainStream(
             self.task.index,
             "train",
@@ -35,19 +40,25 @@ class TaskData:
             num_streams=self.config.train.num_streams,
             world_size=world_size(),
             rank=rank(),
+            num_parts=self.num_parts,
             transform=self.backbone.preprocess,
             num_threads=self.config.data.num_threads,
             ledger=self._skip_ledger("train"),
         )
 
-    def share_of(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images, labels) of the canonical batches that fall to this rank."""
-        size = self.config.evaluate.batch_size if split == "test" else self.config.train.batch_size
+    @property
+    def own_parts(self) -> range:
+        """Those that this rank computes."""
+        return own_parts(self.num_parts)
+
+    def part_of(self, split: str, part: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images, labels) of a part's canonical batches: of P parts, part p has every P-th batch from the p-th on."""
+        size = self.config.train.batch_size
         num_batches = -(-self.task.index.split(split).num_samples // size)
-        mine = range(rank(), num_batches, world_size())
-        for batch in on_device(self._canonical(split, size, mine), self.backbone.device):
+        batches = range(part, num_batches, self.num_parts)
+        for batch in on_device(self._canonical(split, size, batches), self.backbone.device):
             yield batch.images, batch.labels
-        if self.backbone.in_lockstep and len(mine) * world_size() < num_batches:
+        if self.backbone.in_lockstep and len(batches) * self.num_parts < num_batches:
             yield torch.zeros(0, 3, 1, 1), torch.zeros(0, dtype=torch.long)
 
     def first_images(self, split: str, number: int) -> Iterator[Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -78,6 +79,7 @@ class TaskWorker:
             num_steps=task.num_epochs * num_batches,
             parameters=self.method.initial(generator, self._predecessor(task)),
             seed=task.seed,
+            num_parts=self.config.train.parts,
         )
 
     def _predecessor(self, task: PlannedTask) -> Parameters | None:
@@ -112,11 +114,13 @@ class TaskWorker:
         """The steps of an epoch from a batch on, with the checkpoints between them."""
         trainer = training.trainer
         observers.before_epoch(training, epoch)
-        for batch in on_device(stream.epoch(epoch, first_batch), self.method.backbone.device):
+        parts = on_device(stream.epoch(epoch, first_batch), self.method.backbone.device)
+        while batch := tuple(islice(parts, len(stream.parts))):
             observers.before_step(training, batch)
-            result = trainer.step(batch.images, batch.labels, batch.keys)
+            keys = tuple(key for part in batch for key in part.keys)
+            result = trainer.step_in_parts([(part.images, part.labels) for part in batch], keys)
             observers.after_step(training, batch, result.num_samples)
-            if batch.step + 1 < stream.num_batches and self._checkpoint_is_due(trainer.progress.step):
+            if batch[0].step + 1 < stream.num_batches and self._checkpoint_is_due(trainer.progress.step):
                 self._checkpoint(training, observers)
 
     def _end_epoch(self, training: Training, data: TaskData, epoch: int, observers: Observer) -> None:
@@ -133,7 +137,7 @@ class TaskWorker:
             return None
         class_features = trainer.class_features()
         correct = count = 0
-        for images, labels in data.share_of("val"):
+        for images, labels in chain.from_iterable(data.part_of("val", part) for part in data.own_parts):
             correct += trainer.num_correct(images, labels, class_features)
             count += len(labels)
         total = all_reduce_sum(torch.tensor([correct, count], dtype=torch.float64, device=trainer.device))
@@ -161,6 +165,7 @@ class TaskWorker:
             "num_classes": len(module.class_names),
             "method": module.method,
             "cost": cost,  # of the attempt that committed it
+            "world_sizes": training.trainer.progress.world_sizes,  # who trained it, which changes no bit of it
         }
         blob = module.to_bytes()
         observers.before_commit(training)

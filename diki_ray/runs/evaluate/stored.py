@@ -4,25 +4,23 @@ no cluster is started, and what earlier evaluations have computed of the same th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 
-from diki_ray.answering.answers import Prediction, block_tasks, candidate_tasks
-from diki_ray.answering.evaluation import Evaluated, TestSet
-from diki_ray.answering.routing import NO_TASK
+from diki_ray.answering.figures import Along
 from diki_ray.config import Config
 from diki_ray.config.protocols import protocol
-from diki_ray.errors import ConfigError, DataError
+from diki_ray.errors import ConfigError
 from diki_ray.learning.module import TaskModule
-from diki_ray.runs.evaluate.evaluator import Cache, Evaluating, Part, num_batches_of
-from diki_ray.runs.plan import Plan, PlannedTask, answered_along, is_sequential, load_backbone, make_plan
+from diki_ray.runs.evaluate.cache import NoCache
+from diki_ray.runs.evaluate.split import Progress, evaluate_here
+from diki_ray.runs.plan import Plan, PlannedTask, is_sequential, load_backbone, make_plan
 from diki_ray.runs.results import protocol_id
 from diki_ray.runs.stored_run import check_backbone, config_of, open_learnt
-from diki_ray.store import caches
+from diki_ray.store.caches import Cache
 from diki_ray.store.run_store import RunStore
 
 
@@ -44,11 +42,11 @@ def evaluate_stored(
     run: str,
     asked: Asked,
     config: Config | None = None,
-    on_progress: Callable[[str], None] = lambda task: None,
-) -> Evaluated:
+    on_progress: Progress = lambda done, total: None,
+) -> Along:
     """The answers of a stored run as they are asked for.
 
-    config: the run's own by default. on_progress: called with each test set's name before it is answered.
+    config: the run's own by default. on_progress: see `Progress`.
 
     Raises:
         ConfigError: no such run or task, no configuration, another backbone. DataError: a test set that cannot be read.
@@ -66,25 +64,21 @@ def evaluate_stored(
             "another order is other modules; train it with the tasks in that order, or ask for the first tasks of "
             f"{', '.join(t.name for t in plan.tasks)}."
         )
-    if answered_along(config):
-        # These answers come along the plan's own order: so the plan is put into the order that is asked for.
-        arranged = [*order, *(t for t in range(len(plan.tasks)) if t not in order)]
-        plan = replace(plan, tasks=tuple(plan.tasks[t] for t in arranged))
-        digests, order = [digests[t] for t in arranged], list(range(len(order)))
-    parts = _answers(plan, digests, order, store, asked, on_progress)
-    shown = [*order, *(t for t in range(len(plan.tasks)) if t not in order)]
+    cache = Cache(store.objects) if asked.cache else NoCache()
+    evaluation = evaluate_here(plan, digests, store.read_module, [order], asked.split, cache, on_progress)
+    names = [t.name for t in plan.tasks]
     settings = {
         "protocol": _protocol(config, asked, len(order) == len(whole.tasks)),
         "routing": config.evaluate.routing,
         "label_space": config.evaluate.label_space,
         "split": asked.split,
-        "order": [plan.tasks[t].name for t in order],
-        "unlearnt": [plan.tasks[t].name for t in shown[len(order) :]],
+        "order": [names[t] for t in order],
+        "unlearnt": [name for t, name in enumerate(names) if t not in order],
         "calibration": config.calibration.form,
         "config_digest": config.digest(),
     }
-    test_sets = tuple(_test_set(plan, order, j, parts[j], asked.split) for j in shown)
-    return Evaluated(run, settings, test_sets, tuple(notes))
+    test_sets = evaluation.along(order, names, [t.index.digest(asked.split) for t in plan.tasks])
+    return Along(run, settings, test_sets, tuple(notes))
 
 
 def _configured(config: Config, storage: str, run: str, asked: Asked) -> Config:
@@ -151,54 +145,3 @@ def _order(names: Sequence[str], asked: Sequence[str] | None, run: str) -> list[
         what = f"{unknown[0]!r} is none of them" if unknown else "each at most once, and at least one"
         raise ConfigError(f"--order names tasks of run {run!r} ({', '.join(names)}): {what}.")
     return [names.index(name) for name in asked]
-
-
-def _answers(
-    plan: Plan,
-    digests: Sequence[str],
-    order: Sequence[int],
-    store: RunStore,
-    asked: Asked,
-    on_progress: Callable[[str], None],
-) -> list[Part]:
-    """The answers of every test set of the plan, in its order."""
-    evaluating = Evaluating(plan.config, plan.tasks, digests, store.read_module, asked.split, [order])
-    parts = []
-    for j, task in enumerate(plan.tasks):
-        on_progress(task.name)
-        cache = Cache(plan, caches.Cache(store.objects), j, digests, asked.split) if asked.cache else None
-        known = cache.load() if cache else None
-        part = evaluating.evaluate(j, range(num_batches_of(plan.config, task, asked.split)), known)
-        if not len(part.answers.labels):
-            raise DataError(f"task {task.name!r}: its {asked.split} split has no readable image.")
-        if cache:
-            cache.save(part)
-        parts.append(part)
-    return parts
-
-
-def _test_set(plan: Plan, order: Sequence[int], j: int, part: Part, split: str) -> TestSet:
-    """Test set j with its answers after 0 … n tasks of the order."""
-    names = [t.class_names for t in plan.tasks]
-    labels, num_tasks, space = part.answers.labels, len(plan.tasks), plan.config.evaluate.label_space
-    block_of = block_tasks(space, j, num_tasks)
-
-    def after(learnt: Sequence[int]) -> Prediction:
-        candidates = candidate_tasks(space, j, learnt, num_tasks)
-        return part.answers.predict(learnt, candidates, [block_of.index(t) for t in candidates])
-
-    computed = part.along[: len(order)]
-    along = [after(()), *(computed or (after(order[:n]) for n in range(1, len(order) + 1)))]
-    place = {NO_TASK: NO_TASK} | {task: n for n, task in enumerate(order)}
-    return TestSet(
-        name=plan.tasks[j].name,
-        class_names=names[j],
-        data=plan.tasks[j].index.digest(split),
-        keys=part.keys,
-        labels=labels,
-        learnt_at=place.get(j),
-        correct=np.stack([p.correct(labels, j, names) for p in along]),
-        confidence=np.stack([p.confidence for p in along]),
-        routed=np.stack([np.array([place[t] for t in p.routed.tolist()]) for p in along]),
-        weight=np.stack([p.weight for p in along]),
-    )

@@ -1,0 +1,103 @@
+"""The routes of a test set's images once any tasks are learnt, each set of tasks asked about once.
+
+A router is asked with (frozen features, tasks learnt) and gives task and weight of each image. Nothing else relies on
+a task's density being the same whatever else is learnt.
+
+Shapes: N images of a test set, T tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diki_ray.answering.routing import NO_TASK, Router, Routes, Routing, Scores, unrouted
+from diki_ray.config import Config
+from diki_ray.learning.methods import METHODS
+from diki_ray.learning.methods.base import Answering
+
+
+@dataclass(frozen=True, eq=False)
+class SplitRoutes:
+    """For each image of a test set the task it is routed to, and its weights, once some tasks are learnt."""
+
+    task: np.ndarray  # int64 [N], NO_TASK: none
+    weight: np.ndarray  # float64 [N], the image's own
+    text_weight: np.ndarray  # float64 [N], of the class features
+    module: np.ndarray  # int64 [N], the task whose module answers; NO_TASK: the frozen model, also below skip_weight
+    ordered: bool = False
+    """Whether the order of the tasks matters: two are tied for an image, or the one learnt last answers."""
+
+
+class RoutesAfter:
+    """The routes of a test set after any tasks; called with them in the order in which they were learnt.
+
+    ask: gives the routes after some tasks. It is called once for each set of them, or once for each order of a set
+        where its answer says that the order matters.
+    """
+
+    def __init__(self, ask: Callable[[tuple[int, ...]], SplitRoutes]):
+        self._ask = ask
+        self._known: dict[frozenset[int] | tuple[int, ...], SplitRoutes] = {}
+
+    def __call__(self, learnt: Iterable[int]) -> SplitRoutes:
+        order = tuple(learnt)
+        found = self._known.get(frozenset(order)) or self._known.get(order)
+        if found is None:
+            found = self._ask(order)
+            self._known[order if found.ordered else frozenset(order)] = found
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class SplitRouter:
+    """Routes whole test sets as an evaluation does.
+
+    skip_weight: images of a lower weight are answered by the frozen model; 0 is off.
+    """
+
+    router: Router
+    answering: Answering
+    routing: Routing
+    skip_weight: float = 0.0
+
+    @staticmethod
+    def of(config: Config, router: Router) -> SplitRouter:
+        answering = METHODS[config.method.name].answering
+        return SplitRouter(router, answering, config.evaluate.routing, config.evaluate.skip_weight)
+
+    def routes(self, frozen: Tensor, sizes: Sequence[int]) -> RoutesAfter:
+        """The routes of images with these frozen features [N, E], which lie in canonical batches of these sizes."""
+        if self.answering != "routed":
+            last_counts = self.answering == "latest"
+            return RoutesAfter(lambda n: self._joined([unrouted(len(frozen), self.answering, n)], last_counts))
+        scores = self.router.about(frozen)
+
+        def ask(learnt: tuple[int, ...]) -> SplitRoutes:
+            found = scores(learnt)
+            batches = [found]
+            if self.routing == "batch":
+                parts = zip(found.log_density.split(list(sizes)), found.weight.split(list(sizes)), strict=True)
+                batches = [Scores(learnt, log_density, weight) for log_density, weight in parts]
+            return self._joined([b.routes(self.routing) for b in batches], any(self._tied(b) for b in batches))
+
+        return RoutesAfter(ask)
+
+    def _joined(self, routes: Sequence[Routes], ordered: bool) -> SplitRoutes:
+        task, weight, text_weight = (torch.cat([vars(r)[n] for r in routes]) for n in ("task", "weight", "text_weight"))
+        module = torch.where(weight < self.skip_weight, NO_TASK, task)
+        return SplitRoutes(task.numpy(), weight.numpy(), text_weight.numpy(), module.numpy(), ordered)
+
+    def _tied(self, scores: Scores) -> bool:
+        """Whether an image, or the vote of a batch, has two best tasks."""
+        among = scores.log_density
+        if not among.numel():
+            return False
+        best, task = among.max(1, keepdim=True)
+        votes = torch.bincount(task.flatten(), minlength=among.shape[1])
+        tied_vote = self.routing == "batch" and int((votes == votes.max()).sum()) > 1
+        return tied_vote or bool(((among == best).sum(1) > 1).any())
