@@ -292,6 +292,12 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _class_model_routes(self) -> Self:
+        if self.method.name == "classes" and self.routing.density != "classes":
+            raise ValueError("method.name=classes answers by the class model; leave routing.density=task out")
+        return self
+
+    @model_validator(mode="after")
     def _names_differ(self) -> Self:
         twice = [n for n, k in Counter(t.name for t in self.tasks if t.name).items() if k > 1]
         if twice:

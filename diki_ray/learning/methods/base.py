@@ -81,7 +81,7 @@ class Method(ABC):
     """True: a task starts from its predecessor's parameters, and its module key includes the predecessor's key."""
     answering: ClassVar[Answering] = "routed"
     """Which modules answer an image: `routed` (that of the densest Gaussian, at its weight), `latest` (the one learnt
-    last, at w = 1), `frozen` (none), `joint` (all learnt, through `joint_logits`), `classes` (none: the class model)."""
+    last, at w = 1), `frozen` (none), `joint` (all learnt, by `joint_logits`), `classes` (the class model alone)."""
 
     def __init__(self, backbone: Backbone):
         self.backbone = backbone
