@@ -1,7 +1,8 @@
 # make quickstart   the embedded stream, from an empty folder to the accuracy matrix
-# make test         environment, lint, types, tests
+# make check        environment, lint, types, unit tests: no cluster, at most 3 minutes on two idle cores
+# make test         the same and every other test that is not marked long: at most 12 minutes
 # make cluster      the files under cluster/ alone; needs kubectl and Prometheus' tools, and says loudly what it left out
-# make chaos      every test of recovery, of sweeps that fail or meet, of several nodes and of shared-out weights; more than 15 minutes
+# make chaos      every test of recovery, of sweeps, of several nodes and of shared-out weights, long ones too; about half an hour
 # make soak         KILLS (50) random kills over a long stream: bit-equal results and nothing left behind
 # make gpu         parity and benchmark on a CUDA card; says loudly when there is none
 # make browser      report.html and the server's page in a real Chromium, where there is one; screenshots in build/
@@ -14,16 +15,22 @@ BIN := $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED := 0
 export DS_BUILD_OPS := 0
 
-.PHONY: quickstart test cluster env env-test lint types clean
+# Two processes share the test files out. Files keep their order, for the long ones come early (tests/conftest.py).
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+.PHONY: quickstart check test cluster env env-test lint types clean
 
 quickstart: env
 	$(BIN)/python jobs/continual.py --config configs/quickstart.yaml
 
+check: env-test lint types
+	$(PYTEST) tests/unit
+
 test: env-test lint types
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 cluster: env-test
-	$(BIN)/python -m pytest -rs tests/unit/test_cluster_files.py tests/unit/test_cluster_metrics.py
+	$(BIN)/python -m pytest -rs tests/unit/test_cluster_files.py tests/unit/test_cluster_image.py tests/unit/test_cluster_metrics.py
 
 .PHONY: browser
 browser: env-test
@@ -35,7 +42,7 @@ load: quickstart
 
 .PHONY: gpu
 gpu: env-test
-	$(BIN)/python -m pytest -rs -m "long or not long" tests/gpu tests/unit/test_benchmark.py tests/unit/test_transfer.py
+	$(BIN)/python -m pytest -rs -m "long or not long" tests/gpu tests/unit/test_benchmark.py tests/streams/test_benchmark_job.py tests/unit/test_transfer.py
 	$(BIN)/python jobs/benchmark.py --model ViT-B-16 --device cuda
 
 .PHONY: audit
@@ -45,7 +52,7 @@ audit: env
 
 .PHONY: chaos soak
 chaos: env-test
-	$(BIN)/python -m pytest -m "long or not long" --durations=0 tests/chaos tests/ray/test_many_nodes.py
+	$(BIN)/python -m pytest -m "long or not long" --durations=0 tests/chaos $(patsubst %,tests/ray/test_%.py,many_nodes submission sweep)
 
 .PHONY: docs tutorial
 docs: env

@@ -12,6 +12,7 @@ uses those before it and none after it; Ray is imported from `runs` on:
 * `report`: pages, tables and cards of what was computed
 * `runs`: a run on Ray: plan, training, evaluation, sweeps
 * `prediction`: answers of a stored run; `serving`: the same over HTTP
+* `commands`: what people type
 """
 
 from pathlib import Path

@@ -18,7 +18,7 @@ import pytest
 import requests
 import uvicorn
 from devtools import Page, chromium
-from served_run import TOKEN, ServedRun, picture_file
+from stored_run import TOKEN, StoredRun, picture_file
 
 from diki_ray.serving.app import Service, build_app
 from diki_ray.serving.settings import Settings
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    run = ServedRun(tmp_path_factory.mktemp("run"), "warm", "cold", "lush")
+    run = StoredRun(tmp_path_factory.mktemp("run"), "warm", "cold", "lush")
     digest = hashlib.sha256(TOKEN.encode()).hexdigest()
     storage, name = os.environ.get("SERVE_STORAGE", run.storage), os.environ.get("SERVE_RUN", "colours")
     backbone = run.config.backbone.name if storage == run.storage else None

@@ -1,16 +1,16 @@
 """The oracle of the tests of recovery, and an end for every job that a failed test left running."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from job_runs import STARTED, Run
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Run:
     """A run that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    run = Run(folder, folder / "prepared")
+    run = Run(tmp_path_factory.mktemp("undisturbed"), prepared)
     job = run.begin()
     done = job.wait()
     assert done.returncode == 0, done.stderr

@@ -41,6 +41,7 @@ def run_on(cluster: tuple, prepared: Path) -> Run:
     return Run(folder, prepared)
 
 
+@pytest.mark.long
 def test_a_node_lost_in_the_middle_of_a_task_changes_nothing(cluster: tuple, undisturbed: Run) -> None:
     run = run_on(cluster, undisturbed.prepared)
     done = run.start(

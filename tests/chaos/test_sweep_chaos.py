@@ -54,8 +54,8 @@ class Sweep:
 
 
 @pytest.fixture
-def sweep(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
-    return Sweep(tmp_path, tmp_path_factory.getbasetemp() / "prepared")
+def sweep(tmp_path: Path, prepared: Path) -> Sweep:
+    return Sweep(tmp_path, prepared)
 
 
 def fault(kind: str, task: str, step: int) -> dict:

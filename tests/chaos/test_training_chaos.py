@@ -36,6 +36,7 @@ def test_a_worker_and_the_store_killed_in_the_middle_of_tasks_change_nothing(tmp
     assert_equal(run, undisturbed)
 
 
+@pytest.mark.long
 def test_a_worker_killed_in_the_middle_of_checkpoints_and_commits_changes_nothing(
     tmp_path: Path, undisturbed: Run
 ) -> None:

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from golden import Golden
-from test_training import golden_trainer
+from golden import Golden, golden_trainer
+from processes import run_ranks
 
 from diki_ray.learning.collective import _GatherRows, share
 
@@ -66,9 +65,7 @@ def train_as_one_of(rank: int, world_size: int, backend: str, device: str, folde
 def test_the_trained_module_is_that_of_one_process_on_the_cpu(
     backend: str, world_size: int, device: str, tolerance: float, tmp_path: Path
 ) -> None:
-    mp.start_processes(
-        train_as_one_of, (world_size, backend, device, str(tmp_path)), nprocs=world_size, start_method="spawn"
-    )
+    run_ranks(train_as_one_of, world_size, backend, device, str(tmp_path), num_ranks=world_size)
     run = torch.load(tmp_path / "trained.pt", weights_only=True)
     golden = Golden.load()
     alone = golden_trainer(golden)

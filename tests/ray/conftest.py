@@ -1,4 +1,6 @@
-"""A local Ray cluster for the tests of a file: the next file may want one of its own in this process."""
+"""One local Ray cluster for all tests that do not kill it. Runs on it have storages of their own, and actors too."""
+
+from __future__ import annotations
 
 from collections.abc import Iterator
 
@@ -6,8 +8,9 @@ import pytest
 import ray
 
 
-@pytest.fixture(scope="module")
-def local_cluster() -> Iterator[None]:
+@pytest.fixture(scope="session")
+def local_cluster() -> Iterator[str]:
+    """This process is connected to it; its address is for processes that join."""
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, namespace="diki_ray")
-    yield
+    yield ray.get_runtime_context().gcs_address
     ray.shutdown()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from job_process import run_job
 from rich.console import Console
 
 from diki_ray.config import Config, load
@@ -28,8 +28,15 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("storage")
 
 
-def debug(storage: Path, *overrides: str) -> Config:
-    return load(DEBUG, [f"run.storage={storage}", f"data.root={storage}/prepared", *overrides])
+@pytest.fixture(autouse=True)
+def on_the_cluster(local_cluster: str) -> None:
+    """Every test here."""
+
+
+@pytest.fixture
+def debug(storage: Path, prepared: Path) -> Callable[..., Config]:
+    """configs/debug.yaml with overrides."""
+    return lambda *overrides: load(DEBUG, [f"run.storage={storage}", f"data.root={prepared}", *overrides])
 
 
 def with_my_own_folder(config: Config, folder: Path) -> Config:
@@ -51,8 +58,8 @@ def digests(storage: Path, name: str) -> dict[str, str]:
     return {e.task: e.digest for e in RunStore.open(str(storage), name).modules()}
 
 
-def test_learn_run_again_add_a_task_and_share_modules(storage: Path, local_cluster: None) -> None:
-    first = run(debug(storage))
+def test_learn_run_again_add_a_task_and_share_modules(storage: Path, debug: Callable[..., Config]) -> None:
+    first = run(debug())
     names = [t["name"] for t in first["tasks"]]
     assert first["trained"] == names
     assert np.shape(first["accuracy"]) == (2, 2)
@@ -65,12 +72,12 @@ def test_learn_run_again_add_a_task_and_share_modules(storage: Path, local_clust
     # What changes neither modules nor answers leaves nothing to do: the results are those that are stored.
     console = Console(file=io.StringIO(), width=200)
     changed = ("evaluate.num_workers=2", "train.max_failures=7", "train.checkpoint_every_steps=9", "data.num_threads=1")
-    again = run_continual(debug(storage, *changed), console)
+    again = run_continual(debug(*changed), console)
     assert "nothing to train or evaluate" in console.file.getvalue()  # type: ignore[attr-defined]
     assert again == first
     assert digests(storage, "debug") == committed
 
-    grown = run(with_my_own_folder(debug(storage), storage / "my_balloons"))
+    grown = run(with_my_own_folder(debug(), storage / "my_balloons"))
     assert grown["trained"] == ["mist"]
     assert np.shape(grown["accuracy"]) == (3, 3)
     assert grown["tasks"][2]["class_names"] == sorted(world.TASKS["mist"].class_names)
@@ -79,7 +86,7 @@ def test_learn_run_again_add_a_task_and_share_modules(storage: Path, local_clust
     assert digests(storage, "debug") == committed | {"mist": digests(storage, "debug")["mist"]}
 
     # Another run, another order: it takes the same modules and trains none.
-    other = debug(storage, "run.name=other", "evaluate.batch_size=100")
+    other = debug("run.name=other", "evaluate.batch_size=100")
     other = Config.model_validate(other.model_dump() | {"tasks": other.model_dump()["tasks"][::-1]})
     reverse = run(other)
     assert reverse["trained"] == []
@@ -89,16 +96,15 @@ def test_learn_run_again_add_a_task_and_share_modules(storage: Path, local_clust
 
 @pytest.mark.parametrize("routing", ["image", "batch"])
 def test_any_number_of_evaluation_workers_gives_the_same_numbers(
-    storage: Path, local_cluster: None, routing: str
+    storage: Path, debug: Callable[..., Config], routing: str
 ) -> None:
     """Every number of the evaluation, to the last bit, with nothing taken from a cache."""
-    run(debug(storage))
+    run(debug())
     measured = []
     for num_workers in (1, 2):
         shutil.rmtree(storage / "cache", ignore_errors=True)
         name = f"{routing}-{num_workers}"
         config = debug(
-            storage,
             f"run.name={name}",
             f"evaluate.num_workers={num_workers}",
             f"evaluate.routing={routing}",
@@ -112,12 +118,12 @@ def test_any_number_of_evaluation_workers_gives_the_same_numbers(
         assert one[name] == two[name], name
 
 
-def test_two_workers_train_the_modules_of_one(storage: Path, local_cluster: None) -> None:
+def test_two_workers_train_the_modules_of_one(storage: Path, debug: Callable[..., Config]) -> None:
     """Not the same bytes (sums are rounded in another order), the same module to 1e-5 over these steps; with the number
     of workers in its key. The ledger says that the same samples were consumed."""
     from diki_ray.learning.module import TaskModule
 
-    results = run(debug(storage, "run.name=two", "train.num_workers=2"))
+    results = run(debug("run.name=two", "train.num_workers=2"))
     assert len(results["trained"]) == 2
     one, two = (RunStore.open(str(storage), name) for name in ("debug", "two"))
     by_task = {e.task: TaskModule.from_bytes(one.read_module(e.digest)) for e in one.modules()}
@@ -132,16 +138,7 @@ def test_two_workers_train_the_modules_of_one(storage: Path, local_cluster: None
 
 def test_the_job_ends_with_code_2_and_one_sentence(tmp_path: Path) -> None:
     """As a user sees it: a process of its own, no traceback, nothing half-written."""
-    command = [
-        sys.executable,
-        "jobs/continual.py",
-        "--config",
-        str(DEBUG),
-        f"run.storage={tmp_path}/s",
-        "train.epochz=3",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
+    done = run_job("continual", "--config", DEBUG, f"run.storage={tmp_path}/s", "train.epochz=3", code=2)
     assert done.stderr.strip().splitlines()[-1].startswith("error: ")
     assert "train.epochz: there is no such field" in done.stderr
     assert "Traceback" not in done.stderr

@@ -5,31 +5,24 @@ from __future__ import annotations
 
 import importlib.util
 import socket
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent.parent
+DEBUG = Path(__file__).parents[2] / "configs" / "debug.yaml"
 
 
-def run_job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *overrides: str) -> tuple[int, str]:
-    """jobs/continual.py in this process, on the cluster that is there; (exit code, what it said last on stderr)."""
-    spec = importlib.util.spec_from_file_location("continual_job", ROOT / "jobs" / "continual.py")
-    assert spec is not None
-    assert spec.loader is not None
-    job = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(job)
-    monkeypatch.setattr(sys, "argv", ["continual.py", "--config", str(ROOT / "configs" / "debug.yaml"), *overrides])
-    code = job.main()
-    said = capsys.readouterr().err
-    assert "Traceback" not in said
-    return code, said.strip().splitlines()[-1] if said.strip() else ""
+@pytest.fixture
+def said_by(job: Callable[..., tuple[int, str, str]], local_cluster: str) -> Callable[..., str]:
+    """The last line that jobs/continual.py says of the debug stream with these overrides; it has to end with code 2."""
 
+    def call(*overrides: str) -> str:
+        code, _, errors = job("continual", "--config", DEBUG, *overrides)
+        assert code == 2
+        return errors.strip().splitlines()[-1]
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("prepared")
+    return call
 
 
 CASES = [
@@ -43,90 +36,52 @@ CASES = [
 
 @pytest.mark.parametrize(("overrides", "says"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
 def test_each_error_is_one_sentence(
-    overrides: list[str],
-    says: str,
-    tmp_path: Path,
-    prepared: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    local_cluster: None,
+    overrides: list[str], says: str, tmp_path: Path, prepared: Path, said_by: Callable[..., str]
 ) -> None:
-    code, said = run_job(monkeypatch, capsys, f"run.storage={tmp_path}/s", f"data.root={prepared}", *overrides)
-    assert code == 2
+    said = said_by(f"run.storage={tmp_path}/s", f"data.root={prepared}", *overrides)
     assert said.startswith("error: ")
     assert says in said
     assert not list(tmp_path.rglob("results.json"))
 
 
-def test_a_port_that_is_taken(
-    tmp_path: Path,
-    prepared: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    local_cluster: None,
-) -> None:
+def test_a_port_that_is_taken(tmp_path: Path, prepared: Path, said_by: Callable[..., str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        code, said = run_job(
-            monkeypatch, capsys, f"run.storage={tmp_path}/s", f"data.root={prepared}", f"telemetry.port={port}"
-        )
-    assert code == 2
+        said = said_by(f"run.storage={tmp_path}/s", f"data.root={prepared}", f"telemetry.port={port}")
     assert str(port) in said
 
 
 def test_deepspeed_that_is_not_installed(
-    tmp_path: Path,
-    prepared: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    local_cluster: None,
+    tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch, said_by: Callable[..., str]
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "deepspeed" else find(name, *rest)
     )
-    code, said = run_job(
-        monkeypatch, capsys, f"run.storage={tmp_path}/s", f"data.root={prepared}", "train.strategy=deepspeed"
-    )
-    assert code == 2
+    said = said_by(f"run.storage={tmp_path}/s", f"data.root={prepared}", "train.strategy=deepspeed")
     assert "DeepSpeed is not installed here; `DS_BUILD_OPS=0 pip install 'diki-ray[deepspeed]'` on every node" in said
 
 
-def test_a_shard_that_is_missing(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    local_cluster: None,
-) -> None:
+def test_a_shard_that_is_missing(tmp_path: Path, said_by: Callable[..., str]) -> None:
     from diki_ray.data import prepare
 
     index = prepare.ensure("embedded:digits", str(tmp_path / "prepared"), shots=4)
     shard = Path(index.uri, index.split("train").shards[0].file)
     shard.unlink()
-    code, said = run_job(
-        monkeypatch,
-        capsys,
-        f"run.storage={tmp_path}/s",
-        f"data.root={tmp_path}/prepared",
-        f"tasks=[{{data: {index.uri}}}]",
-    )
-    assert code == 2
+    said = said_by(f"run.storage={tmp_path}/s", f"data.root={tmp_path}/prepared", f"tasks=[{{data: {index.uri}}}]")
     assert shard.name in said
     assert "missing" in said
 
 
-def test_a_damaged_index(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], local_cluster: None
-) -> None:
+def test_a_damaged_index(tmp_path: Path, said_by: Callable[..., str]) -> None:
     from diki_ray.data import prepare
 
     index = prepare.ensure("embedded:digits", str(tmp_path / "prepared"), shots=4)
     path = Path(index.uri, "index.json")
     path.write_text(path.read_text().replace('"zero"', '"nought"'))
-    code, said = run_job(monkeypatch, capsys, f"run.storage={tmp_path}/s", f"tasks=[{{data: {index.uri}}}]")
-    assert code == 2
+    said = said_by(f"run.storage={tmp_path}/s", f"tasks=[{{data: {index.uri}}}]")
     assert "index.json" in said
 
 
@@ -135,7 +90,7 @@ def test_relative_storage_on_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     from diki_ray.errors import ConfigError
     from diki_ray.runs import run_cluster
 
-    config = load(ROOT / "configs" / "debug.yaml")
+    config = load(DEBUG)
     with pytest.raises(ConfigError, match="would lie in the job's temporary folder and be lost"):
         run_cluster._check_storage(config)
 
@@ -170,6 +125,6 @@ def test_a_cluster_that_is_not_to_be_had(
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", refuse)
-    config = load(ROOT / "configs" / "debug.yaml", [override, "run.storage=/tmp/x", "data.root=/tmp/y"])
+    config = load(DEBUG, [override, "run.storage=/tmp/x", "data.root=/tmp/y"])
     with pytest.raises(ConfigError, match=says), run_cluster.cluster(config):
         pass

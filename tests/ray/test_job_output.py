@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import yaml
 from cluster_overlays import tool
+from job_process import run_job
 from mlflow import MlflowClient
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
@@ -215,21 +217,16 @@ def test_the_output_ends_with_commands_that_work(run: Run, tmp_path: Path) -> No
 
     image = run.config.parent / "dark" / "blue_<b>" / "0.png"
     predict = next(line for line in lines if "jobs/predict.py" in line)
-    command = [str(image) if word == "IMAGE" else word for word in shlex.split(predict)[1:]]
-    (answer,) = json.loads(call(*command, "--json"))
+    command = [str(image) if word == "IMAGE" else word for word in shlex.split(predict)]
+    assert command[:2] == ["python", "jobs/predict.py"]
+    (answer,) = json.loads(run_job("predict", *command[2:], "--json").stdout)
     assert answer["image"] == str(image)
     assert answer["class_name"] in {f"{c} <b>" for c in COLOURS}
     assert answer["task"] == max(answer["log_densities"], key=answer["log_densities"].get)
     assert 0 < answer["weight"] < 1
 
 
-def test_one_job_makes_a_report_of_several_runs(run: Run, tmp_path: Path) -> None:
+def test_one_job_makes_a_report_of_several_runs(run: Run, tmp_path: Path, job: Callable[..., tuple]) -> None:
     results = run.storage / "runs/seen/results/results.json"
-    call("jobs/report.py", "seen", str(results), "--storage", str(run.storage), "--output", str(tmp_path / "r.html"))
+    assert job("report", "seen", results, "--storage", run.storage, "--output", tmp_path / "r.html")[0] == 0
     assert (tmp_path / "r.html").read_text().count("Last, task by task") == 1
-
-
-def call(*command: str) -> str:
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from job_process import run_job
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent.parent
@@ -34,12 +35,6 @@ def command(source: Path, root: Path) -> list[str]:
     return [sys.executable, "jobs/prepare.py", str(source), "--root", str(root), "--num-cpus", "1"]
 
 
-def run(source: Path, root: Path) -> str:
-    done = subprocess.run(command(source, root), cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def contents(root: Path) -> dict[str, str]:
     """sha256 of every file that a reader could see."""
     files = (path for path in root.rglob("*") if path.is_file())
@@ -61,7 +56,12 @@ def kill_in_the_middle(source: Path, root: Path) -> set[str]:
     return {shard.name for shard in root.rglob("*.tar")}
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(source: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(source: Path, tmp_path: Path, local_cluster: str) -> None:
+    """What is not killed joins a cluster that is there."""
+
+    def run(source: Path, root: Path) -> str:
+        return run_job("prepare", source, "--root", root, RAY_ADDRESS=local_cluster).stdout
+
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     first = run(source, undisturbed)
     assert "cats_and_dogs: 2 classes" in first

@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-ROOT = Path(__file__).parent.parent.parent
+from job_process import run_job
 
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> dict:
     folder = tmp_path_factory.mktemp("quickstart")
-    command = [
-        *(sys.executable, "jobs/continual.py", "--config", "configs/quickstart.yaml"),
-        *(f"run.storage={folder}/runs", f"data.root={folder}/prepared"),
-    ]
+    places = (f"run.storage={folder}/runs", f"data.root={folder}/prepared")
     started = time.monotonic()
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr
+    done = run_job("continual", "--config", "configs/quickstart.yaml", *places, timeout_s=900, OMP_NUM_THREADS=None)
     print(f"the quickstart took {time.monotonic() - started:.0f} s; it is to take at most 180 s on 2 free cores")
     results = json.loads((folder / "runs/runs/quickstart/results/results.json").read_text())
     return results | {"stdout": done.stdout}

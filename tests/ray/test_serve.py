@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import requests
-from served_run import TOKEN, ServedRun, as_json, picture, picture_file
+from stored_run import TOKEN, StoredRun, as_json, picture, picture_file
 
 from diki_ray.prediction.run_predictor import Answer, load_predictor
 
@@ -51,7 +51,7 @@ def free_port() -> int:
 
 @dataclass(frozen=True)
 class Server:
-    run: ServedRun
+    run: StoredRun
     process: subprocess.Popen[str]
     url: str
 
@@ -64,7 +64,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    run = ServedRun(tmp_path_factory.mktemp("run"), "warm", "cold")
+    run = StoredRun(tmp_path_factory.mktemp("run"), "warm", "cold")
     where = ("--storage", run.storage, "--backbone", run.config.backbone.name)
     process = start(*where, "--port", str(free_port()), "--refresh-s", "0.2")
     assert process.stdout is not None
@@ -76,7 +76,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     process.communicate()
 
 
-def expected(run: ServedRun) -> dict[tuple[str, int], Answer]:
+def expected(run: StoredRun) -> dict[tuple[str, int], Answer]:
     answers = load_predictor(run.storage, "colours", run.config).answer(picture(*image) for image in IMAGES)
     return dict(zip(IMAGES, answers, strict=True))
 

@@ -22,15 +22,9 @@ ROOT = Path(__file__).parents[2]
 BLOB = b"prompts" * 200_000  # as large as a module
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    environment = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT)}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        ray.init(address="local", include_dashboard=False, num_cpus=2, log_to_driver=False)
-        yield ray.get_runtime_context().gcs_address
-        ray.shutdown()
+@pytest.fixture(autouse=True)
+def on_the_cluster(local_cluster):
+    """Every test here: only actors of its own storage are killed."""
 
 
 @pytest.fixture
@@ -226,7 +220,7 @@ def test_an_idle_overtaken_driver_learns_of_it_by_its_heartbeat(start):
         zombie.put_document("results.json", {})
 
 
-def test_a_killed_driver_is_followed_at_once_and_its_actor_ended(cluster, start, storage):
+def test_a_killed_driver_is_followed_at_once_and_its_actor_ended(local_cluster, start, storage):
     script = textwrap.dedent("""
         import os, signal, sys, ray
         from diki_ray.runs.store_client import StoreClient
@@ -236,7 +230,7 @@ def test_a_killed_driver_is_followed_at_once_and_its_actor_ended(cluster, start,
         print(client.status()["pid"], flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     """)
-    command = [sys.executable, "-c", script, cluster, storage]
+    command = [sys.executable, "-c", script, local_cluster, storage]
     dead = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=120, cwd=ROOT)
     assert dead.returncode == -signal.SIGKILL
     pid = int(dead.stdout)

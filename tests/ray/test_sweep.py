@@ -26,10 +26,9 @@ DEBUG = Path(__file__).parent.parent.parent / "configs" / "debug.yaml"
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+def config(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Config:
     """Four tasks, two of them alike."""
-    storage = tmp_path_factory.mktemp("sweep")
-    places = [f"run.storage={storage}", f"data.root={storage}/prepared", "evaluate.text_grid=3"]
+    places = [f"run.storage={tmp_path_factory.mktemp('sweep')}", f"data.root={prepared}", "evaluate.text_grid=3"]
     tree = load(DEBUG, places).model_dump()
     tree["tasks"] = [{"data": f"embedded:{n}", "shots": 4} for n in ("digits", "gems", "mist", "flags")]
     return Config.model_validate(tree)
@@ -40,7 +39,7 @@ def swept(config: Config, said: list[str], **fields: Any) -> dict[str, Any]:
     return run_sweep(sweep, config, lambda text: said.append(text))
 
 
-def test_twenty_orders_train_the_modules_of_one(config: Config, local_cluster: None) -> None:
+def test_twenty_orders_train_the_modules_of_one(config: Config, local_cluster: str) -> None:
     folder = Path(config.run.storage, "sweeps", "s")
     fields = {
         "parameters": {"calibration.bias": [-1.0, 1.0], "method.image_depth": [2, 99]},
@@ -85,7 +84,7 @@ def test_twenty_orders_train_the_modules_of_one(config: Config, local_cluster: N
     assert not any(line.startswith("[") for line in said)
 
 
-def test_every_orders_matrix_is_the_direct_evaluations(config: Config, local_cluster: None) -> None:
+def test_every_orders_matrix_is_the_direct_evaluations(config: Config, local_cluster: str) -> None:
     """Number by number: the accuracies, zero-shot and the weight's AUROC, at both routings."""
     config = config.model_copy(update={"tasks": config.tasks[:3]})
     direct = run_continual(config, Console(quiet=True))  # by the evaluator's actors
@@ -107,7 +106,8 @@ def test_every_orders_matrix_is_the_direct_evaluations(config: Config, local_clu
             assert figures_of(found, order)["weight_auroc"] == pytest.approx(afresh["weight_auroc"]["mean"], abs=1e-6)
 
 
-def test_optuna_goes_on_from_the_settings_that_it_knows(config: Config, local_cluster: None) -> None:
+@pytest.mark.long
+def test_optuna_goes_on_from_the_settings_that_it_knows(config: Config, local_cluster: str) -> None:
     fields = {
         "name": "o",
         "search": "optuna",
@@ -130,20 +130,20 @@ def test_optuna_goes_on_from_the_settings_that_it_knows(config: Config, local_cl
     assert again["chosen"] == more["chosen"]
 
 
+@pytest.mark.long
 def test_methods_of_every_kind_side_by_side(
-    config: Config, local_cluster: None, monkeypatch: pytest.MonkeyPatch
+    config: Config, local_cluster: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Independent, sequential and joint ones in one sweep: each order's numbers are those of a run in that order, and
     costs are known. Paths in a setting are from where the sweep was started. A repeated sweep reads."""
-    make_plan(config, load_backbone(config))  # prepares what zscl refers to
+    (mist,) = (task.index.uri for task in make_plan(config, load_backbone(config)).tasks if task.name == "mist")
     monkeypatch.chdir(config.data.root)
-    (mist,) = Path().glob("mist-*")
     config = config.model_copy(update={"tasks": config.tasks[:2]})
     cases = [
         {"method": {"name": "zero_shot"}},
         {"method": {"name": "sequential_lora", "rank": 1, "against_forgetting": "ewc"}, "train.lr": 0.01},
         {"method": {"name": "rail", "hidden_dim": 16}},
-        {"method": {"name": "zscl", "rank": 1, "reference": str(mist), "reference_batch": 4}, "train.lr": 0.01},
+        {"method": {"name": "zscl", "rank": 1, "reference": Path(mist).name, "reference_batch": 4}, "train.lr": 0.01},
     ]
     fields = {"name": "methods", "cases": cases, "orders": {"num_random": 1}}
     document = swept(config, [], **fields)

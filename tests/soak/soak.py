@@ -26,7 +26,7 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "chaos")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 from job_runs import GONE_WITHIN_S, RAY_IN_TESTS, session_processes, wait_until  # noqa: E402
 

@@ -11,10 +11,10 @@ import diki_ray
 PACKAGE = Path(diki_ray.__file__).parent
 ROOMS = (
     *("errors", "config", "store", "clip", "learning", "answering", "data", "report"),
-    *("runs", "prediction", "serving"),
+    *("runs", "prediction", "serving", "commands"),
 )
 """Each room uses those before it and none after it."""
-WITH_RAY = ("runs", "prediction", "serving")
+WITH_RAY = ("runs", "prediction", "serving", "commands")
 WITHOUT_TORCH = ("errors", "config", "store", "report")
 HEAVY = ("torch", "open_clip", "torchvision")
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE and "assets" not in path.parts)

@@ -255,4 +255,4 @@ def load_tokenizer_from(folder: Path) -> Any:
 
 def test_the_table_in_the_docs_is_what_open_clips_models_do(tmp_path: Path) -> None:
     shown = PAGE.read_text().split(BEGIN)[1].split(END)[0]
-    assert shown == table(tmp_path), "run python tests/unit/backbone_table.py"
+    assert shown == table(tmp_path), "run python tests/support/backbone_table.py"

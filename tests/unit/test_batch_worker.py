@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from PIL import Image
-from served_run import ServedRun, picture
+from stored_run import StoredRun, picture
 
 from diki_ray.data.inputs import parts_of, to_json
 from diki_ray.prediction import batch_worker
@@ -17,7 +17,7 @@ from diki_ray.prediction.run_predictor import load_predictor
 
 
 def test_answers_are_those_of_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = ServedRun(tmp_path, "warm", "cold", "lush")
+    run = StoredRun(tmp_path, "warm", "cold", "lush")
     for n, task in enumerate(("warm", "warm", "cold", "lush")):  # the only image of a task in its batch, too
         picture(task, 500 + n).save(tmp_path / f"{n}.png")
     (tmp_path / "words.png").write_bytes(b"words")

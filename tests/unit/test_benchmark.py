@@ -1,11 +1,6 @@
-"""The benchmark measures what is equal, counts operations right, and its cost model is the formula; and it runs."""
+"""The benchmark measures what is equal, counts operations right, and its cost model is the formula."""
 
 from __future__ import annotations
-
-import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,44 +11,6 @@ from benchmarks.attention import mask_of, one_call, two_calls
 from benchmarks.cost_model import Link, Step, speedup, step_seconds
 from benchmarks.timing import training_flop
 from benchmarks.world import World, untrimmed
-
-ROOT = Path(__file__).parent.parent.parent
-SECTIONS = ["training", "evaluation", "ablation", "stream", "routing", "input", "scaling", "memory", "layout"]
-PLOTS = ("classes", "batches", "ablation", "routing")
-
-
-def test_the_benchmark_runs_at_its_smallest_and_writes_a_table_json_and_plots(tmp_path: Path) -> None:
-    """It stops by itself when port and platform compute different losses or answers."""
-    command = [sys.executable, str(ROOT / "jobs" / "benchmark.py"), "--model", "debug", "--device", "cpu"]
-    sizes = ["--classes", "4", "--batch", "8", "16", "--rounds", "1", "--tasks", "3", "--stream-classes", "3"]
-    done = subprocess.run(
-        [*command, *sizes, "--routing-tasks", "5", "70", "--threads", "1", "--output", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr
-    written = json.loads((tmp_path / "debug.json").read_text())
-    sections = written["sections"]
-    assert list(sections) == SECTIONS
-    assert all(title in done.stdout for title in sections)
-    for row in sections["training"]:
-        assert 0 < row["text_share"] < 1
-        assert row["fraction_of_matrix_throughput"] > 0
-    assert {r["same_route"] for r in sections["routing"]} == {1.0}
-    assert {r["optimisation"] for r in sections["ablation"]} > {
-        *("trim", "shared_beginning", "last_block_for_one_token", "no_frozen_pass", "class_tables")
-    }
-    assert all(0 <= r["idle_share"] <= 1 for r in sections["input"])
-    assert sections["scaling"][0]["speedup"] > 0
-    assert [(r["of"], r["mb"] > 0, r["port_mb"] > 0) for r in sections["memory"]] == [
-        ("training", True, True),
-        ("evaluation", True, True),
-    ]
-    assert {p.name for p in tmp_path.glob("*.svg")} == {f"debug_{n}.svg" for n in PLOTS}
-    page = (tmp_path / "debug.md").read_text()
-    assert all(f"### debug: {section}\n" in page for section in SECTIONS)
-    assert page.count("| classes | batch | images per s |") == 2
 
 
 def test_operations_are_counted_as_forward_and_gradients_of_activations_and_frozen_weights_have_none() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,73 +10,36 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
+from stored_run import StoredRun, picture
 from tiny_backbone import write_tiny_backbone
 
 import diki_ray
 from diki_ray.config import BackboneSection, Config, parse
 from diki_ray.errors import ConfigError, CorruptError, DataError
-from diki_ray.learning.module import TaskModule
-from diki_ray.learning.moments import Moments
 from diki_ray.prediction.bundle import export_bundle
 from diki_ray.report.model_card import model_card
-from diki_ray.runs.plan import build_method, load_backbone
 from diki_ray.runs.stored_run import config_of
 from diki_ray.store.process import this_process
 from diki_ray.store.run_store import RunStore
 
 ROOT = Path(__file__).parent.parent.parent
 CLASSES = {"warm": ("red", "or|ange <b>", "yellow"), "cold": ("blue", "green")}
-COLOURS = {"warm": (200, 90, 40), "cold": (40, 90, 200)}
 
 Job = Callable[..., tuple[int, str, str]]
-
-
-def picture(task: str, seed: int) -> Image.Image:
-    pixels = np.random.default_rng(seed).normal(COLOURS[task], 30, (40, 40, 3))
-    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run `two` of two tasks, with the documents that a job leaves, beside image files."""
     folder = tmp_path_factory.mktemp("run")
-    config = parse(
-        {
-            "run": {"name": "two", "storage": str(folder / "storage")},
-            "tasks": [{"data": f"embedded:{name}"} for name in CLASSES],
-            "backbone": {"name": str(write_tiny_backbone(folder))},
-            "method": {"image_depth": 2, "image_length": 2, "text_depth": 1, "text_length": 2},
-            "statistics": {"shrinkage": "oas"},
-        }
-    )
-    backbone = load_backbone(config)
-    method = build_method(config, backbone)
-    store = RunStore.open(config.run.storage, "two")
-    epoch = store.acquire(this_process("test"))
-    for number, task in enumerate(CLASSES):
-        features = backbone.encode_image(torch.stack([backbone.preprocess(picture(task, seed)) for seed in range(60)]))
-        generator = torch.Generator().manual_seed(number)
-        parameters = method.initial(generator, None)
-        module = TaskModule(
-            key=str(number) * 64,
-            task=task,
-            class_names=CLASSES[task],
-            templates=(f"a {task} photo of {{}}.",),
-            method="diki",
-            parameters={name: torch.randn(p.shape, generator=generator).numpy() for name, p in parameters.items()},
-            moments=Moments.of(features),
-            validation_features=features[:8].numpy().astype(np.float16),
-        )
-        store.commit_module(epoch, module.key, task, module.to_bytes())
-    store.put_document(epoch, "config.yaml", config.to_yaml())
-    digests = [entry.digest for entry in store.modules()]
-    store.put_document(epoch, "results.json", results_of(backbone.digest(), digests))
-    store.release(epoch)
+    method = {"image_depth": 2, "image_length": 2, "text_depth": 1, "text_length": 2}
+    run = StoredRun(folder, *CLASSES, name="two", classes=CLASSES, method=method)
+    digests = [entry.digest for entry in run.store.modules()]
+    run.store.put_document(run.epoch, "results.json", results_of(run.backbone.digest(), digests))
+    run.store.release(run.epoch)
     for n in range(3):
         picture("warm" if n % 2 else "cold", 100 + n).save(folder / f"{n}.png")
     return folder
@@ -112,22 +74,10 @@ def bundle(storage: Path, tmp_path: Path) -> Path:
     return tmp_path / "bundle"
 
 
-def job(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Job:
-    main = runpy.run_path(str(ROOT / f"jobs/{name}.py"))["main"]
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
-        return main(), *capsys.readouterr()
-
-    return call
-
-
-def test_a_bundle_answers_exactly_what_the_predict_job_answers(
-    storage: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bundle_answers_exactly_what_the_predict_job_answers(storage: Path, bundle: Path, job: Job) -> None:
     files = [str(storage / f"{n}.png") for n in range(3)]
     where = ("--storage", str(storage / "storage"), "--run", "two", "--backbone", mine(storage), "--json")
-    code, told, _ = job("predict", monkeypatch, capsys)(*files, *where)
+    code, told, _ = job("predict", *files, *where)
     assert code == 0
     model = diki_ray.load(bundle, backbone=mine(storage))
     answers = model.predict(files)
@@ -255,14 +205,11 @@ def test_damage_is_said(storage: Path, bundle: Path, tmp_path: Path) -> None:
         diki_ray.load(bundle, device="tpu")
 
 
-def test_the_job_exports_or_says_what_is_wrong(
-    storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    export = job("export", monkeypatch, capsys)
-    code, told, _ = export(str(storage / "storage"), "two", str(tmp_path / "out"), "--backbone", mine(storage))
+def test_the_job_exports_or_says_what_is_wrong(storage: Path, tmp_path: Path, job: Job) -> None:
+    code, told, _ = job("export", str(storage / "storage"), "two", str(tmp_path / "out"), "--backbone", mine(storage))
     assert (code, (tmp_path / "out/README.md").is_file()) == (0, True)
     assert "its README.md says how to load it" in told
-    code, _, said = export(str(storage / "storage"), "tow", str(tmp_path / "out"))
+    code, _, said = job("export", str(storage / "storage"), "tow", str(tmp_path / "out"))
     assert (code, said.strip()) == (
         2,
         f"error: {storage}/storage has no run 'tow' that has learnt anything; its runs are: two.",

@@ -12,7 +12,6 @@ import os
 import re
 import subprocess
 import tomllib
-from pathlib import Path
 
 import jsonschema
 import kubernetes_validate
@@ -26,7 +25,9 @@ from cluster_overlays import (
     SERVE_OVERLAYS,
     command_of,
     configuration_of,
+    cuda_variant,
     of_kind,
+    pod_templates,
     ray_cluster,
     render,
     rendered,
@@ -46,18 +47,6 @@ DEPENDENCIES = {r.name: r for r in map(Requirement, PYPROJECT["dependencies"])}
 EXTRAS = {name: list(map(Requirement, wanted)) for name, wanted in PYPROJECT["optional-dependencies"].items()}
 RAY_VERSION = next(iter(DEPENDENCIES["ray"].specifier)).version
 MOUNT = "/mnt/diki"
-
-
-def pod_templates(overlay):
-    """(what it is, pod template) of everything that becomes a pod."""
-    cluster = ray_cluster(overlay)
-    yield "head", cluster["headGroupSpec"]["template"]
-    for group in cluster["workerGroupSpecs"]:
-        yield group["groupName"], group["template"]
-    for job in of_kind(overlay, "RayJob"):
-        yield "submitter", job["spec"]["submitterPodTemplate"]
-    for thing in of_kind(overlay, "Deployment", "StatefulSet", "Job", "DaemonSet"):
-        yield thing["metadata"]["name"], thing["spec"]["template"]
 
 
 # Schemas
@@ -326,62 +315,6 @@ def test_a_service_asks_for_a_token_from_a_secret_and_only_named_clients_reach_i
     assert who.count([monitoring]) == 1  # Prometheus, with the token
     labels = [peer["podSelector"]["matchLabels"] for (peer,) in who if peer != monitoring]
     assert labels == [{"diki-client": "true"}, {"app.kubernetes.io/name": "kuberay-operator"}]
-
-
-# Versions
-
-
-@pytest.mark.parametrize("overlay", OVERLAYS)
-def test_images_and_ray_versions_are_those_of_the_package(overlay):
-    assert ray_cluster(overlay)["rayVersion"] == RAY_VERSION
-    images = {name: template["spec"]["containers"][0]["image"] for name, template in pod_templates(overlay)}
-    images.pop("diki-redis", None)
-    (image,) = set(images.values())  # Ray refuses a cluster of different versions
-    variant = "cpu" if overlay.startswith("kind") else cuda_variant()
-    assert image == f"diki-ray:{diki_ray.__version__}-{variant}"
-
-
-def cuda_variant():
-    (variant,) = set(re.findall(r"PLATFORM=(cu\d+)", dockerfile()))
-    return variant
-
-
-def dockerfile():
-    return (DOCKER / "Dockerfile").read_text()
-
-
-def test_the_image_is_pinned_to_the_ray_of_the_package_and_does_not_run_as_root():
-    lines = [line for line in dockerfile().splitlines() if line and not line.startswith("#")]
-    assert f"ARG RAY_VERSION={RAY_VERSION}" in lines
-    assert "FROM rayproject/ray:${RAY_VERSION}-py311-${PLATFORM}" in lines
-    assert "py311".replace("py3", "3.") in PYPROJECT["requires-python"]
-    assert [line for line in lines if line.startswith("USER")] == ["USER 1000"]
-    assert set(re.findall(r"diki-ray:([\w.]+)-", dockerfile())) == {diki_ray.__version__}
-
-
-def test_the_build_context_has_all_that_the_image_copies():
-    ignored = (DOCKER / "Dockerfile.dockerignore").read_text().splitlines()
-    for line in re.findall(r"^COPY (?:--\S+ )*(.+) \S+$", dockerfile(), re.MULTILINE):
-        for source in line.split():
-            assert (ROOT / source).exists(), source
-            assert any(f"!{parent}" in ignored for parent in (source, *map(str, Path(source).parents))), source
-
-
-def test_every_dependency_is_pinned_in_the_image_to_a_version_that_the_package_allows():
-    lines = (DOCKER / "constraints.txt").read_text().splitlines()
-    pins = {r.name: next(iter(r.specifier)).version for r in (Requirement(s) for s in lines if not s.startswith("#"))}
-    wanted = DEPENDENCIES | {r.name: r for name in EXTRAS.keys() - {"docs", "test"} for r in EXTRAS[name]}
-    assert set(pins) == set(wanted)
-    assert {n: v for n, v in pins.items() if not wanted[n].specifier.contains(v)} == {}
-
-
-@pytest.mark.parametrize(("extras", "asked_for"), [("", "."), ("deepspeed,mlflow", ".[deepspeed,mlflow]")])
-def test_the_image_installs_the_package_with_the_extras_that_are_named(extras, asked_for):
-    (named,) = re.findall(r"EXTRAS=([\w,]+)", dockerfile())
-    assert set(named.split(",")) <= set(EXTRAS)
-    (install,) = re.findall(r"^RUN (pip install --constraint .*)", dockerfile(), re.MULTILINE)
-    said = subprocess.run(["sh", "-c", f"echo {install}"], env={"EXTRAS": extras}, capture_output=True, text=True)
-    assert said.stdout == f"pip install --constraint constraints.txt {asked_for}\n"
 
 
 # The guide

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import runpy
 from pathlib import Path
 
+import pytest
 import yaml
 
-DOCS = Path(__file__).parent.parent.parent / "docs"
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
 
 
 def test_the_configuration_reference_is_what_the_types_give() -> None:
@@ -26,4 +29,28 @@ def test_the_reference_has_each_fields_type_bounds_default_and_meaning() -> None
 
 def test_every_page_is_in_the_navigation() -> None:
     pages = re.findall(r"[\w-]+\.md", str(yaml.safe_load((DOCS.parent / "mkdocs.yml").read_text())["nav"]))
-    assert sorted(pages) == sorted(path.name for path in DOCS.glob("*.md")), "pages and `nav` in mkdocs.yml differ"
+    assert sorted(pages) == sorted(path.name for path in DOCS.rglob("*.md")), "pages and `nav` in mkdocs.yml differ"
+
+
+def named_tests() -> list[tuple[str, str | None, bool]]:
+    """(file, function, whether the page calls it long) of every test that docs/reliability.md names."""
+    named = []
+    for line in (DOCS / "reliability.md").read_text().splitlines():
+        usual, _, long = line.partition("*long*")
+        file = ""
+        for part, is_long in ((usual, False), (long, True)):
+            for path, names in re.findall(r"`((?:unit|streams|ray|chaos)/\w+\.py)?((?:::\w+)*)`", part):
+                file = path or file
+                if path or names:
+                    named.append((file, names.rpartition("::")[2] or None, is_long))
+    return named
+
+
+@pytest.mark.parametrize(("file", "name", "is_long"), named_tests())
+def test_a_promises_test_exists_and_runs_where_the_page_says(file: str, name: str | None, is_long: bool) -> None:
+    tree = ast.parse((ROOT / "tests" / file).read_text())
+    marked = any("pytest.mark.long" in ast.unparse(n) for n in tree.body if isinstance(n, ast.Assign))
+    if name is not None:
+        (found,) = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name == name]
+        marked = marked or any("mark.long" in ast.unparse(decorator) for decorator in found.decorator_list)
+        assert marked == is_long, name

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import io
 import json
-import runpy
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +16,7 @@ import pytest
 import ray
 import torch
 from PIL import Image
+from stored_run import COLOURS, made_up_module
 from tiny_backbone import write_tiny_backbone
 
 from diki_ray.answering.answers import candidate_tasks
@@ -30,7 +29,6 @@ from diki_ray.data.images import decode_image
 from diki_ray.data.stream import eval_batches
 from diki_ray.errors import DataError
 from diki_ray.learning.module import TaskModule
-from diki_ray.learning.moments import Moments
 from diki_ray.runs.evaluate.cache import NoCache
 from diki_ray.runs.evaluate.split import evaluate_here
 from diki_ray.runs.evaluate.stored import Asked, evaluate_stored
@@ -42,7 +40,6 @@ from diki_ray.store.run_store import RunStore
 ROOT = Path(__file__).parent.parent.parent
 Job = Callable[..., tuple[int, str, str]]
 
-COLOURS = {"warm": (200, 90, 40), "cold": (40, 90, 200), "grey": (120, 120, 120)}
 NAMES = {"warm": ("red", "or[b]ange"), "cold": ("blue", "green", "red"), "grey": ("black", "white")}
 
 
@@ -94,12 +91,12 @@ def write_images(folder: Path, task: str) -> None:
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Stored:
     """A run of three tasks as a job leaves it: modules, config.yaml, results.json."""
     folder = tmp_path_factory.mktemp("run")
-    for task in COLOURS:
+    for task in NAMES:
         write_images(folder / task, task)
     config = parse(
         {
             "run": {"name": "three", "storage": str(folder / "storage")},
-            "tasks": [{"data": str(folder / task), "template": f"a {task} photo of {{}}."} for task in COLOURS],
+            "tasks": [{"data": str(folder / task), "template": f"a {task} photo of {{}}."} for task in NAMES],
             "backbone": {"name": str(write_lively_backbone(folder))},
             "method": {"image_depth": 2, "image_length": 2, "text_depth": 2, "text_length": 2},
             "statistics": {"shrinkage": "oas"},
@@ -115,20 +112,16 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Stored:
     modules = []
     for number, task in enumerate(plan.tasks):
         images = [b.images for b in eval_batches(task.index, "train", batch_size=64, transform=backbone.preprocess)]
-        generator = torch.Generator().manual_seed(number)
-        parameters = method.initial(generator, None)
-        module = TaskModule(
+        module = made_up_module(
+            method,
+            backbone,
+            torch.cat(images),
+            seed=number,
+            scale=lambda name: 2.0 if name.startswith("image") else 0.1,  # large values make all classes of texts alike
             key=task.key,
             task=task.name,
             class_names=task.class_names,
             templates=task.templates,
-            method="diki",
-            parameters={  # small ones for the text: large values make all of its classes the same
-                name: (2.0 if name.startswith("image") else 0.1) * torch.randn(p.shape, generator=generator).numpy()
-                for name, p in parameters.items()
-            },
-            moments=Moments.of(torch.cat([backbone.encode_image(i) for i in images])),
-            validation_features=np.zeros((0, backbone.embed_dim), np.float16),
             provenance={"num_skipped": {}, "best_epoch": 0, "history": []},
         )
         store.commit_module(epoch, task.key, task.name, module.to_bytes())
@@ -344,29 +337,20 @@ def test_a_removed_task_is_left_out_and_modules_from_elsewhere_are_said(stored: 
         other.release(other_epoch)
 
 
-@pytest.fixture
-def job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Job:
-    main = runpy.run_path(str(ROOT / "jobs/evaluate.py"))["main"]
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
-        return main(), *capsys.readouterr()
-
-    return call
-
-
 def test_the_job_prints_json_and_tables_and_sentences(stored: Stored, job: Job) -> None:
     mine = ("--backbone", stored.config.backbone.name)
-    code, told, _ = job(stored.storage, "three", *mine, "--compare", "three", "--json")
+    code, told, _ = job("evaluate", stored.storage, "three", *mine, "--compare", "three", "--json")
     documents = json.loads(told)
     assert code == 0
     assert documents["runs"][0]["accuracy"] == stored.results["accuracy"]
     assert documents["runs"][0] == documents["runs"][1]
     assert documents["comparisons"][0]["metrics"]["last"]["difference"] == 0
-    code, shown, _ = job(stored.storage, "three", *mine, "--compare", "three", "--classes", "--order", "warm,grey")
+    code, shown, _ = job(
+        "evaluate", stored.storage, "three", *mine, "--compare", "three", "--classes", "--order", "warm,grey"
+    )
     assert code == 0
     for text in ("cold (not learnt)", "or[b]ange", "ECE", "AUROC", "three less three", "Routed to"):
         assert text in shown
-    code, output, said = job(stored.storage, "tree")
+    code, output, said = job("evaluate", stored.storage, "tree")
     assert (code, output) == (2, "")
     assert f"error: {stored.storage} has no run 'tree' that has learnt anything; its runs are: " in said

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import runpy
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -201,24 +199,19 @@ def test_what_cannot_be_imported_says_why(config: Config, tmp_path: Path) -> Non
 
 
 def test_the_job_imports_with_a_list_of_classes(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    config: Config, tmp_path: Path, job: Callable[..., tuple[int, str, str]]
 ) -> None:
     torch.save(state(), tmp_path / "task_3.pt")
     (tmp_path / "classes.json").write_text(json.dumps([vars(t) for t in TASKS]))
-    main = runpy.run_path(str(ROOT / "jobs/import_checkpoint.py"))["main"]
-
-    def call(checkpoint: str, *more: str) -> int:
-        where = (str(tmp_path / checkpoint), config.run.storage, "job")
-        monkeypatch.setattr(sys, "argv", ["import_checkpoint.py", *where, *more])
-        return main()
-
-    classes = ("--classes", str(tmp_path / "classes.json"), "--backbone", config.backbone.name)
-    assert call("task_3.pt", *classes) == 0
-    assert "3 tasks imported (task0, task1, task2)" in capsys.readouterr().out
+    classes = ("--classes", tmp_path / "classes.json", "--backbone", config.backbone.name)
+    where = (config.run.storage, "job", *classes)
+    code, said, _ = job("import_checkpoint", tmp_path / "task_3.pt", *where)
+    assert code == 0
+    assert "3 tasks imported (task0, task1, task2)" in said
     stored = config_of(RunStore.open(config.run.storage, "job"), backbone=config.backbone)
     assert load_predictor(config.run.storage, "job", stored).candidates[1].names == TASKS[1].class_names
     (tmp_path / "classes.json").write_text('[{"name": "a", "class_names": ["b"], "templates": ["no place"]}]')
-    assert call("task_3.pt", *classes) == 2
-    assert "exactly one {} each" in capsys.readouterr().err
-    assert call("none.pt", *classes) == 2
-    assert "there is no such file" in capsys.readouterr().err
+    for checkpoint, sentence in (("task_3.pt", "exactly one {} each"), ("none.pt", "there is no such file")):
+        code, _, errors = job("import_checkpoint", tmp_path / checkpoint, *where)
+        assert code == 2
+        assert sentence in errors

@@ -15,11 +15,6 @@ DEBUG = Path(__file__).parent.parent.parent / "configs" / "debug.yaml"
 BACKBONE = load_backbone(load(DEBUG))
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("prepared")
-
-
 def planned(prepared: Path, *overrides: str, order: tuple[int, ...] = (0, 1)) -> Plan:
     tree = load(DEBUG, [f"data.root={prepared}", *overrides]).model_dump()
     tree["tasks"] = [tree["tasks"][t] for t in order]

@@ -3,96 +3,41 @@
 from __future__ import annotations
 
 import json
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
+import stored_run
 import torch
 from PIL import Image
+from stored_run import TEMPLATES, StoredRun, picture
 from tiny_backbone import write_tiny_backbone
 
 from diki_ray.answering.class_features import Candidates
-from diki_ray.config import Config, parse
 from diki_ray.errors import ConfigError, DataError
-from diki_ray.learning.module import TaskModule
-from diki_ray.learning.moments import Moments
 from diki_ray.prediction.run_predictor import Answer, load_predictor, read_image
-from diki_ray.runs.plan import build_method, load_backbone
 from diki_ray.store.process import this_process
 from diki_ray.store.run_store import RunStore
 
 Job = Callable[..., tuple[int, str, str]]
 
-ROOT = Path(__file__).parent.parent.parent
-CLASSES = {"warm": ("red", "[b]orange[/b]"), "cold": ("blue", "green", "violet")}
-TEMPLATES = {"warm": ("a warm photo of {}.",), "cold": ("a cold photo of {}.", "something {} and cold.")}
-
-
-def picture(task: str, seed: int, size: int = 40) -> Image.Image:
-    random = np.random.default_rng(seed)
-    pixels = random.normal((200, 90, 40) if task == "warm" else (40, 90, 200), 30, (size, size, 3))
-    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
-
-
-@dataclass(frozen=True)
-class Stored:
-    storage: str
-    config: Config
-    store: RunStore
-    epoch: int
+CLASSES = {task: stored_run.CLASSES[task] for task in ("warm", "cold")}
 
 
 @pytest.fixture(scope="module")
-def stored(tmp_path_factory: pytest.TempPathFactory) -> Stored:
-    """A run of two tasks, written as a job writes it, and still held by the driver that wrote it."""
-    folder = tmp_path_factory.mktemp("run")
-    config = parse(
-        {
-            "run": {"name": "two", "storage": str(folder / "storage")},
-            "tasks": [{"data": f"embedded:{name}"} for name in CLASSES],
-            "backbone": {"name": str(write_tiny_backbone(folder))},
-            "method": {"image_depth": 2, "image_length": 2, "text_depth": 2, "text_length": 2},
-            "statistics": {"shrinkage": "oas"},
-            "train": {"device": "cuda"},  # where it was trained
-        }
-    )
-    backbone = load_backbone(config)
-    method = build_method(config, backbone)
-    store = RunStore.open(config.run.storage, "two")
-    epoch = store.acquire(this_process("test"))
-    for number, task in enumerate(CLASSES):
-        images = torch.stack([backbone.preprocess(picture(task, seed)) for seed in range(60)])
-        generator = torch.Generator().manual_seed(number)
-        module = TaskModule(
-            key=str(number) * 64,
-            task=task,
-            class_names=CLASSES[task],
-            templates=TEMPLATES[task],
-            method="diki",
-            parameters={
-                name: torch.randn(p.shape, generator=generator).numpy()
-                for name, p in method.initial(generator, None).items()
-            },
-            moments=Moments.of(backbone.encode_image(images)),
-            validation_features=np.zeros((0, backbone.embed_dim), np.float16),
-        )
-        store.commit_module(epoch, module.key, task, module.to_bytes())
-    store.put_document(epoch, "config.yaml", config.to_yaml())
-    results = {"backbone": {"digest": backbone.digest(), "name": config.backbone.name}}
-    store.put_document(epoch, "results.json", results)
-    return Stored(config.run.storage, config, store, epoch)
+def stored(tmp_path_factory: pytest.TempPathFactory) -> StoredRun:
+    """A run of two tasks, still held by the driver that wrote it, and trained on another device than there is here."""
+    train = {"device": "cuda"}
+    return StoredRun(tmp_path_factory.mktemp("run"), "warm", "cold", name="two", classes=CLASSES, train=train)
 
 
-def answers(stored: Stored, images: list[Image.Image]) -> list[Answer]:
+def answers(stored: StoredRun, images: list[Image.Image]) -> list[Answer]:
     return list(load_predictor(stored.storage, "two", stored.config).answer(images))
 
 
-def test_an_image_is_routed_to_the_task_it_looks_like(stored: Stored) -> None:
+def test_an_image_is_routed_to_the_task_it_looks_like(stored: StoredRun) -> None:
     images = [picture("warm", 100), picture("cold", 101), picture("warm", 102)]
     found = answers(stored, images)
     assert [a.task for a in found] == ["warm", "cold", "warm"]
@@ -103,7 +48,7 @@ def test_an_image_is_routed_to_the_task_it_looks_like(stored: Stored) -> None:
         assert 0 < a.confidence <= 1
 
 
-def test_ruling_tasks_out_by_a_bound_changes_no_answer(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ruling_tasks_out_by_a_bound_changes_no_answer(stored: StoredRun, monkeypatch: pytest.MonkeyPatch) -> None:
     images = [picture("warm", 100), picture("cold", 101), picture("warm", 102)]
     expected = answers(stored, images)
     monkeypatch.setattr("diki_ray.prediction.run_predictor.COARSE_FROM_TASKS", 2)
@@ -113,7 +58,7 @@ def test_ruling_tasks_out_by_a_bound_changes_no_answer(stored: Stored, monkeypat
         assert set(found.log_densities) < set(full.log_densities)  # the other task was ruled out, and is not shown
 
 
-def test_an_answer_is_what_the_predictor_computes(stored: Stored) -> None:
+def test_an_answer_is_what_the_predictor_computes(stored: StoredRun) -> None:
     """Against the same steps by hand, one image and one block of candidates at a time."""
     loaded = load_predictor(stored.storage, "two", stored.config)
     image = picture("cold", 7)
@@ -131,7 +76,7 @@ def test_an_answer_is_what_the_predictor_computes(stored: Stored) -> None:
     assert list(found.log_densities.values()) == pytest.approx(p.scores(frozen).log_density[0].tolist())
 
 
-def test_an_answer_does_not_depend_on_what_else_is_asked(stored: Stored) -> None:
+def test_an_answer_does_not_depend_on_what_else_is_asked(stored: StoredRun) -> None:
     images = [picture(task, seed) for seed in range(20) for task in CLASSES]  # more than one pass holds
     together = answers(stored, images)
     for n in (0, 1, 33):
@@ -141,7 +86,7 @@ def test_an_answer_does_not_depend_on_what_else_is_asked(stored: Stored) -> None
         assert alone.weight == pytest.approx(together[n].weight, abs=1e-6)
 
 
-def test_open_vocabulary_answers_among_any_names(stored: Stored) -> None:
+def test_open_vocabulary_answers_among_any_names(stored: StoredRun) -> None:
     predictor = load_predictor(stored.storage, "two", stored.config).among(["a dog", "a cat"], "{}!")
     (found,) = predictor.answer([picture("warm", 1)])
     assert found.class_name in ("a dog", "a cat")
@@ -152,7 +97,7 @@ def test_open_vocabulary_answers_among_any_names(stored: Stored) -> None:
             predictor.among(names, template)
 
 
-def test_a_removed_task_is_not_answered_with(stored: Stored) -> None:
+def test_a_removed_task_is_not_answered_with(stored: StoredRun) -> None:
     before = stored.store.version
     stored.store.remove_task(stored.epoch, "cold")
     try:
@@ -165,7 +110,7 @@ def test_a_removed_task_is_not_answered_with(stored: Stored) -> None:
         stored.store.roll_back(stored.epoch, before)
 
 
-def test_below_skip_weight_the_frozen_model_is_named(stored: Stored) -> None:
+def test_below_skip_weight_the_frozen_model_is_named(stored: StoredRun) -> None:
     config = stored.config.model_copy(
         update={"evaluate": stored.config.evaluate.model_copy(update={"skip_weight": 1.0})}
     )
@@ -174,7 +119,7 @@ def test_below_skip_weight_the_frozen_model_is_named(stored: Stored) -> None:
     assert found.weight > 0
 
 
-def test_a_backbone_with_other_weights_is_refused(stored: Stored, tmp_path: Path) -> None:
+def test_a_backbone_with_other_weights_is_refused(stored: StoredRun, tmp_path: Path) -> None:
     path = write_tiny_backbone(tmp_path)
     path.write_text(path.read_text().replace("manual_seed(0)", "manual_seed(1)"))
     config = stored.config.model_copy(
@@ -184,7 +129,7 @@ def test_a_backbone_with_other_weights_is_refused(stored: Stored, tmp_path: Path
         load_predictor(stored.storage, "two", config)
 
 
-def test_runs_that_cannot_answer_are_named(stored: Stored, tmp_path: Path) -> None:
+def test_runs_that_cannot_answer_are_named(stored: StoredRun, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no run 'tow' that has learnt anything; its runs are: two"):
         load_predictor(stored.storage, "tow")
     young = RunStore.open(str(tmp_path), "young")
@@ -204,45 +149,29 @@ def test_unreadable_images_are_one_sentence(tmp_path: Path) -> None:
         read_image(str(tmp_path / "none.png"))
 
 
-@pytest.fixture
-def job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Job:
-    """jobs/predict.py in this process: (exit code, standard output, standard error) of its arguments."""
-    main = runpy.run_path(str(ROOT / "jobs/predict.py"))["main"]
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["predict.py", *arguments])
-        try:
-            code = main()
-        except SystemExit as exit:
-            code = exit.code
-        return code, *capsys.readouterr()
-
-    return call
-
-
-def test_the_job_prints_a_table_or_json(stored: Stored, tmp_path: Path, job: Job) -> None:
+def test_the_job_prints_a_table_or_json(stored: StoredRun, tmp_path: Path, job: Job) -> None:
     image = tmp_path / "warm [x].png"
     picture("warm", 5).save(image)
     where = ("--storage", stored.storage, "--run", "two", "--backbone", stored.config.backbone.name)
-    code, shown, _ = job(str(image), *where, "--classes", "[b]bold[/b]")
+    code, shown, _ = job("predict", str(image), *where, "--classes", "[b]bold[/b]")
     assert code == 0
     assert "[b]bold[/b]" in shown  # as it is, not as markup
     assert "100.0 %" in shown
-    code, told, _ = job(str(image), str(image), *where, "--json")
+    code, told, _ = job("predict", str(image), str(image), *where, "--json")
     assert code == 0
     first, second = json.loads(told)
     assert first == second
     assert set(first) == {"image", "class_name", "confidence", "task", "weight", "log_densities"}
 
 
-def test_the_job_fails_with_one_sentence_and_code_2(stored: Stored, tmp_path: Path, job: Job) -> None:
+def test_the_job_fails_with_one_sentence_and_code_2(stored: StoredRun, tmp_path: Path, job: Job) -> None:
     picture("warm", 5).save(tmp_path / "good.png")
     (tmp_path / "not.png").write_bytes(b"words")
     good, where = (
         str(tmp_path / "good.png"),
         ("--storage", stored.storage, "--run", "two", "--backbone", stored.config.backbone.name),
     )
-    code, output, errors = job(good, str(tmp_path / "not.png"), *where)
+    code, output, errors = job("predict", good, str(tmp_path / "not.png"), *where)
     assert (code, output) == (2, "")
     assert errors.splitlines() == [f"error: {tmp_path}/not.png cannot be used: not an image."]
     for arguments, said in (
@@ -252,7 +181,7 @@ def test_the_job_fails_with_one_sentence_and_code_2(stored: Stored, tmp_path: Pa
         ((good, *where, "--classes", "a", "--template", "a"), "needs exactly one {}"),
         ((good, "--config", str(tmp_path / "none.yaml")), "give the path of a YAML file"),
     ):
-        code, output, errors = job(*arguments)
+        code, output, errors = job("predict", *arguments)
         assert (code, output) == (2, "")
         assert said in errors
 

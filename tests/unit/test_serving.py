@@ -18,7 +18,7 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
-from served_run import CLASSES, TOKEN, ServedRun, as_json, picture, picture_file
+from stored_run import CLASSES, TOKEN, StoredRun, as_json, picture, picture_file
 
 from diki_ray.answering.class_features import FeatureCache, Tabulated
 from diki_ray.errors import ConfigError
@@ -34,17 +34,17 @@ FAR = time.monotonic() + 1e6
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> ServedRun:
-    return ServedRun(tmp_path, "warm", "cold")
+def run(tmp_path: Path) -> StoredRun:
+    return StoredRun(tmp_path, "warm", "cold")
 
 
 @pytest.fixture(scope="module")
-def unchanged(tmp_path_factory: pytest.TempPathFactory) -> ServedRun:
-    return ServedRun(tmp_path_factory.mktemp("run"), "warm", "cold")
+def unchanged(tmp_path_factory: pytest.TempPathFactory) -> StoredRun:
+    return StoredRun(tmp_path_factory.mktemp("run"), "warm", "cold")
 
 
 @pytest.fixture(scope="module")
-def service(unchanged: ServedRun) -> Iterator[Service]:
+def service(unchanged: StoredRun) -> Iterator[Service]:
     service = Service(Settings(storage=unchanged.storage, run="colours", backbone=unchanged.config.backbone.name))
     yield service
     service.close()
@@ -67,7 +67,7 @@ def limited(service: Service, ask: Ask | None = None, **limits: object) -> TestC
 # What is answered
 
 
-def test_an_answer_is_the_predictors(unchanged: ServedRun, client: TestClient) -> None:
+def test_an_answer_is_the_predictors(unchanged: StoredRun, client: TestClient) -> None:
     expected = list(
         load_predictor(unchanged.storage, "colours", unchanged.config).answer(
             [picture("warm", 100), picture("cold", 101)]
@@ -101,7 +101,7 @@ def test_a_form_is_answered_as_json_is_and_images_keep_their_order(client: TestC
         assert alone["confidence"] == pytest.approx(by_json["answers"][n]["confidence"], abs=1e-5)
 
 
-def test_plain_clip_is_the_frozen_model_among_the_same_classes(unchanged: ServedRun, client: TestClient) -> None:
+def test_plain_clip_is_the_frozen_model_among_the_same_classes(unchanged: StoredRun, client: TestClient) -> None:
     names = ["a dog", "a cat", "a tree"]
     response = client.post("/predict", json=as_json(picture_file("warm", 3), classes=names, template="{}?"))
     (found,) = response.json()["answers"]
@@ -123,7 +123,7 @@ def questions(snapshots: Snapshots, *tasks: str) -> list[Question]:
     ]
 
 
-def test_an_answer_does_not_depend_on_what_shares_its_pass_or_was_asked_before(run: ServedRun) -> None:
+def test_an_answer_does_not_depend_on_what_shares_its_pass_or_was_asked_before(run: StoredRun) -> None:
     """Among others: questions under a snapshot that is no longer current, in one pass with those under the next."""
     settings = Settings(storage=run.storage, run="colours", backbone=run.config.backbone.name)
     snapshots = Snapshots(settings)
@@ -155,7 +155,7 @@ def test_nobody_is_answered_whose_time_is_over(service: Service) -> None:
 # Following the run
 
 
-def test_a_task_learnt_or_removed_later_is_served_without_a_restart(run: ServedRun) -> None:
+def test_a_task_learnt_or_removed_later_is_served_without_a_restart(run: StoredRun) -> None:
     service = Service(Settings(storage=run.storage, run="colours", backbone=run.config.backbone.name))
     client = TestClient(build_app(service))
     lush = as_json(picture_file("lush", 200))
@@ -177,7 +177,7 @@ def test_a_task_learnt_or_removed_later_is_served_without_a_restart(run: ServedR
     assert third["version"] == run.store.version
 
 
-def test_the_run_is_followed_in_the_background(run: ServedRun) -> None:
+def test_the_run_is_followed_in_the_background(run: StoredRun) -> None:
     snapshots = Snapshots(
         Settings(storage=run.storage, run="colours", backbone=run.config.backbone.name, refresh_s=0.05)
     )
@@ -193,7 +193,7 @@ def test_the_run_is_followed_in_the_background(run: ServedRun) -> None:
         snapshots.close()
 
 
-def test_a_damaged_module_or_lost_storage_leaves_the_former_tasks_served(run: ServedRun) -> None:
+def test_a_damaged_module_or_lost_storage_leaves_the_former_tasks_served(run: StoredRun) -> None:
     service = Service(Settings(storage=run.storage, run="colours", backbone=run.config.backbone.name))
     client = TestClient(build_app(service))
     before = client.post("/predict", json=as_json(picture_file("warm", 1))).json()
@@ -213,7 +213,7 @@ def test_a_damaged_module_or_lost_storage_leaves_the_former_tasks_served(run: Se
     assert service.snapshots.current.tasks == ("warm", "cold", "lush")
 
 
-def test_a_run_whose_last_task_was_removed_answers_among_given_classes_only(run: ServedRun) -> None:
+def test_a_run_whose_last_task_was_removed_answers_among_given_classes_only(run: StoredRun) -> None:
     service = Service(Settings(storage=run.storage, run="colours", backbone=run.config.backbone.name))
     client = TestClient(build_app(service))
     for task in ("warm", "cold"):
@@ -319,7 +319,7 @@ def test_class_features_are_kept_up_to_a_number_of_bytes() -> None:
     assert kept == [0.0, 2.0, 3.0, -1.0]  # 1 was the longest unused
 
 
-def test_vocabularies_of_strangers_drive_nothing_out_and_leave_nothing_behind(unchanged: ServedRun) -> None:
+def test_vocabularies_of_strangers_drive_nothing_out_and_leave_nothing_behind(unchanged: StoredRun) -> None:
     settings = Settings(
         storage=unchanged.storage, run="colours", backbone=unchanged.config.backbone.name, named_cache_bytes=20_000
     )
@@ -342,7 +342,7 @@ def test_vocabularies_of_strangers_drive_nothing_out_and_leave_nothing_behind(un
 # What is told
 
 
-def test_metrics_count_what_happened_and_replicas_are_told_apart(unchanged: ServedRun) -> None:
+def test_metrics_count_what_happened_and_replicas_are_told_apart(unchanged: StoredRun) -> None:
     service = Service(Settings(storage=unchanged.storage, run="colours", backbone=unchanged.config.backbone.name))
     client = TestClient(build_app(service))
     client.post("/predict", json=as_json(picture_file("warm", 1), picture_file("cold", 1)))
@@ -392,7 +392,7 @@ def test_serving_without_a_cluster_does_not_even_import_ray() -> None:
     assert subprocess.run([sys.executable, "-c", code], timeout=240).returncode == 0
 
 
-def test_frozen_answers_come_below_skip_weight(run: ServedRun) -> None:
+def test_frozen_answers_come_below_skip_weight(run: StoredRun) -> None:
     config = run.config.model_copy(update={"evaluate": run.config.evaluate.model_copy(update={"skip_weight": 1.0})})
     run.store.put_document(run.epoch, "config.yaml", config.to_yaml())
     settings = Settings(storage=run.storage, run="colours", backbone=run.config.backbone.name)

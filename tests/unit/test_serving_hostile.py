@@ -16,7 +16,7 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from served_run import ServedRun, as_json, file_of, picture, picture_file
+from stored_run import StoredRun, as_json, file_of, picture, picture_file
 
 from diki_ray.serving.app import Service, build_app
 from diki_ray.serving.settings import Settings
@@ -27,7 +27,7 @@ GOOD = picture_file("warm", 1)
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
-    run = ServedRun(tmp_path_factory.mktemp("run"), "warm", "cold")
+    run = StoredRun(tmp_path_factory.mktemp("run"), "warm", "cold")
     limits = {"max_body_bytes": 200_000, "max_images": 3, "max_classes": 4, "max_pixels": 10_000}
     service = Service(Settings(storage=run.storage, run="colours", backbone=run.config.backbone.name, **limits))
     with TestClient(build_app(service)) as client:

@@ -2,7 +2,6 @@
 
 import io
 import json
-import sys
 import tarfile
 from pathlib import Path
 
@@ -191,51 +190,44 @@ class TestMoving:
 
 
 class TestCommand:
-    def call(self, capsys, *arguments: str) -> tuple[int, str, str]:
-        sys.path.insert(0, str(Path(__file__).parents[2]))
-        from jobs import store as command
-
-        code = command.main(list(arguments))
-        return code, *capsys.readouterr()
-
-    def test_list_verify_remove_rollback_purge_compact(self, disk, tmp_path, capsys):
+    def test_list_verify_remove_rollback_purge_compact(self, disk, tmp_path, job):
         store, epoch = held(disk)
         store.commit_module(epoch, "k1", "aircraft", BLOB)
         store.commit_module(epoch, "k2", "birds", b"birds")
-        code, _, message = self.call(capsys, "remove", disk.uri, "run", "birds")
+        code, _, message = job("store", "remove", disk.uri, "run", "birds")
         assert code == 2
         assert "held by alice" in message
         assert "--take-over" in message
         store.release(epoch)
-        assert "birds" in self.call(capsys, "list", disk.uri, "run")[1]
-        assert json.loads(self.call(capsys, "list", disk.uri, "--json")[1])["runs"][0]["tasks"] == 2
-        undo = json.loads(self.call(capsys, "remove", disk.uri, "run", "birds", "--json")[1])["undo_with"]
-        assert "lease" in self.call(capsys, "list", disk.uri, "run", "--history")[1]
-        assert self.call(capsys, "rollback", disk.uri, "run", str(undo))[0] == 0
+        assert "birds" in job("store", "list", disk.uri, "run")[1]
+        assert json.loads(job("store", "list", disk.uri, "--json")[1])["runs"][0]["tasks"] == 2
+        undo = json.loads(job("store", "remove", disk.uri, "run", "birds", "--json")[1])["undo_with"]
+        assert "lease" in job("store", "list", disk.uri, "run", "--history")[1]
+        assert job("store", "rollback", disk.uri, "run", str(undo))[0] == 0
         assert len(RunStore(disk, "run").modules()) == 2
-        code, text, _ = self.call(capsys, "remove", disk.uri, "run", "birds")
+        code, text, _ = job("store", "remove", disk.uri, "run", "birds")
         assert f"jobs/store.py purge {disk.uri} run" in text
-        assert "1 modules, 5 bytes would be" in self.call(capsys, "purge", disk.uri, "run", "--dry-run")[1]
-        assert json.loads(self.call(capsys, "purge", disk.uri, "run", "--json")[1])["num_bytes"] == 5
-        assert self.call(capsys, "compact", disk.uri, "run")[0] == 0
-        assert self.call(capsys, "verify", disk.uri, "run")[0] == 0
-        assert self.call(capsys, "export", disk.uri, "run", str(tmp_path / "x.tar"))[0] == 0
-        assert self.call(capsys, "import", str(tmp_path / "new"), "run", str(tmp_path / "x.tar"))[0] == 0
+        assert "1 modules, 5 bytes would be" in job("store", "purge", disk.uri, "run", "--dry-run")[1]
+        assert json.loads(job("store", "purge", disk.uri, "run", "--json")[1])["num_bytes"] == 5
+        assert job("store", "compact", disk.uri, "run")[0] == 0
+        assert job("store", "verify", disk.uri, "run")[0] == 0
+        assert job("store", "export", disk.uri, "run", str(tmp_path / "x.tar"))[0] == 0
+        assert job("store", "import", str(tmp_path / "new"), "run", str(tmp_path / "x.tar"))[0] == 0
 
-    def test_damage_is_exit_code_1_and_a_mistake_2_with_one_sentence(self, disk, capsys):
+    def test_damage_is_exit_code_1_and_a_mistake_2_with_one_sentence(self, disk, job):
         store, epoch = held(disk)
         store.commit_module(epoch, "k", "task", BLOB)
         store.commit_module(epoch, "k2", "task2", BLOB)
         store.release(epoch)
         damage(Path(disk.uri, store.log.path(2)))
-        code, text, _ = self.call(capsys, "verify", disk.uri, "run")
+        code, text, _ = job("store", "verify", disk.uri, "run")
         assert code == 1
         assert "00000002.json" in text
-        code, _, message = self.call(capsys, "list", disk.uri, "run")
+        code, _, message = job("store", "list", disk.uri, "run")
         assert code == 2
         assert "--accept-loss" in message
-        assert self.call(capsys, "compact", disk.uri, "run", "--accept-loss")[0] == 0
-        assert self.call(capsys, "list", disk.uri, "run")[0] == 0
-        code, _, message = self.call(capsys, "list", disk.uri, "nope")
+        assert job("store", "compact", disk.uri, "run", "--accept-loss")[0] == 0
+        assert job("store", "list", disk.uri, "run")[0] == 0
+        code, _, message = job("store", "list", disk.uri, "nope")
         assert code == 2
         assert message == f"error: {disk.uri} has no run 'nope'; it has: run\n"

@@ -1,29 +1,24 @@
 """Attacks: a run, a tar, a bundle or a folder of somebody else's names code of theirs, and none of it may run.
 
-Each attack's code writes a marker file when it runs. Jobs are started as people start them.
+Each attack's code writes a marker file when it runs.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
-from served_run import ServedRun, picture
+from stored_run import StoredRun, picture
 
 import diki_ray
-from diki_ray.clip.backbone import load
 from diki_ray.config import BackboneSection
 from diki_ray.errors import ConfigError, UserError
 from diki_ray.learning.module import read_tensors, write_tensors
@@ -49,7 +44,7 @@ class Stranger:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.marker = folder, folder / "MARKER"
-        self.run = ServedRun(folder, "warm")
+        self.run = StoredRun(folder, "warm")
         document = self.run.store.get_document("results.json") | {"tasks": []}
         self.run.store.put_document(self.run.epoch, "results.json", document)
         self.run.store.release(self.run.epoch)
@@ -76,14 +71,6 @@ def stranger(tmp_path: Path) -> Stranger:
     return Stranger(tmp_path)
 
 
-def job(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / f"jobs/{name}.py"), *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=environment, stdin=subprocess.DEVNULL
-    )
-
-
 def arguments_of(name: str, stranger: Stranger, storage: object, run: str = "colours") -> tuple[object, ...]:
     return {
         "predict": (stranger.image, "--storage", storage, "--run", run),
@@ -106,23 +93,25 @@ JOBS = ["predict", "predict --output", "export", "evaluate", "serve"]
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_no_job_runs_the_file_that_a_stored_configuration_names(stranger: Stranger, name: str) -> None:
+def test_no_job_runs_the_file_that_a_stored_configuration_names(
+    stranger: Stranger, name: str, job: Callable[..., Any]
+) -> None:
     done = job(name.split()[0], *arguments_of(name, stranger, stranger.storage))
     assert not stranger.ran
-    assert (done.returncode, done.stdout) == (2, "")
+    assert (done.code, done.stdout) == (2, "")
     assert done.stderr == (
         f"error: the stored configuration of run 'colours' names the Python file '{stranger.code}' as its backbone, "
         f"and stored data runs no code and chooses no folder here: say --backbone '{stranger.code}' if you trust it.\n"
     )
 
 
-def test_no_job_runs_the_file_that_an_imported_tar_names(stranger: Stranger) -> None:
+def test_no_job_runs_the_file_that_an_imported_tar_names(stranger: Stranger, job: Callable[..., Any]) -> None:
     tar, home = stranger.folder / "run.tar", stranger.folder / "home"
     RunStore.open(stranger.storage, "colours").export(str(tar))
-    assert job("store", "import", home, "mine", tar).returncode == 0
+    assert job("store", "import", home, "mine", tar).code == 0
     done = job("predict", *arguments_of("predict", stranger, home, "mine"))
     assert not stranger.ran
-    assert (done.returncode, done.stdout) == (2, "")
+    assert (done.code, done.stdout) == (2, "")
     assert "names the Python file" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
@@ -213,16 +202,16 @@ def test_a_stored_configuration_names_no_cluster_to_join(stranger: Stranger) -> 
 
 
 @pytest.mark.parametrize("option", ["--backbone", "--config"])
-def test_the_callers_word_is_taken(stranger: Stranger, option: str) -> None:
+def test_the_callers_word_is_taken(stranger: Stranger, option: str, job: Callable[..., Any]) -> None:
     """The stored file stays unrun: theirs is not the one that is named."""
     configuration = stranger.folder / "mine.yaml"
     configuration.write_text(stranger.run.config.to_yaml())
     word = stranger.harmless if option == "--backbone" else configuration
     where = arguments_of("predict", stranger, stranger.storage)
     done = job("predict", *where, option, word, "--json")
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.stderr
     assert json.loads(done.stdout)[0]["task"] == "warm"
-    assert job("export", *arguments_of("export", stranger, stranger.storage), option, word).returncode == 0
+    assert job("export", *arguments_of("export", stranger, stranger.storage), option, word).code == 0
     with pytest.raises(ConfigError, match="say backbone="):
         diki_ray.load(stranger.folder / "bundle")
     assert diki_ray.load(stranger.folder / "bundle", backbone=stranger.harmless).tasks == ("warm",)
@@ -244,11 +233,11 @@ def test_a_folder_beside_a_trusted_file_is_not_taken_from_stored_data(stranger: 
     assert told.backbone.directory is None
 
 
-def test_weights_of_no_backbone_are_refused(stranger: Stranger) -> None:
+def test_weights_of_no_backbone_are_refused(stranger: Stranger, job: Callable[..., Any]) -> None:
     with pytest.raises(ConfigError, match="give backbone too"):
         diki_ray.load(hostile_bundle(stranger), pretrained="openai")
     done = job("predict", *arguments_of("predict", stranger, stranger.storage), "--directory", "/tmp")
-    assert done.returncode == 2
+    assert done.code == 2
     assert "give backbone too" in done.stderr
 
 
@@ -276,10 +265,10 @@ def with_file(stranger: Stranger, name: str, data: bytes) -> Path:
 
 
 @pytest.mark.parametrize("name", ["results/theirs.py", "results/x/results.json", "sitecustomize.py", "log/evil.pkl"])
-def test_an_import_takes_known_files_only(stranger: Stranger, name: str) -> None:
+def test_an_import_takes_known_files_only(stranger: Stranger, name: str, job: Callable[..., Any]) -> None:
     tar = with_file(stranger, f"./runs/colours/{name}", b"print()")
     done = job("store", "import", stranger.folder / "home", "mine", tar)
-    assert (done.returncode, done.stdout) == (2, "")
+    assert (done.code, done.stdout) == (2, "")
     assert done.stderr.startswith(f"error: {tar} is refused: no run writes '{name}'")
     assert not (stranger.folder / "home" / "runs").exists()
     shutil.unpack_archive(tar, stranger.folder / "folder")
@@ -287,10 +276,10 @@ def test_an_import_takes_known_files_only(stranger: Stranger, name: str) -> None
         RunStore.import_(str(stranger.folder / "home"), "colours", str(stranger.folder / "folder"))
 
 
-def test_a_page_from_elsewhere_is_not_taken(stranger: Stranger) -> None:
+def test_a_page_from_elsewhere_is_not_taken(stranger: Stranger, job: Callable[..., Any]) -> None:
     tar = with_file(stranger, "./runs/colours/results/report.html", b"<script>theirs()</script>")
     done = job("store", "import", stranger.folder / "home", "mine", tar)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.stderr
     taken = {path.name for path in (stranger.folder / "home/runs/mine/results").iterdir()}
     assert taken == {"config.yaml", "results.json"}
     assert "python jobs/report.py mine --storage" in done.stdout
@@ -301,118 +290,3 @@ def test_a_page_from_elsewhere_is_not_taken(stranger: Stranger) -> None:
 )
 def test_every_document_that_a_job_writes_is_known_to_imports(name: str) -> None:
     assert upkeep._TAKEN.fullmatch(f"results/{name}")
-
-
-# Folders in open_clip's layout that bring Python files
-
-
-@pytest.fixture
-def clip_folder(tmp_path: Path) -> Path:
-    """A whole backbone in a folder, whose tokenizer is a Python file that writes the marker."""
-    pytest.importorskip("transformers", reason="Hugging Face tokenizers need the extra `hf`")
-    folder = tmp_path / "clip"
-    folder.mkdir()
-    text = {"context_length": 8, "vocab_size": 16, "width": 32, "heads": 2, "layers": 1, "hf_tokenizer_name": "theirs"}
-    config = {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 32, "layers": 1, "head_width": 16},
-        "text_cfg": text,
-    }
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
-    plain = {name: value for name, value in text.items() if not name.startswith("hf_")}
-    model = open_clip.model.CLIP(16, config["vision_cfg"], plain)
-    save_file({n: p.contiguous() for n, p in model.state_dict().items()}, folder / "open_clip_model.safetensors")
-    code = HOSTILE.format(marker=str(tmp_path / "MARKER"))
-    (folder / "theirs.py").write_text(
-        f"{code}from transformers import PreTrainedTokenizerFast\n\nclass Theirs(PreTrainedTokenizerFast):\n    pass\n"
-    )
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "Theirs", "auto_map": {"AutoTokenizer": [None, "theirs.Theirs"]}})
-    )
-    (folder / "tokenizer.json").write_text(
-        json.dumps(
-            {
-                "version": "1.0",
-                "added_tokens": [],
-                "pre_tokenizer": {"type": "Whitespace"},
-                "model": {"type": "WordLevel", "vocab": {"[UNK]": 0, "a": 1}, "unk_token": "[UNK]"},
-            }
-        )
-    )
-    return folder
-
-
-def trust(folder: Path, where: str) -> None:
-    """Has the folder's own JSON say that its code is to be trusted."""
-    path = folder / "open_clip_config.json"
-    tree = json.loads(path.read_text())
-    section = tree["model_cfg"]["text_cfg"] if where else tree["model_cfg"]
-    section[where or "hf"] = {"deeper": [{"trust_remote_code": True}], "trust_remote_code": True}
-    path.write_text(json.dumps(tree))
-
-
-def test_the_attack_on_a_tokenizer_is_one(clip_folder: Path, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
-    AutoTokenizer.from_pretrained(clip_folder, trust_remote_code=True)
-    assert (tmp_path / "MARKER").exists()
-
-
-@pytest.mark.parametrize("where", ["tokenizer_kwargs", "hf_model_config", ""])
-def test_a_folder_that_trusts_its_own_code_is_refused(clip_folder: Path, tmp_path: Path, where: str) -> None:
-    trust(clip_folder, where)
-    with pytest.raises(ConfigError, match="says trust_remote_code, and Python files that a model brings along are nev"):
-        load(f"local-dir:{clip_folder}")
-    assert not (tmp_path / "MARKER").exists()
-
-
-def test_a_folders_tokenizer_code_does_not_run_and_nobody_is_asked(
-    clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("builtins.input", lambda prompt: "y")  # whoever is asked, and says yes
-    with pytest.raises(ConfigError, match=r"Python code of their own \(auto_map\), which is never run"):
-        load(f"local-dir:{clip_folder}")
-    assert not (tmp_path / "MARKER").exists()
-
-
-def test_a_folder_that_is_changed_after_it_was_looked_at_runs_nothing(
-    clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trust(clip_folder, "tokenizer_kwargs")
-    monkeypatch.setattr("diki_ray.clip.backbone.refuse_trusting", lambda folder: None)
-    with pytest.raises(ConfigError, match=r"\(auto_map\), which is never run"):
-        load(f"local-dir:{clip_folder}")
-    assert not (tmp_path / "MARKER").exists()
-
-
-def test_a_tokenizer_folder_beside_a_named_model_runs_nothing(clip_folder: Path, tmp_path: Path) -> None:
-    from diki_ray.clip.backbone import _tokenizer
-
-    with pytest.raises(ConfigError, match=r"\(auto_map\), which is never run"):
-        _tokenizer("ViT-B-16-SigLIP", str(clip_folder))
-    assert not (tmp_path / "MARKER").exists()
-
-
-def test_a_text_towers_code_does_not_run(clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("builtins.input", lambda prompt: "y")
-    (clip_folder / "theirs.py").write_text(HOSTILE.format(marker=str(tmp_path / "MARKER")) + "class Theirs: pass\n")
-    (clip_folder / "config.json").write_text(
-        json.dumps({"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Theirs", "AutoModel": "theirs.Theirs"}})
-    )
-    path = clip_folder / "open_clip_config.json"
-    tree = json.loads(path.read_text())
-    tree["model_cfg"]["text_cfg"] |= {"hf_model_name": str(clip_folder), "hf_proj_type": "mlp"}
-    path.write_text(json.dumps(tree))
-    with pytest.raises(ConfigError, match="never run"):
-        load(f"local-dir:{clip_folder}")
-    assert not (tmp_path / "MARKER").exists()
-
-
-def test_a_job_refuses_a_folder_that_trusts_its_own_code(stranger: Stranger, clip_folder: Path) -> None:
-    trust(clip_folder, "tokenizer_kwargs")
-    where = arguments_of("predict", stranger, stranger.storage)
-    done = job("predict", *where, "--backbone", f"local-dir:{clip_folder}")
-    assert not stranger.ran
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "says trust_remote_code" in done.stderr
-    assert len(done.stderr.splitlines()) == 1

@@ -10,23 +10,14 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from golden import Golden
+from golden import Golden, golden_trainer
+from processes import one_thread, run_ranks
 
 from diki_ray.learning import collective
 from diki_ray.learning.collective import own_parts
 from diki_ray.learning.task_trainer import NonFiniteError, Recipe, TaskTrainer, cosine_lr
 
 GOLDEN = Golden.load()
-
-
-def golden_trainer(golden: Golden, recipe: Recipe | None = None, num_parts: int | None = None) -> TaskTrainer:
-    meta = golden.meta
-    recipe = recipe or Recipe(lr=meta["lr"], final_lr_fraction=meta["lr_final"] / meta["lr"])
-    steps = meta["epochs"] * len(golden.train_batches(0))
-    return TaskTrainer(
-        golden.method, golden["task0.tokens"], recipe, steps, golden.prompts("init", 0), num_parts=num_parts
-    )
 
 
 NUM_PARTS = 6
@@ -63,13 +54,9 @@ def golden_run(golden: Golden, trainer: TaskTrainer) -> dict[str, Any]:
 
 def test_the_trained_module_does_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
     """1, 2, 3, 4 and 6 workers over the golden steps in 6 parts: equal to the bit, and to 1e-5 of one part."""
-    mp.start_processes(
-        train_golden_with_each_number_of_workers, (str(tmp_path),), nprocs=max(WORLD_SIZES), start_method="spawn"
-    )
-    number = torch.get_num_threads()
-    torch.set_num_threads(1)  # as many as the others: another number is another rounding
-    alone = golden_run(GOLDEN, golden_trainer(GOLDEN, num_parts=NUM_PARTS))
-    torch.set_num_threads(number)
+    run_ranks(train_golden_with_each_number_of_workers, str(tmp_path), num_ranks=max(WORLD_SIZES))
+    with one_thread():
+        alone = golden_run(GOLDEN, golden_trainer(GOLDEN, num_parts=NUM_PARTS))
     whole = golden_run(GOLDEN, golden_trainer(GOLDEN))
     np.testing.assert_allclose(alone["losses"], whole["losses"], atol=1e-5)
     for name, expected in whole["parameters"].items():

@@ -1,6 +1,6 @@
 """The table of docs/backbones.md: every model that open_clip lists, shrunk, put to the test.
 
-python tests/unit/backbone_table.py     rewrites the table
+python tests/support/backbone_table.py     rewrites the table
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from diki_ray.errors import ConfigError
 from diki_ray.learning.methods import Diki
 
 PAGE = Path(__file__).parents[2] / "docs" / "backbones.md"
-BEGIN, END = "<!-- table: python tests/unit/backbone_table.py -->\n", "<!-- end of table -->"
+BEGIN, END = "<!-- table: python tests/support/backbone_table.py -->\n", "<!-- end of table -->"
 
 
 @dataclass(frozen=True, order=True)

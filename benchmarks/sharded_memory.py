@@ -1,4 +1,4 @@
-"""What a worker holds of a frozen backbone, plain and shared out: `python tests/sharded_memory.py [NAME]`.
+"""What a worker holds of a frozen backbone, plain and shared out: `python benchmarks/sharded_memory.py [NAME]`.
 
 NAME is a model of open_clip with random weights, ViT-B-16 by default. Each of two processes on the CPU encodes one
 image before and after. Bytes of weights, and the resident set at rest and at its peak over one pass (Linux).

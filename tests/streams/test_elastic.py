@@ -7,23 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from open_store import RUN, OpenStore, the_module
-from tiny_backbone import write_tiny_backbone
+from fake_store import RUN, FakeStore, the_module
+from learning import tiny_plan, worker_of
+from processes import one_thread, run_ranks
 
 from diki_ray.config import parse
 from diki_ray.errors import ConfigError
-from diki_ray.runs.plan import Plan, build_method, load_backbone, make_plan
-from diki_ray.runs.train.worker import TaskWorker
+from diki_ray.runs.plan import Plan, load_backbone, make_plan
 from diki_ray.store.run_store import RunStore
 
-TREE = {
-    "run": {"name": "run"},
-    "tasks": [{"data": "embedded:digits", "shots": 4}],
-    "method": {"image_depth": 2, "image_length": 2, "text_depth": 2, "text_length": 2},
-    # 40 images: steps 0 to 4 and 5 to 9. The learning rate is the published one.
-    "train": {"epochs": 2, "batch_size": 8, "num_workers": 3, "checkpoint_every_steps": 3},
-}
+TRAIN = {"epochs": 2, "batch_size": 8, "num_workers": 3, "checkpoint_every_steps": 3}
+"""40 images: steps 0 to 4 and 5 to 9. The learning rate is the published one."""
+STREAM = {"run": {"name": "x"}, "tasks": [{"data": "embedded:digits"}]}
 ATTEMPTS = ((2, 4), (1, 8), (3, None))
 """(workers, the step before which all of them stop); each time the steps since the checkpoint three apart are lost."""
 
@@ -32,15 +27,9 @@ class Stopped(Exception):
     """The group is torn down, as when a node of it is lost."""
 
 
-def plan_in(folder: Path) -> Plan:
-    backbone = {"name": str(folder / "tiny_backbone.py")}
-    config = parse(TREE | {"backbone": backbone, "data": {"root": str(folder / "prepared")}})
-    return make_plan(config, load_backbone(config))
-
-
 def learn(plan: Plan, store: object, stop_before: int | None = None) -> None:
     """The plan's one task, from its newest checkpoint on."""
-    worker = TaskWorker(plan.config, build_method(plan.config, load_backbone(plan.config)), store)  # type: ignore[arg-type]
+    worker = worker_of(plan, store)
     asked = iter(range(4, 12, 4))  # before steps 4 and 8, which take no checkpoint, every rank asks
 
     def draining() -> bool:
@@ -55,26 +44,23 @@ def learn(plan: Plan, store: object, stop_before: int | None = None) -> None:
 def one_of_three(rank: int, folder: str) -> None:
     """One process takes part in the groups it is needed for: starting it is what costs."""
     torch.set_num_threads(1)
-    plan = plan_in(Path(folder))
+    plan = tiny_plan(Path(folder), train=TRAIN)
     for number, (world_size, stop_before) in enumerate(ATTEMPTS):
         if rank >= world_size:
             continue
         dist.init_process_group("gloo", f"file://{folder}/group{number}", world_size=world_size, rank=rank)
         try:
-            learn(plan, OpenStore(Path(folder) / "elastic") if rank == 0 else None, stop_before)
+            learn(plan, FakeStore(Path(folder) / "elastic") if rank == 0 else None, stop_before)
         except Stopped:
             assert stop_before is not None
         dist.destroy_process_group()
 
 
 def test_fewer_and_then_more_workers_go_on_with_the_same_batches(tmp_path: Path) -> None:
-    write_tiny_backbone(tmp_path)
-    plan = plan_in(tmp_path)
-    mp.start_processes(one_of_three, (str(tmp_path),), nprocs=3, start_method="spawn")
-    number = torch.get_num_threads()
-    torch.set_num_threads(1)  # as many as the others: another number is another rounding
-    learn(plan, OpenStore(tmp_path / "undisturbed"))
-    torch.set_num_threads(number)
+    plan = tiny_plan(tmp_path, train=TRAIN)
+    run_ranks(one_of_three, str(tmp_path), num_ranks=3)
+    with one_thread():
+        learn(plan, FakeStore(tmp_path / "undisturbed"))
 
     elastic, expected = (RunStore.open(str(tmp_path / name), RUN).modules()[0] for name in ("elastic", "undisturbed"))
     assert elastic.metadata["world_sizes"] == [[0, 2], [3, 1], [6, 3]]
@@ -85,12 +71,11 @@ def test_fewer_and_then_more_workers_go_on_with_the_same_batches(tmp_path: Path)
 
 def test_more_at_least_than_at_most_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"min_workers=4 is more than num_workers=3"):
-        parse(TREE | {"train": TREE["train"] | {"min_workers": 4}})
+        parse(STREAM | {"train": TRAIN | {"min_workers": 4}})
 
 
 def test_how_few_workers_are_enough_changes_no_key_and_no_digest(tmp_path: Path) -> None:
-    write_tiny_backbone(tmp_path)
-    plan = plan_in(tmp_path)
+    plan = tiny_plan(tmp_path, train=TRAIN)
     tree = plan.config.model_dump()
     tree["train"] |= {"min_workers": 1, "resize_every_s": 5.0}
     elastic = parse(tree)
@@ -100,8 +85,7 @@ def test_how_few_workers_are_enough_changes_no_key_and_no_digest(tmp_path: Path)
 
 def test_how_many_workers_there_are_changes_no_key_where_the_parts_are_said(tmp_path: Path) -> None:
     """And keys from before there were parts are those of as many parts as workers."""
-    write_tiny_backbone(tmp_path)
-    plan = plan_in(tmp_path)
+    plan = tiny_plan(tmp_path, train=TRAIN)
     tree = plan.config.model_dump()
     for workers in (1, 2, 3):
         tree["train"] |= {"num_parts": 3, "num_workers": workers}
@@ -113,5 +97,5 @@ def test_how_many_workers_there_are_changes_no_key_where_the_parts_are_said(tmp_
 
 
 def test_workers_above_the_parts_are_not_started() -> None:
-    tree = TREE | {"train": TREE["train"] | {"num_parts": 2, "num_workers": 5}}
-    assert parse(tree).train.most_workers == 2
+    train = TRAIN | {"num_parts": 2, "num_workers": 5}
+    assert parse(STREAM | {"train": train}).train.most_workers == 2

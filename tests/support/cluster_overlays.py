@@ -69,3 +69,24 @@ def configuration_of(overlay):
         sweep, varied = load_sweep(path, overrides)
         return varied, sweep.concurrent_trials
     return config.load(path, overrides), 1
+
+
+def cuda_variant():
+    (variant,) = set(re.findall(r"PLATFORM=(cu\d+)", dockerfile()))
+    return variant
+
+
+def dockerfile():
+    return (ROOT / "cluster/docker/Dockerfile").read_text()
+
+
+def pod_templates(overlay):
+    """(what it is, pod template) of everything that becomes a pod."""
+    cluster = ray_cluster(overlay)
+    yield "head", cluster["headGroupSpec"]["template"]
+    for group in cluster["workerGroupSpecs"]:
+        yield group["groupName"], group["template"]
+    for job in of_kind(overlay, "RayJob"):
+        yield "submitter", job["spec"]["submitterPodTemplate"]
+    for thing in of_kind(overlay, "Deployment", "StatefulSet", "Job", "DaemonSet"):
+        yield thing["metadata"]["name"], thing["spec"]["template"]

@@ -19,6 +19,7 @@ from diki_ray.clip.backbone import Backbone
 from diki_ray.learning.methods import Diki
 from diki_ray.learning.module import TaskModule
 from diki_ray.learning.moments import Moments
+from diki_ray.learning.task_trainer import Recipe, TaskTrainer
 
 PATH = Path(os.environ.get("DIKI_GOLDEN") or Path(__file__).parent.parent / "golden" / "diki_tiny.safetensors")
 
@@ -111,3 +112,12 @@ class Golden:
             moments=Moments.of(features),
             validation_features=features[:64].numpy().astype(np.float16),
         )
+
+
+def golden_trainer(golden: Golden, recipe: Recipe | None = None, num_parts: int | None = None) -> TaskTrainer:
+    meta = golden.meta
+    recipe = recipe or Recipe(lr=meta["lr"], final_lr_fraction=meta["lr_final"] / meta["lr"])
+    steps = meta["epochs"] * len(golden.train_batches(0))
+    return TaskTrainer(
+        golden.method, golden["task0.tokens"], recipe, steps, golden.prompts("init", 0), num_parts=num_parts
+    )

@@ -23,11 +23,6 @@ from diki_ray.store.run_store import RunStore
 DIKI = {"image_depth": 1, "image_length": 2, "text_depth": 1, "text_length": 2}
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("prepared")
-
-
 class Everything(Diki):
     """A sequential method with one of everything that a method may keep, draw, add or sum."""
 
@@ -162,7 +157,7 @@ def test_another_order_of_a_sequential_run_is_refused_and_its_first_tasks_are_no
 def test_the_documents_example_of_a_method_is_trained_and_answers(
     prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    document = (Path(__file__).parent.parent.parent / "docs" / "methods.md").read_text()
+    document = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
     code = document.split("## Adding a method\n")[1].split("```python\n")[1].split("```")[0]
     assert 20 <= len([line for line in code.splitlines() if line.strip()]) <= 35
     defined: dict[str, Any] = {}
@@ -193,3 +188,35 @@ def test_methods_learn_a_stream_and_are_bit_equal_after_a_kill(prepared: Path, m
     undisturbed = learnt(plan)
     assert learnt_through_kills(plan, (1, 1)).blobs == undisturbed.blobs
     assert evaluated(plan, undisturbed).accuracy().shape == (2, 2)
+
+
+LORA = {"name": "sequential_lora", "image_depth": 1, "text_depth": 1}
+
+
+@pytest.mark.parametrize("method", [
+    LORA,
+    LORA | {"wise_ft": 0.5},
+    LORA | {"against_forgetting": "ewc"},
+    LORA | {"against_forgetting": "badam"},
+    {"name": "zscl", "average_every": 2, "num_reference": 16, "reference_batch": 8},
+], ids=["plain", "wise_ft", "ewc", "badam", "zscl"])  # fmt: skip
+def test_a_sequential_stream_killed_between_any_steps_is_bit_equal(prepared: Path, method: dict[str, Any]) -> None:
+    training = ["train.epochs=2", "train.checkpoint_every_steps=1", "train.optimizer=adamw", "train.lr=0.01"]
+    plan = planned(prepared, method, *training)
+    undisturbed = learnt(plan)
+    assert learnt_through_kills(plan, (0, 1), (1, 1)).blobs == undisturbed.blobs
+    first, second = modules(plan, undisturbed)
+    assert (first.parameters["image.layer0.q_up"] != second.parameters["image.layer0.q_up"]).any()
+    kept = {name for name in second.parameters if "/" in name}
+    assert bool(kept) == ("against_forgetting" in method)  # what only training needs is gone
+
+
+def test_a_stream_learnt_with_rail_keeps_zero_shot_exactly_and_forgets_nothing(prepared: Path) -> None:
+    plan = planned(prepared, {"name": "rail", "hidden_dim": 256})
+    store = learnt(plan)
+    assert all(m.provenance["history"] == [] for m in modules(plan, store))  # no gradient
+    given, turned = evaluated(plan, store), evaluated(plan.in_order((1, 0)), store)
+    assert given.accuracy()[0, 1] == given.zero_shot()[1]
+    assert turned.accuracy()[0, 1] == given.zero_shot()[0]
+    np.testing.assert_array_equal(turned.accuracy()[1], given.accuracy()[1, ::-1])
+    assert given.accuracy()[1].mean() > given.zero_shot().mean() + 0.05

@@ -10,43 +10,27 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from open_store import OpenStore, the_module
-from tiny_backbone import write_tiny_backbone
+from fake_store import FakeStore, the_module
+from learning import tiny_plan, worker_of
+from processes import run_ranks
 
 from diki_ray.clip import sharded
 from diki_ray.config import parse
 from diki_ray.errors import ConfigError
-from diki_ray.runs.plan import Plan, build_method, load_backbone, make_plan
-from diki_ray.runs.train.worker import TaskWorker
+from diki_ray.runs.plan import load_backbone, make_plan
 
-TREE = {
-    "run": {"name": "run"},
-    "tasks": [{"data": "embedded:digits", "shots": 4}],
-    "method": {"image_depth": 2, "image_length": 2, "text_depth": 2, "text_length": 2},
-    # 40 images: 5 batches an epoch at the published learning rate, and an odd number for the statistics' two workers.
-    "train": {"epochs": 2, "batch_size": 8},
-}
+TRAIN = {"epochs": 2, "batch_size": 8}
+"""40 images: 5 batches an epoch at the published learning rate, and an odd number for the statistics' two workers."""
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None,
     reason="DeepSpeed is NOT tried: it is not installed (DS_BUILD_OPS=0 pip install -e '.[deepspeed]')",
 )
 
 
-def plan_in(folder: Path) -> Plan:
-    backbone = {"name": str(folder / "tiny_backbone.py")}
-    config = parse(TREE | {"backbone": backbone, "data": {"root": str(folder / "prepared")}})
-    return make_plan(config, load_backbone(config))
-
-
-def learn(plan: Plan, backbone: object, store: OpenStore | None) -> None:
-    TaskWorker(plan.config, build_method(plan.config, backbone), store).learn(plan.tasks[0])  # type: ignore[arg-type]
-
-
 def one_of_two(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)  # as Ray Train does
-    plan = plan_in(Path(folder))
+    plan = tiny_plan(Path(folder), train=TRAIN)
     backbone, whole = load_backbone(plan.config), load_backbone(plan.config)
     dist.init_process_group("gloo", f"file://{folder}/group", world_size=2, rank=rank)
     sharded.shard(backbone)
@@ -61,17 +45,17 @@ def one_of_two(rank: int, folder: str) -> None:
             torch.testing.assert_close(features[1], whole.encode_text(tokens), atol=1e-6, rtol=0)
     assert [f.shape for f in features] == [(3 * rank, 32), (rank, 32)]
 
-    learn(plan, backbone, OpenStore(Path(folder) / "deepspeed") if rank == 0 else None)
+    store = FakeStore(Path(folder) / "deepspeed") if rank == 0 else None
+    worker_of(plan, store, backbone).learn(plan.tasks[0])
     assert sharded.resident_bytes(backbone) < 0.55 * sharded.resident_bytes(whole)  # nothing was left gathered
     dist.destroy_process_group()
 
 
 @needs_deepspeed
 def test_two_workers_with_half_the_weights_each_train_the_module_of_ddp(tmp_path: Path) -> None:
-    write_tiny_backbone(tmp_path)
-    plan = plan_in(tmp_path)
-    mp.start_processes(one_of_two, (str(tmp_path),), nprocs=2, start_method="spawn")
-    learn(plan, load_backbone(plan.config), OpenStore(tmp_path / "ddp"))
+    plan = tiny_plan(tmp_path, train=TRAIN)
+    run_ranks(one_of_two, str(tmp_path), num_ranks=2)
+    worker_of(plan, FakeStore(tmp_path / "ddp")).learn(plan.tasks[0])
 
     module, expected = the_module(tmp_path / "deepspeed"), the_module(tmp_path / "ddp")
     assert module.key == expected.key
@@ -92,9 +76,8 @@ def test_without_deepspeed_one_sentence_says_what_to_install(monkeypatch: pytest
 
 def test_offload_without_deepspeed_is_refused_and_the_strategy_changes_no_key(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="offload is for strategy=deepspeed"):
-        parse(TREE | {"train": {"offload": True}})
-    write_tiny_backbone(tmp_path)
-    plan = plan_in(tmp_path)
+        parse({"run": {"name": "x"}, "tasks": [{"data": "embedded:digits"}], "train": {"offload": True}})
+    plan = tiny_plan(tmp_path, train=TRAIN)
     tree = plan.config.model_dump()
     tree["train"] |= {"strategy": "deepspeed", "offload": True}
     other = parse(tree)

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from open_store import RUN, OpenStore
-from tiny_backbone import write_tiny_backbone
+from fake_store import RUN, FakeStore
+from learning import tiny_plan, worker_of
+from processes import one_thread, run_ranks
 
-from diki_ray.config import parse
-from diki_ray.runs.plan import Plan, build_method, load_backbone, make_plan
-from diki_ray.runs.train.worker import TaskWorker
+from diki_ray.runs.plan import Plan
 from diki_ray.store.run_store import RunStore
 
-TREE = {
-    "run": {"name": RUN},
-    "tasks": [{"data": f"embedded:{name}", "shots": 2} for name in ("digits", "gems")],  # 20 images each
-    "train": {"epochs": 1, "batch_size": 7, "num_parts": 3, "lr": 0.05},  # the last batch has 6 images
-}
+TASKS = [{"data": f"embedded:{name}", "shots": 2} for name in ("digits", "gems")]
+"""20 images each, in batches of 7: the last has 6."""
 MOST = 3
 """Workers."""
 BLOCK = {"image_depth": 1, "text_depth": 1}
@@ -42,20 +35,17 @@ MANY_PARTS = {"dpw": 12, "zscl": 7}
 
 def plan_in(folder: Path, name: str) -> Plan:
     """zscl distils on a third prepared set."""
-    data = {"root": str(folder / "prepared")}
-    tree = TREE | {"backbone": {"name": str(folder / "tiny_backbone.py")}, "data": data}
     settings = METHODS[name]
     if name == "zscl":
-        mist = parse(tree | {"method": {"name": "zero_shot"}, "tasks": [{"data": "embedded:mist", "shots": 2}]})
-        settings = settings | {"reference": make_plan(mist, load_backbone(mist)).tasks[0].index.uri}
-    train = TREE["train"] | {"num_parts": MANY_PARTS.get(name, 3)}
-    config = parse(tree | {"method": {"name": name} | settings, "train": train})
-    return make_plan(config, load_backbone(config))
+        mist = tiny_plan(folder, method={"name": "zero_shot"}, tasks=[{"data": "embedded:mist", "shots": 2}])
+        settings = settings | {"reference": mist.tasks[0].index.uri}
+    train = {"epochs": 1, "batch_size": 7, "num_parts": MANY_PARTS.get(name, 3), "lr": 0.05}
+    return tiny_plan(folder, method={"name": name} | settings, tasks=TASKS, train=train)
 
 
 def learn(plan: Plan, folder: Path, rank: int = 0) -> None:
-    store = OpenStore(folder) if rank == 0 else RunStore.open(str(folder), RUN)  # which others only read
-    worker = TaskWorker(plan.config, build_method(plan.config, load_backbone(plan.config)), store)  # type: ignore[arg-type]
+    store = FakeStore(folder) if rank == 0 else RunStore.open(str(folder), RUN)  # which others only read
+    worker = worker_of(plan, store)
     for task in plan.tasks:
         worker.learn(task)
 
@@ -74,9 +64,8 @@ def one_of_many(rank: int, folder: str) -> None:
 
 
 def test_any_number_of_workers_learns_the_same_modules_to_the_bit(tmp_path: Path) -> None:
-    write_tiny_backbone(tmp_path)
     plans = {name: plan_in(tmp_path, name) for name in METHODS}  # prepares, before two do at once
-    mp.start_processes(one_of_many, (str(tmp_path),), nprocs=MOST, start_method="spawn")
+    run_ranks(one_of_many, str(tmp_path), num_ranks=MOST)
     with one_thread():
         for name, plan in plans.items():
             learn(plan, tmp_path / f"{name}-1")
@@ -89,14 +78,3 @@ def test_any_number_of_workers_learns_the_same_modules_to_the_bit(tmp_path: Path
 
 def digests(folder: Path) -> list[str]:
     return [entry.digest for entry in RunStore.open(str(folder), RUN).modules()]
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """As workers have: another number of threads is another rounding."""
-    number = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(number)

@@ -1,0 +1,219 @@
+"""Look at, check, move and trim a run's store.
+
+    python jobs/store.py list STORAGE [RUN]       runs of a storage, or modules of a run (--history: its log)
+    python jobs/store.py verify STORAGE RUN       everything that is wrong; exit code 1 if anything is
+    python jobs/store.py export STORAGE RUN PATH  to a folder, or to a .tar
+    python jobs/store.py import STORAGE RUN PATH
+    python jobs/store.py remove STORAGE RUN TASK  the run is then as if it had never learnt the task
+    python jobs/store.py rollback STORAGE RUN SEQ
+    python jobs/store.py purge STORAGE RUN        delete module files that no run of the storage refers to
+    python jobs/store.py compact STORAGE RUN      make a long log quick to open
+
+STORAGE is a local path or s3://, gs://, az://. What changes a run needs its lease and is refused while a driver has it.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from diki_ray.errors import LeaseHeldError, UserError
+from diki_ray.store.log import holder_of
+from diki_ray.store.process import this_process
+from diki_ray.store.run_store import Entry, RunStore
+
+Report = dict[str, Any]  # what --json prints; people see its lists as tables, then its `text`
+
+
+def list_(args: argparse.Namespace) -> Report:
+    if args.run is None:
+        runs = [_run_line(RunStore.open(args.storage, run)) for run in RunStore.runs(args.storage)]
+        return {"runs": runs, "text": f"{len(runs)} run(s) in {args.storage}"}
+    store = _existing(args)
+    entries = store.log.entries(1, store.version) if args.history else store.modules()
+    lines = [_entry_line(entry) for entry in entries]
+    return {"history" if args.history else "modules": lines, "text": f"{len(lines)} of {store.version} log entries"}
+
+
+def verify(args: argparse.Namespace) -> Report:
+    store = _existing(args, salvage=True)
+    problems = [vars(problem) for problem in store.verify()]
+    text = f"{len(store.modules())} module(s) read, {len(problems)} problem(s) found"
+    return {"problems": problems, "text": text, "exit_code": 1 if problems else 0}
+
+
+def export(args: argparse.Namespace) -> Report:
+    num_bytes = _existing(args).export(args.path)
+    return {
+        "path": args.path,
+        "num_bytes": num_bytes,
+        "text": f"{num_bytes:,} bytes in {args.path}: it opens as a storage",
+    }
+
+
+def import_(args: argparse.Namespace) -> Report:
+    store = RunStore.import_(args.storage, args.run, args.path)
+    text = (
+        f"run {args.run!r} has {len(store.modules())} modules in {args.storage}\n"
+        "Its report.html is not taken, as a page from elsewhere may hold scripts; to make it again:\n"
+        f"  python jobs/report.py {shlex.quote(args.run)} --storage {shlex.quote(args.storage)}"
+    )
+    return {"num_modules": len(store.modules()), "text": text}
+
+
+def remove(args: argparse.Namespace) -> Report:
+    with _held(args) as (store, epoch):
+        before = store.version
+        entry = store.remove_task(epoch, args.task)
+    text = (
+        f"Task {args.task!r} is out of run {args.run!r}, which now is exactly what it would be without it.\n"
+        "Its module stays in the library, for other runs and to undo this:\n"
+        f"  python jobs/store.py rollback {args.storage} {args.run} {before}\n"
+        "To delete its bytes for good, unless another run of this storage refers to them:\n"
+        f"  python jobs/store.py purge {args.storage} {args.run}\n"
+        "The log keeps the task's name and metadata, and results/ what it says until the run is evaluated again."
+    )
+    return {"removed": _entry_line(entry), "undo_with": before, "text": text}
+
+
+def rollback(args: argparse.Namespace) -> Report:
+    with _held(args) as (store, epoch):
+        before = store.version
+        modules = store.roll_back(epoch, args.seq)
+    text = (
+        f"Run {args.run!r} is as it was after entry {args.seq}. To undo:\n"
+        f"  python jobs/store.py rollback {args.storage} {args.run} {before}"
+    )
+    return {"modules": [_entry_line(entry) for entry in modules], "undo_with": before, "text": text}
+
+
+def purge(args: argparse.Namespace) -> Report:
+    with _held(args) as (store, epoch):
+        report = store.purge(epoch, args.dry_run)
+    done = "would be deleted" if report.dry_run else "deleted"
+    text = f"{len(report.digests)} modules, {report.num_bytes:,} bytes {done} (no run of the storage refers to them)"
+    return {**vars(report), "text": text}
+
+
+def compact(args: argparse.Namespace) -> Report:
+    with _held(args, salvage=args.accept_loss) as (store, epoch):
+        seq, damaged = store.compact(epoch), store.log.damaged
+    text = f"run {args.run!r} opens from a snapshot of its first {seq} entries"
+    if damaged:
+        text += f"; without {', '.join(damaged)}, which could not be read"
+    return {"seq": seq, "damaged": damaged, "text": text}
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        report = args.command(args)
+    except UserError as error:
+        hint = " (for this command: --take-over)" if isinstance(error, LeaseHeldError) else ""
+        print(f"error: {error}{hint}", file=sys.stderr)
+        return 2
+    exit_code = report.pop("exit_code", 0)
+    if args.json:
+        print(json.dumps({name: value for name, value in report.items() if name != "text"}, indent=2))
+    else:
+        _print(report)
+    return exit_code
+
+
+@contextmanager
+def _held(args: argparse.Namespace, salvage: bool = False) -> Iterator[tuple[RunStore, int]]:
+    store = _existing(args, salvage)
+    epoch = store.acquire(this_process("jobs/store.py"), take_over=args.take_over)
+    try:
+        yield store, epoch
+    finally:
+        store.release(epoch)
+
+
+def _existing(args: argparse.Namespace, salvage: bool = False) -> RunStore:
+    store = RunStore.open(args.storage, args.run, salvage)
+    if store.version == 0:
+        known = ", ".join(RunStore.runs(args.storage)) or "none"
+        raise UserError(f"{args.storage} has no run {args.run!r}; it has: {known}")
+    return store
+
+
+def _run_line(store: RunStore) -> dict[str, Any]:
+    lease, left_s = store.state.lease, store.log.seconds_held()
+    return {
+        "run": store.run,
+        "tasks": len(store.modules()),
+        "bytes": sum(entry.num_bytes for entry in store.modules()),
+        "version": store.version,
+        "held by": holder_of(lease).describe() if lease is not None and left_s > 0 else "",
+    }
+
+
+def _entry_line(entry: Entry) -> dict[str, Any]:
+    return {
+        "seq": entry.seq,
+        "kind": entry.kind,
+        "task": entry.task,
+        "by": holder_of(entry).describe() if entry.kind == "lease" else "",
+        "bytes": entry.num_bytes,
+        "time": datetime.fromtimestamp(entry.time, UTC).strftime("%Y-%m-%d %H:%M:%S"),
+        "key": entry.key,
+        "digest": entry.digest,
+    }
+
+
+def _print(report: Report) -> None:
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200)
+    for value in report.values():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            table = Table()
+            for name in value[0]:
+                table.add_column(name, no_wrap=name != "what")
+            for line in value:
+                table.add_row(*(_cell(name, cell) for name, cell in line.items()))
+            console.print(table)
+    console.print(report["text"], markup=False, highlight=False)
+
+
+def _cell(name: str, cell: Any) -> str:
+    if isinstance(cell, int):
+        return f"{cell:,}"
+    return (
+        str(cell)[:12] if name in ("key", "digest") else str(cell)
+    )  # enough to tell them apart; --json has them whole
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, act: Callable[[argparse.Namespace], Report], *more: str, changes: bool = False) -> Any:
+        command = commands.add_parser(name, help=f"see {name} above")
+        command.set_defaults(command=act)
+        command.add_argument("storage", metavar="STORAGE")
+        command.add_argument("run", metavar="RUN", nargs="?" if name == "list" else None)
+        for argument in more:
+            command.add_argument(argument, metavar=argument.upper(), type=int if argument == "seq" else str)
+        command.add_argument("--json", action="store_true", help="print JSON")
+        if changes:
+            command.add_argument("--take-over", action="store_true", help="take the run from the driver that has it")
+        return command
+
+    add("list", list_).add_argument("--history", action="store_true", help="the run's log instead of its modules")
+    add("verify", verify)
+    add("export", export, "path")
+    add("import", import_, "path")
+    add("remove", remove, "task", changes=True)
+    add("rollback", rollback, "seq", changes=True)
+    add("purge", purge, changes=True).add_argument("--dry-run", action="store_true", help="only say what would go")
+    add("compact", compact, changes=True).add_argument(
+        "--accept-loss", action="store_true", help="go on without log entries that can't be read"
+    )
+    return parser

@@ -1,0 +1,39 @@
+"""The benchmark runs at its smallest, all of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from job_process import run_job
+
+SECTIONS = ["training", "evaluation", "ablation", "stream", "routing", "input", "scaling", "memory", "layout"]
+PLOTS = ("classes", "batches", "ablation", "routing")
+
+
+def test_the_benchmark_runs_at_its_smallest_and_writes_a_table_json_and_plots(tmp_path: Path) -> None:
+    """It stops by itself when port and platform compute different losses or answers."""
+    sizes = ["--classes", "4", "--batch", "8", "16", "--rounds", "1", "--tasks", "3", "--stream-classes", "3"]
+    more = ["--routing-tasks", "5", "70", "--threads", "1", "--output", tmp_path]
+    done = run_job("benchmark", "--model", "debug", "--device", "cpu", *sizes, *more)
+    written = json.loads((tmp_path / "debug.json").read_text())
+    sections = written["sections"]
+    assert list(sections) == SECTIONS
+    assert all(title in done.stdout for title in sections)
+    for row in sections["training"]:
+        assert 0 < row["text_share"] < 1
+        assert row["fraction_of_matrix_throughput"] > 0
+    assert {r["same_route"] for r in sections["routing"]} == {1.0}
+    assert {r["optimisation"] for r in sections["ablation"]} > {
+        *("trim", "shared_beginning", "last_block_for_one_token", "no_frozen_pass", "class_tables")
+    }
+    assert all(0 <= r["idle_share"] <= 1 for r in sections["input"])
+    assert sections["scaling"][0]["speedup"] > 0
+    assert [(r["of"], r["mb"] > 0, r["port_mb"] > 0) for r in sections["memory"]] == [
+        ("training", True, True),
+        ("evaluation", True, True),
+    ]
+    assert {p.name for p in tmp_path.glob("*.svg")} == {f"debug_{n}.svg" for n in PLOTS}
+    page = (tmp_path / "debug.md").read_text()
+    assert all(f"### debug: {section}\n" in page for section in SECTIONS)
+    assert page.count("| classes | batch | images per s |") == 2
