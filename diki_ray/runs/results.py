@@ -15,7 +15,7 @@ import numpy as np
 
 from diki_ray.answering.evaluation import Evaluation
 from diki_ray.answering.metrics import Metrics, matrix_document, number
-from diki_ray.config import Config, parse
+from diki_ray.config import Config, parse_stored
 from diki_ray.errors import ConfigError
 from diki_ray.learning.methods import METHODS
 from diki_ray.learning.module import TaskModule
@@ -72,7 +72,7 @@ def is_of_configuration(results: dict[str, Any], config: Config) -> bool:
     Asked of the configuration that is stored with them, not of its digest: what a digest is made of has changed.
     """
     try:
-        return parse(results["config"], source=DOCUMENT).digest() == config.digest()
+        return parse_stored(results["config"], source=DOCUMENT).digest() == config.digest()
     except ConfigError:
         return False  # a version wrote it whose settings are not these
 

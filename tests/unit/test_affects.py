@@ -34,6 +34,11 @@ FAMILIES: dict[str, tuple[dict[str, Any], str, str]] = {
         "0c9c2be6d4a41b4011db39653835d0cef24cee3f38b2a788d3e18c8b8be78918",
         "d92bfd7812b06bfdceb1e68e1423025e8724d1c07a6711c23f31a761bf596bf7",
     ),
+    "classes": (
+        {},
+        "d587ed95b425fa539954121e166a68f2e20cd9f6f2344f5c288dbf1c138235bf",
+        "7a522cc0823afeda79fbb5145af0721c2991f9d17efc0af82732ffcc2a649f9b",
+    ),
     "zero_shot": (
         {},
         "7150f021fa6a1b763d094bb84c0ed598d675b1bbed33a0eae129bea2c7efee74",
@@ -277,6 +282,8 @@ def test_results_of_the_first_version_are_known_by_their_configuration() -> None
     """Their digest is of another sum of settings, with the number of evaluation workers for one."""
     results = {"config": FIRST | {"method": {"name": "diki"} | PROMPTS}, "config_digest": "of the first version"}
     short = {"run": {"name": "r"}, "tasks": [{"data": "a"}]}
+    assert not is_of_configuration(results, parse(short))  # routed by class densities now
+    short["routing"] = {"density": "task"}
     assert is_of_configuration(results, parse(short | {"evaluate": {"num_workers": 4}}))
     assert not is_of_configuration(results, parse(short | {"evaluate": {"routing": "batch"}}))
     assert not is_of_configuration(results, parse(short | {"train": {"lr": 1.0}}))
