@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -38,18 +39,18 @@ def growth(world: World, num_tasks: int, num_classes: int, num_images: int, roun
     with tempfile.TemporaryDirectory() as folder:
         plan = _plan(world, Path(folder), num_tasks, num_classes, num_images)
         blobs = _modules(world, plan)
+
+        def evaluate(stream_of: Plan, cache: Cache) -> None:
+            digests, order = list(blobs)[: len(stream_of.tasks)], range(len(stream_of.tasks))
+            evaluate_here(stream_of, digests, blobs.__getitem__, [order], "test", cache).accuracy()
+
         before, whole, grown, decoded = replace(plan, tasks=plan.tasks[:-1]), [], [], 0
         for n in range(rounds + 1):
             afresh, kept = (Cache.open(f"{folder}/{name}-{n}") for name in ("afresh", "kept"))
-
-            def evaluate(stream_of: Plan, cache: Cache) -> None:
-                digests, order = list(blobs)[: len(stream_of.tasks)], range(len(stream_of.tasks))
-                evaluate_here(stream_of, digests, blobs.__getitem__, [order], "test", cache).accuracy()
-
             evaluate(before, kept)
-            whole.append(timed(world.device, lambda cache=afresh: evaluate(plan, cache)))
+            whole.append(timed(world.device, partial(evaluate, plan, afresh)))
             with patch.object(stream, "decode_image", wraps=stream.decode_image) as decoding:
-                grown.append(timed(world.device, lambda cache=kept: evaluate(plan, cache)))
+                grown.append(timed(world.device, partial(evaluate, plan, kept)))
             decoded = decoding.call_count
         all_s, more_s = statistics.median(whole[1:]), statistics.median(grown[1:])
     return {
