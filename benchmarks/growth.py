@@ -39,14 +39,14 @@ def growth(world: World, num_tasks: int, num_classes: int, num_images: int, roun
     with tempfile.TemporaryDirectory() as folder:
         plan = _plan(world, Path(folder), num_tasks, num_classes, num_images)
         blobs = _modules(world, plan)
+
+        def evaluate(stream_of: Plan, cache: Cache) -> None:
+            digests, order = list(blobs)[: len(stream_of.tasks)], range(len(stream_of.tasks))
+            evaluate_here(stream_of, digests, blobs.__getitem__, [order], "test", cache).accuracy()
+
         before, whole, grown, decoded = replace(plan, tasks=plan.tasks[:-1]), [], [], 0
         for n in range(rounds + 1):
             afresh, kept = (Cache.open(f"{folder}/{name}-{n}") for name in ("afresh", "kept"))
-
-            def evaluate(stream_of: Plan, cache: Cache) -> None:
-                digests, order = list(blobs)[: len(stream_of.tasks)], range(len(stream_of.tasks))
-                evaluate_here(stream_of, digests, blobs.__getitem__, [order], "test", cache).accuracy()
-
             evaluate(before, kept)
             whole.append(timed(world.device, partial(evaluate, plan, afresh)))
             with patch.object(stream, "decode_image", wraps=stream.decode_image) as decoding:

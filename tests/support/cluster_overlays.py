@@ -5,11 +5,13 @@ import re
 import shlex
 import shutil
 import subprocess
+import tomllib
 import warnings
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from diki_ray import config
 from diki_ray.config.sweep import load_sweep
@@ -19,6 +21,10 @@ KUBERAY = ROOT / "cluster" / "kuberay"
 OVERLAYS = sorted(path.name for path in (KUBERAY / "overlays").iterdir())
 JOB_OVERLAYS = [n for n in OVERLAYS if "/job\n" in (KUBERAY / "overlays" / n / "kustomization.yaml").read_text()]
 SERVE_OVERLAYS = [n for n in OVERLAYS if "/serve\n" in (KUBERAY / "overlays" / n / "kustomization.yaml").read_text()]
+
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+DEPENDENCIES = {r.name: r for r in map(Requirement, PYPROJECT["dependencies"])}
+RAY_VERSION = next(iter(DEPENDENCIES["ray"].specifier)).version
 
 
 def tool(name, consequence):

@@ -11,7 +11,6 @@ import lzma
 import os
 import re
 import subprocess
-import tomllib
 
 import jsonschema
 import kubernetes_validate
@@ -21,6 +20,7 @@ from cluster_overlays import (
     JOB_OVERLAYS,
     KUBERAY,
     OVERLAYS,
+    RAY_VERSION,
     ROOT,
     SERVE_OVERLAYS,
     command_of,
@@ -32,7 +32,6 @@ from cluster_overlays import (
     render,
     rendered,
 )
-from packaging.requirements import Requirement
 from ray.serve.schema import ServeDeploySchema
 
 import diki_ray
@@ -40,12 +39,7 @@ from diki_ray import config
 from diki_ray.serving.deployment import Answering
 from diki_ray.serving.settings import TOKEN_VARIABLE, Settings
 
-DOCKER = ROOT / "cluster" / "docker"
 KUBERNETES = ("1.31", "1.37")  # the oldest and the newest that the overlays are for
-PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-DEPENDENCIES = {r.name: r for r in map(Requirement, PYPROJECT["dependencies"])}
-EXTRAS = {name: list(map(Requirement, wanted)) for name, wanted in PYPROJECT["optional-dependencies"].items()}
-RAY_VERSION = next(iter(DEPENDENCIES["ray"].specifier)).version
 MOUNT = "/mnt/diki"
 
 

@@ -2,12 +2,14 @@
 
 import re
 import subprocess
-import tomllib
 from pathlib import Path
 
 import pytest
 from cluster_overlays import (
+    DEPENDENCIES,
     OVERLAYS,
+    PYPROJECT,
+    RAY_VERSION,
     ROOT,
     cuda_variant,
     dockerfile,
@@ -19,11 +21,7 @@ from packaging.requirements import Requirement
 import diki_ray
 
 DOCKER = ROOT / "cluster" / "docker"
-KUBERNETES = ("1.31", "1.37")  # the oldest and the newest that the overlays are for
-PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-DEPENDENCIES = {r.name: r for r in map(Requirement, PYPROJECT["dependencies"])}
 EXTRAS = {name: list(map(Requirement, wanted)) for name, wanted in PYPROJECT["optional-dependencies"].items()}
-RAY_VERSION = next(iter(DEPENDENCIES["ray"].specifier)).version
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -184,8 +182,3 @@ def test_the_job_fails_with_one_sentence_and_code_2(stored: StoredRun, tmp_path:
         code, output, errors = job("predict", *arguments)
         assert (code, output) == (2, "")
         assert said in errors
-
-
-def test_reading_a_run_does_not_even_import_ray() -> None:
-    code = "import sys, diki_ray.prediction.run_predictor, diki_ray.report.run; sys.exit('ray' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
