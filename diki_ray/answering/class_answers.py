@@ -90,7 +90,7 @@ class ClassDensities:
 
     def logits(self, zero_shot: Tensor, names: Sequence[str]) -> Tensor:
         """[N, C] in the dtype of the zero-shot logits [N, C] of candidates of these names. A candidate that no task
-        knows keeps its zero-shot logit, and the others are relative to it; all are times `sharpness`."""
+        knows keeps its zero-shot logit, and the others are relative to it; all are times the model's sharpness."""
         pairs = self.model.pairs(tuple(names)) if self._num_tasks else None
         if pairs is None or not len(pairs.row):
             return zero_shot
@@ -98,14 +98,14 @@ class ClassDensities:
         between = constants.zero_shot_between * z
         ratio = constants.likelihood_ratio * (self.pooled[pairs.row] - self.unseen)
         learnt = (ratio + between[pairs.candidate]).logsumexp(0)
-        score = self._scores(pairs, between[pairs.candidate], NEGLIGIBLE / constants.sharpness)
+        score = self._scores(pairs, between[pairs.candidate], NEGLIGIBLE / self.model.sharpness)
         score += learnt - score.logsumexp(0)
         within = self._own[pairs.row] + constants.zero_shot_within * z[pairs.candidate]
         share = within - segment_logsumexp(within, pairs.lengths)[pairs.task]
         candidate, order = pairs.candidate.sort(stable=True)
         distinct, lengths = candidate.unique_consecutive(return_counts=True)
         between[distinct] = segment_logsumexp((score[pairs.task] + share)[order], lengths)
-        return (constants.sharpness * between.T).to(zero_shot.dtype).to(zero_shot.device)
+        return (self.model.sharpness * between.T).to(zero_shot.dtype).to(zero_shot.device)
 
     def _scores(
         self, pairs: Pairs, between: Tensor | float, margin: float, floor: Tensor | float = -torch.inf

@@ -38,6 +38,6 @@ class ClassModelSection(Section):
     """Images for each dimension up to which a task's part in the pooled covariance grows with its images."""
     pooling: ChangesAnswers[float] = Field(default=1.0, gt=0)
     """Images for each dimension at which a task's own covariance counts as much as the pooled one."""
-    sharpness: ChangesAnswers[float] = Field(default=1.0, gt=0)
-    """The factor of its scores before the softmax: below 1 confidences are milder. It changes no answer of the model
-    alone."""
+    sharpness: ChangesAnswers[float | None] = Field(default=None, gt=0)
+    """The factor of its logits: below 1 confidences are milder. It changes no answer of the model alone. By default
+    3 / √E in E dimensions, which validation and leave-one-out likelihood chose."""

@@ -131,7 +131,7 @@ def answers_by_formula(constants: ClassConstants, candidates: list[str]) -> np.n
     whole = logsumexp(list(of_task.values()), axis=0)
     for t, (columns, of_class) in share.items():
         scores[columns] = learnt_at_all + of_task[t] - whole + of_class
-    return (constants.sharpness * scores).T
+    return ((constants.sharpness or 3 / math.sqrt(E)) * scores).T
 
 
 @pytest.mark.parametrize("stranger", [False, True])
@@ -142,7 +142,7 @@ def test_answers_are_the_formula(constants: ClassConstants, candidates: list[str
     if stranger:
         candidates = [*candidates, "a class of the user's own"]
         zero_shot = torch.cat([zero_shot, torch.full((len(QUERIES), 1), 2.5)], dim=1)
-        own = np.full((len(QUERIES), 1), constants.sharpness * constants.zero_shot_between * 2.5)
+        own = np.full((len(QUERIES), 1), (constants.sharpness or 3 / math.sqrt(E)) * constants.zero_shot_between * 2.5)
         expected = np.concatenate([expected, own], axis=1)
     actual = ClassDensities(ClassModel(TASKS, constants), QUERIES).logits(zero_shot.double(), candidates)
     assert (actual.numpy().argmax(1) == expected.argmax(1)).all()
@@ -237,7 +237,7 @@ def test_a_class_without_images_is_a_class_never_seen() -> None:
     task = learnt("b", x, y, ("b0", "b1", "b2", "empty"))
     zero_shot = torch.randn(len(QUERIES), 2, generator=torch.Generator().manual_seed(1))
     logits = ClassDensities(ClassModel([task]), QUERIES).logits(zero_shot, ["b0", "empty"])
-    torch.testing.assert_close(logits[:, 1], zero_shot[:, 1])
+    torch.testing.assert_close(logits[:, 1], zero_shot[:, 1] * 3 / math.sqrt(E))
     only = ClassDensities(ClassModel([task]), QUERIES).logits(zero_shot, ["empty", "stranger"])
     assert torch.equal(only, zero_shot)
 
