@@ -35,7 +35,6 @@ from torch import Tensor
 from diki_ray.errors import ConfigError, DataError
 from diki_ray.learning.moments import Moments
 from diki_ray.learning.statistics import Statistics
-from diki_ray.learning.statistics import Statistics
 
 SCATTER_GRID = 2.0**-36
 """Within-class scatters are added as whole multiples of it: exact in int64 for the first 10⁸ images, and far below a
