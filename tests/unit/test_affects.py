@@ -26,7 +26,8 @@ TREE = {
     "run": {"name": "r", "seed": 3},
     "tasks": [{"data": "a"}, {"data": "b"}],
     "backbone": {"precision": "float32"},
-    "train": {"epochs": 2, "min_steps": 10, "batch_size": 4, "lr": 0.5},
+    # Not said, the parts of a new run are as many as its workers.
+    "train": {"epochs": 2, "min_steps": 10, "batch_size": 4, "lr": 0.5, "num_parts": 1},
 }
 FAMILIES: dict[str, tuple[dict[str, Any], str, str]] = {
     "diki": (
