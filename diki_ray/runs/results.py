@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from diki_ray.answering.answers import chances
 from diki_ray.answering.evaluation import Evaluation
 from diki_ray.answering.metrics import Metrics, matrix_document, number
 from diki_ray.config import Config, parse
@@ -86,7 +87,7 @@ def _task(plan: Plan, evaluation: Evaluation, j: int, module: TaskModule, digest
         "name": planned.name,
         "class_names": list(planned.class_names),
         "templates": list(planned.templates),
-        "chance": 1 / len(planned.class_names),
+        "chance": chances(plan.config.evaluate.label_space, [len(t.class_names) for t in plan.tasks])[j],
         "data": {"uri": planned.index.uri, "digest": planned.index.digest(), "protocol": planned.index.split_protocol},
         "module": {
             "key": planned.key,
@@ -117,7 +118,7 @@ def _examples(plan: Plan, evaluation: Evaluation, j: int) -> list[dict[str, Any]
     """Some test images with their answers at the end: as many wrong ones as there are, up to half."""
     answers, last = evaluation.test_sets[j], evaluation.predict(j, range(len(plan.tasks)))
     names = [t.class_names for t in plan.tasks]
-    right = last.correct(answers.labels, j, names)
+    right = evaluation.correct(j, last)
     wrong_rows, right_rows = np.flatnonzero(~right)[: NUM_EXAMPLES // 2], np.flatnonzero(right)
     rows = np.concatenate([wrong_rows, right_rows[: NUM_EXAMPLES - len(wrong_rows)]])
     zero = evaluation.predict(j, ())
