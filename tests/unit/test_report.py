@@ -216,6 +216,18 @@ def test_published_figures_are_shown_for_the_same_split_and_routing_only() -> No
     assert "ZSCL" not in text.replace("zscl", "")  # the zscl split is another protocol
 
 
+def test_published_zero_shot_stands_beside_ours_where_it_is_known() -> None:
+    results = mtil()
+    assert "zero-shot, published" not in Page(render([results], no_pictures)).text  # only known on the zscl split
+    results["protocol"] = "mtil-1/zscl/image"
+    for task in results["tasks"]:
+        task["data"]["protocol"] = "zscl"
+    comparison = compare(results)
+    assert comparison is not None
+    assert (comparison.rows[0].transfer, comparison.rows[0].average, comparison.rows[0].last) == (69.4, 65.3, 65.3)
+    assert "zero-shot, published" in Page(render([results], no_pictures)).text
+
+
 def test_a_run_on_the_published_backbone_is_not_warned_about_it() -> None:
     results = mtil()
     results["backbone"]["name"] = "ViT-B-16"
