@@ -190,6 +190,10 @@ def _warnings(runs: Sequence[Results]) -> list[str]:
         found.append("They are answered among different label spaces.")
     if len({r["backbone"]["digest"] for r in runs}) > 1:
         found.append("They stand on different backbones: compare each with its own zero-shot row.")
+    for results in runs:
+        for task in results["tasks"]:
+            if lacking := task["data"].get("shortcomings"):
+                found.append(f"{results['run']}, {task['name']} is not complete: {'; '.join(lacking)}.")
     data: dict[str, set[str]] = {}
     for results in runs:
         for task in results["tasks"]:
