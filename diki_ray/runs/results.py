@@ -16,12 +16,8 @@ import numpy as np
 from diki_ray.answering.answers import chances
 from diki_ray.answering.evaluation import Evaluation
 from diki_ray.answering.metrics import Metrics, matrix_document, number
-<<<<<<< HEAD
 from diki_ray.config import Config, parse_stored
-=======
-from diki_ray.config import Config, parse
 from diki_ray.data.completeness import is_incomplete, shortcomings
->>>>>>> rehearse
 from diki_ray.errors import ConfigError
 from diki_ray.learning.methods import METHODS
 from diki_ray.learning.module import TaskModule
