@@ -36,7 +36,7 @@ def shortcomings(index: DatasetIndex) -> list[str]:
     """What this data set lacks, a phrase each; empty for a whole one."""
     about = index.provenance
     found = [
-        f"{split} has {sizes['found']:,} usable images, the published split {sizes['published']:,}"
+        f"{split} has {sizes['found']:,} images, the published split {sizes['published']:,}"
         for split, sizes in about.get("sizes_that_differ", {}).items()
     ]
     found += [f"left out: {count} × {reason}" for reason, count in about.get("left_out", {}).items()]

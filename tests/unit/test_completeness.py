@@ -44,10 +44,10 @@ def test_a_damaged_test_image_and_a_half_downloaded_split_are_said_and_mark_the_
         "test": {"found": 11, "published": 12},
     }
     text = "; ".join(shortcomings(index))
-    assert "train has 12 usable images, the published split 2,944" in text
+    assert "train has 12 images, the published split 2,944" in text
     assert "left out: 1 × truncated image" in text
     assert protocol_with(index, "mtil-1/coop") == "mtil-1/coop/image+incomplete"
-    assert "train has 12 usable images" in "\n".join(prepare.summary(index))
+    assert "train has 12 images" in "\n".join(prepare.summary(index))
     json.dumps(index.provenance)  # it is stored
 
 

@@ -306,8 +306,8 @@ def test_runs_that_cannot_be_compared_are_marked() -> None:
 
 def test_what_a_data_set_lacks_is_said_at_the_top() -> None:
     results = mtil()
-    results["tasks"][8]["data"]["shortcomings"] = ["train has 111 usable images, the published split 2,944"]
-    assert "OxfordPets is not complete: train has 111 usable images" in Page(render([results], no_pictures)).text
+    results["tasks"][8]["data"]["shortcomings"] = ["train has 111 images, the published split 2,944"]
+    assert "OxfordPets is not complete: train has 111 images" in Page(render([results], no_pictures)).text
 
 
 def test_results_are_found_by_path_and_missing_ones_named(tmp_path: Path) -> None:
