@@ -12,53 +12,54 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import Tensor
 
 from benchmarks.evaluation import Answering
 from benchmarks.timing import timed
 from benchmarks.training import Row, Steps, batch_of, make_trainer
 from benchmarks.world import World
-from diki_ray.clip.residual import Parameters
+from diki_ray.learning.collective import own_parts
+
+NUM_PARTS = (1, 2, 4, 8)
 
 
-def scaling(model: str, num_classes: int, batch: int, rounds: int) -> Row:
-    """1 and 2 processes of one thread with gloo on this machine, the same global batch; and 2 that don't split the
-    classes. The two take turns."""
+def scaling(model: str, num_classes: int, batch: int, rounds: int) -> list[Row]:
+    """1 and 2 processes of one thread with gloo on this machine, the same global batch in 1, 2, 4 and 8 parts. All take
+    turns. A ratio of 1.1 is 1.1 times the time of one part on one worker, or of two parts on two."""
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(_scaling_worker, (model, num_classes, batch, rounds, folder), nprocs=2, start_method="spawn")
-        seconds: dict[str, list[float]] = torch.load(Path(folder) / "seconds.pt", weights_only=True)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    return {
-        "classes": num_classes,
-        "batch": batch,
-        "one_worker_images_per_s": batch / median["one"],
-        "two_workers_images_per_s": batch / median["two"],
-        "speedup": median["one"] / median["two"],
-        "speedup_without_class_split": median["one"] / median["two_unsplit"],
-    }
+        measured: dict[str, list[float]] = torch.load(Path(folder) / "seconds.pt", weights_only=True)
+    seconds = {name: statistics.median(values) for name, values in measured.items()}
+    rows: list[Row] = []
+    for workers, base in ((1, "1/1"), (2, "2/2")):
+        for parts in (p for p in NUM_PARTS if p >= workers):
+            own = seconds[f"{workers}/{parts}"]
+            row = {"classes": num_classes, "batch": batch, "workers": workers, "parts": parts}
+            rates = {"images_per_s": batch / own, "time_ratio": own / seconds[base], "speedup": seconds["1/1"] / own}
+            rows.append(row | rates)
+    return rows
 
 
 def _scaling_worker(rank: int, model: str, num_classes: int, batch: int, rounds: int, folder: str) -> None:
     torch.set_num_threads(1)
     world = World.make(model, "cpu")
-    trainer = make_trainer(world, world.tokens(num_classes))
-    images, labels = batch_of(world, num_classes, batch)
-    split = trainer._class_features
+    tokens, (images, labels) = world.tokens(num_classes), batch_of(world, num_classes, batch)
+    trainers = {parts: make_trainer(world, tokens, parts) for parts in NUM_PARTS}
+    seconds: dict[str, list[float]] = {}
 
-    def unsplit(parameters: Parameters | None = None) -> Tensor:
-        return world.method.text_features(trainer.class_tokens, trainer.parameters)
+    def measure(workers: int, parts: int) -> None:
+        own = [(images[p::parts], labels[p::parts]) for p in own_parts(parts)]
+        taken = timed("cpu", lambda: trainers[parts].step_in_parts(own))
+        seconds.setdefault(f"{workers}/{parts}", []).append(taken)
 
-    seconds: dict[str, list[float]] = {"one": [], "two": [], "two_unsplit": []}
     for turn in range(rounds + 1):  # the first is a warm-up
         if rank == 0:
-            seconds["one"].append(timed("cpu", lambda: trainer.step(images, labels)))
+            for parts in NUM_PARTS:
+                measure(1, parts)
         dist.init_process_group("gloo", f"file://{folder}/group{turn}", world_size=2, rank=rank)
-        for name, features in (("two", split), ("two_unsplit", unsplit)):
-            trainer._class_features = features  # type: ignore[method-assign]
+        for parts in NUM_PARTS[1:]:
             dist.barrier()
-            seconds[name].append(timed("cpu", lambda: trainer.step(images[rank::2], labels[rank::2])))
+            measure(2, parts)
         dist.destroy_process_group()
-        trainer._class_features = split  # type: ignore[method-assign]
     if rank == 0:
         torch.save({name: values[1:] for name, values in seconds.items()}, f"{folder}/seconds.pt")
 

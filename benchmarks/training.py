@@ -19,8 +19,8 @@ LR = 1.0
 Row = dict[str, Any]
 
 
-def make_trainer(world: World, tokens: Tensor) -> TaskTrainer:
-    return TaskTrainer(world.method, tokens, Recipe(lr=LR), MANY_STEPS, world.parameters(0))
+def make_trainer(world: World, tokens: Tensor, num_parts: int | None = None) -> TaskTrainer:
+    return TaskTrainer(world.method, tokens, Recipe(lr=LR), MANY_STEPS, world.parameters(0), num_parts=num_parts)
 
 
 def batch_of(world: World, num_classes: int, batch: int) -> tuple[Tensor, Tensor]:

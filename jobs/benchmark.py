@@ -28,6 +28,7 @@ from benchmarks import (
     attention,
     evaluation,
     feeding,
+    growth,
     layout,
     matrix,
     processes,
@@ -39,7 +40,7 @@ from benchmarks import (
 from benchmarks.world import MODELS, World
 
 SECTIONS = (
-    *("training", "evaluation", "ablation", "stream", "routing", "input", "scaling", "memory", "layout"),
+    *("training", "evaluation", "ablation", "stream", "growth", "routing", "input", "scaling", "memory", "layout"),
     *("compile", "attention"),
 )
 LEFT_OUT = {"cpu": ("compile", "attention"), "cuda": ("scaling",)}
@@ -107,9 +108,10 @@ def measure(a: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> di
             training.ablation(world, classes, batch, a.rounds) + evaluation.ablation(world, classes, batch, a.rounds)
         ),
         "stream": lambda: [matrix.matrix(world, a.tasks, a.stream_classes, batch, a.stream_batches, few)],
+        "growth": lambda: [growth.growth(world, a.tasks, a.stream_classes, batch * a.stream_batches, few)],
         "routing": lambda: [routing.routing(world, t, batch, few, tower_s) for t in a.routing_tasks],
         "input": lambda: feeding.input_share(world, classes, a.batch[0], epochs=2),
-        "scaling": lambda: [processes.scaling(a.model, classes, batch, a.rounds)],
+        "scaling": lambda: [row for b in a.batch for row in processes.scaling(a.model, classes, b, a.rounds)],
         "memory": lambda: processes.memory(a.model, a.device, classes, batch),
         "layout": lambda: [layout.layout(world, batch, a.rounds)],
         "compile": lambda: [training.compiled(world, classes, batch, a.rounds, a.compile_mode)],

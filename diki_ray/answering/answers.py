@@ -88,10 +88,10 @@ class Prediction:
     routed: np.ndarray  # int64 [N], NO_TASK: no task
     weight: np.ndarray  # float64 [N], the image's integration weight
 
-    def correct(self, labels: np.ndarray, task: int, names: Names) -> np.ndarray:
-        """bool [N]: the right class, or one of the right class's name in another data set."""
+    def correct(self, labels: np.ndarray, task: int, names: Names | None = None) -> np.ndarray:
+        """bool [N]: the right class of the data set of `task`; with names also one of its name in another data set."""
         right = (self.block == task) & (self.best == labels)
-        for n in np.flatnonzero(self.block != task):
+        for n in np.flatnonzero(self.block != task) if names is not None else ():
             right[n] = names[self.block[n]][self.best[n]] == names[task][labels[n]]
         return right
 
@@ -103,6 +103,15 @@ def candidate_tasks(label_space: str, task: int, learnt: Sequence[int], num_task
     if label_space == "seen" and task in learnt:
         return sorted(learnt)
     return [task]
+
+
+def chances(label_space: str, sizes: Sequence[int]) -> list[float]:
+    """For each task what guessing gives once all are learnt: 1 / the classes that its test images may be answered with.
+
+    sizes: each task's number of classes.
+    """
+    tasks = range(len(sizes))
+    return [1 / sum(sizes[c] for c in candidate_tasks(label_space, j, tasks, len(sizes))) for j in tasks]
 
 
 def predict(

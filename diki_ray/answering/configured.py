@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import torch
 
 from diki_ray.answering.class_features import ClassFeatures, Exact, Tabulated
+from diki_ray.answering.class_head import ClassHead, ClassModels, ClassRouter
+from diki_ray.answering.class_model import ClassConstants
 from diki_ray.answering.coarse import CoarseGaussians
 from diki_ray.answering.gaussians import Gaussians
 from diki_ray.answering.predictor import Predictor
-from diki_ray.answering.routing import Calibration, GaussianRouter, Published, Router, Validated
+from diki_ray.answering.routing import ROUTED, Calibration, GaussianRouter, Published, Router, Validated
 from diki_ray.config import Config
 from diki_ray.errors import ConfigError
 from diki_ray.learning.methods import METHODS, Method
@@ -39,13 +41,37 @@ def build_predictor(
     Raises:
         ConfigError: the calibration needs what a module does not have.
     """
+    router = build_router(config, method.backbone.embed_dim, modules, method.backbone.device, coarse_from)
     return Predictor(
         method,
         modules,
-        build_router(config, method.backbone.embed_dim, modules, method.backbone.device, coarse_from),
+        router,
         build_class_features(config) if class_features is None else class_features,
         skip_weight=config.evaluate.skip_weight,
+        head=build_head(config, router),
     )
+
+
+def build_head(config: Config, router: Router) -> ClassHead | None:
+    """The class model as it answers, alone or beside the modules; None where the modules answer without it."""
+    if not isinstance(router, ClassRouter):
+        return None
+    if METHODS[config.method.name].answering == "classes":
+        return ClassHead(router.models, None)
+    beside = config.class_model.beside_modules
+    return ClassHead(router.models, beside) if beside else None
+
+
+def answers_by_set(config: Config) -> bool:
+    """Whether an image's answer depends on all tasks that are learnt, and not only on the one it is routed to."""
+    answering = METHODS[config.method.name].answering
+    has_head = answering == "classes" or config.class_model.beside_modules > 0
+    return answering == "joint" or (routes_by_classes(config) and has_head)
+
+
+def routes_by_classes(config: Config) -> bool:
+    """Whether the class model tells the task of an image."""
+    return config.routing.density == "classes" and METHODS[config.method.name].answering in ROUTED
 
 
 def build_class_features(config: Config) -> ClassFeatures:
@@ -64,7 +90,14 @@ def build_router(
     device: str | torch.device = "cpu",
     coarse_from: int | None = None,
 ) -> Router:
-    """Returns the router over the Gaussians of these modules, as `build_predictor` says. It needs no backbone."""
+    """Returns the router over the densities of these modules' tasks, as `build_predictor` says. It needs no backbone.
+
+    Raises:
+        ConfigError: also where the class model routes and a module has no class means.
+    """
+    if routes_by_classes(config):
+        constants = config.class_model.model_dump(exclude={"beside_modules"})
+        return ClassRouter(ClassModels(modules, ClassConstants(**constants)))
     statistics = config.statistics
     if not modules:
         return GaussianRouter(None, build_calibration(config, embed_dim, None, modules))

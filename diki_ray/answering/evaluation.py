@@ -44,12 +44,20 @@ class Evaluation:
         candidates = candidate_tasks(self.label_space, task, learnt, len(self.names))
         return predict(self.test_sets[task], self.routes[task](learnt), learnt, candidates, self.key_of, self.names)
 
+    def correct(self, task: int, prediction: Prediction) -> np.ndarray:
+        """bool [N]: which images of test set `task` were answered rightly.
+
+        Where two data sets have a class of one name, X-TAIL ("all") counts only the one of the image's own data set,
+        as RAIL's public code does (docs/faq.md); "seen" counts either.
+        """
+        names = None if self.label_space == "all" else self.names
+        return prediction.correct(self.test_sets[task].labels, task, names)
+
     def accuracy_of(self, task: int, learnt: Sequence[int]) -> float:
         """Accuracy on test set `task` once `learnt` are learnt."""
         key = (task, self._key(task, learnt))
         if key not in self._accuracies:
-            labels = self.test_sets[task].labels
-            self._accuracies[key] = float(self.predict(task, learnt).correct(labels, task, self.names).mean())
+            self._accuracies[key] = float(self.correct(task, self.predict(task, learnt)).mean())
         return self._accuracies[key]
 
     def accuracy(self, order: Sequence[int] | None = None) -> np.ndarray:
@@ -94,7 +102,7 @@ class Evaluation:
                     keys=answers.keys,
                     labels=answers.labels,
                     learnt_at=place.get(j),
-                    correct=np.stack([p.correct(answers.labels, j, self.names) for p in after]),
+                    correct=np.stack([self.correct(j, p) for p in after]),
                     confidence=np.stack([p.confidence for p in after]),
                     routed=np.stack([np.array([place[t] for t in p.routed.tolist()]) for p in after]),
                     weight=np.stack([p.weight for p in after]),

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from diki_ray.answering.class_features import Candidates, ClassFeatures, PromptedClasses
-from diki_ray.answering.routing import NO_TASK, Router, Routes, Routing, Scores, unrouted
+from diki_ray.answering.class_head import ClassHead
+from diki_ray.answering.routing import NO_TASK, ROUTED, Router, Routes, Routing, Scores, unrouted
 from diki_ray.clip.backbone import Backbone
 from diki_ray.clip.residual import Parameters
 from diki_ray.learning.methods.base import Method
@@ -29,6 +30,7 @@ class Predictor:
     router: chooses the module and its weight for each image, where the method is `routed`.
     class_features: where class features come from; predictors over the same backbone may share it.
     skip_weight: images whose weight is below it get the frozen model's answer without a residual pass; 0 is off.
+    head: the class model, where it answers alone or beside the modules.
     """
 
     method: Method
@@ -36,17 +38,23 @@ class Predictor:
     router: Router
     class_features: ClassFeatures
     skip_weight: float = 0.0
+    head: ClassHead | None = None
     parameters: list[Parameters] = field(init=False, default_factory=list)
     _joined: dict[tuple[int, ...], Any] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.method.answering not in ("routed", "latest"):
+        if not self.has_modules:
             return
         device = self.backbone.device
         self.parameters = [
             self.method.effective({n: torch.from_numpy(np.array(p)).to(device) for n, p in module.parameters.items()})
             for module in self.modules
         ]
+
+    @property
+    def has_modules(self) -> bool:
+        """Says whether images are answered under a task's module; else they are by their frozen features."""
+        return self.method.answering in ("routed", "latest")
 
     @property
     def backbone(self) -> Backbone:
@@ -61,20 +69,24 @@ class Predictor:
         """Returns the densities of frozen features [B, E] under each of the tasks `learnt`, in that order, and the
         weights at which each task would answer. All modules are learnt by default."""
         scores = self.router.scores(features, range(len(self.modules)) if learnt is None else learnt)
-        if self.method.answering == "routed":
+        if self.method.answering in ROUTED:
             return scores
         return replace(scores, weight=torch.full_like(scores.weight, self.method.answering == "latest"))
 
     def routes(self, scores: Scores, routing: Routing) -> Routes:
         """Chooses the task and weights of each image among the tasks of the scores; ties go to the first. A method that
         is not routed has its own rule (`Method.answering`)."""
-        if self.method.answering == "routed":
+        if self.method.answering in ROUTED:
             return scores.routes(routing)
         return unrouted(len(scores.log_density), self.method.answering, scores.learnt)
 
     def answering_task(self, routes: Routes) -> Tensor:
-        """Returns int64 [B], the task whose module answers each image; it is NO_TASK also below `skip_weight`."""
+        """Returns int64 [B], the task that answers each image; it is NO_TASK also below `skip_weight`."""
         return torch.where(routes.weight < self.skip_weight, NO_TASK, routes.task)
+
+    def _module(self, routes: Routes) -> Tensor:
+        task = self.answering_task(routes)
+        return task if self.has_modules else torch.full_like(task, NO_TASK)
 
     @torch.no_grad()
     def image_features(self, images: Tensor, frozen: Tensor, routes: Routes) -> Tensor:
@@ -82,7 +94,7 @@ class Predictor:
 
         images [B, 3, H, W] are read only where a residual pass is needed; frozen [B, E] are their frozen features.
         """
-        task = self.answering_task(routes)
+        task = self._module(routes)
         features = frozen.clone()
         prompted = (task != NO_TASK).nonzero().flatten()
         if len(prompted):
@@ -91,7 +103,7 @@ class Predictor:
 
     def logits_of_features(self, features: Tensor, routes: Routes, candidates: Candidates) -> Tensor:
         """Returns [B, C] float32 on the CPU, for features that `image_features` gave for the same routes."""
-        task = self.answering_task(routes)
+        task = self._module(routes)
         out = torch.empty(len(features), len(candidates.names))
         for t in task.unique().tolist():
             rows = (task == t).nonzero().flatten()
@@ -116,10 +128,12 @@ class Predictor:
         features are those that `image_features` gave, and routes those that `routes` gave for the same tasks learnt.
         """
         logits = torch.cat([self.logits_of_features(features, routes, c) for c in candidates], dim=1)
-        if self.method.answering != "joint":
-            return logits
         names = [name for c in candidates for name in c.names]
-        return self.joint_logits(frozen, logits, names, range(len(self.modules)) if learnt is None else learnt)
+        learnt = range(len(self.modules)) if learnt is None else learnt
+        if self.head is not None:
+            zero_shot = self.zero_shot_logits(frozen, candidates) if self.has_modules else logits
+            return self.head.logits(frozen, logits, zero_shot, names, learnt)
+        return self.joint_logits(frozen, logits, names, learnt) if self.method.answering == "joint" else logits
 
     def zero_shot_logits(self, frozen: Tensor, candidates: Sequence[Candidates]) -> Tensor:
         """Returns the frozen model's logits [B, all candidates]."""

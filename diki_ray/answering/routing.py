@@ -18,6 +18,8 @@ from diki_ray.answering.gaussians import Gaussians
 from diki_ray.learning.methods.base import Answering
 
 Routing = Literal["image", "batch"]
+ROUTED: tuple[Answering, ...] = ("routed", "classes")
+"""The ways of answering in which a router tells the task of an image."""
 NO_TASK = -1
 """The route of an image when nothing is learnt, or when its weight is below `skip_weight`: the frozen model answers."""
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diki_ray.answering.routing import NO_TASK, Router, Routes, Routing, Scores, unrouted
+from diki_ray.answering.routing import NO_TASK, ROUTED, Router, Routes, Routing, Scores, unrouted
 from diki_ray.config import Config
 from diki_ray.learning.methods import METHODS
 from diki_ray.learning.methods.base import Answering
@@ -72,7 +72,7 @@ class SplitRouter:
 
     def routes(self, frozen: Tensor, sizes: Sequence[int]) -> RoutesAfter:
         """The routes of images with these frozen features [N, E], which lie in canonical batches of these sizes."""
-        if self.answering != "routed":
+        if self.answering not in ROUTED:
             last_counts = self.answering == "latest"
             return RoutesAfter(lambda n: self._joined([unrouted(len(frozen), self.answering, n)], last_counts))
         scores = self.router.about(frozen)
@@ -89,7 +89,7 @@ class SplitRouter:
 
     def _joined(self, routes: Sequence[Routes], ordered: bool) -> SplitRoutes:
         task, weight, text_weight = (torch.cat([vars(r)[n] for r in routes]) for n in ("task", "weight", "text_weight"))
-        module = torch.where(weight < self.skip_weight, NO_TASK, task)
+        module = torch.where((weight < self.skip_weight) | (self.answering == "classes"), NO_TASK, task)
         return SplitRoutes(task.numpy(), weight.numpy(), text_weight.numpy(), module.numpy(), ordered)
 
     def _tied(self, scores: Scores) -> bool:

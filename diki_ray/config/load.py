@@ -50,6 +50,18 @@ def parse(tree: Any, source: str = "configuration") -> Config:
         raise ConfigError(f"{source}: {sentences(error, Config)}") from None
 
 
+def parse_stored(tree: Any, source: str) -> Config:
+    """The configuration that a run left in its storage or a bundle. A version without class statistics wrote no
+    `routing`: what it made was routed by one Gaussian a task, and is answered so.
+
+    Raises:
+        ConfigError: as `parse`.
+    """
+    if isinstance(tree, dict) and "routing" not in tree:
+        tree = tree | {"routing": {"density": "task"}}
+    return parse(tree, source)
+
+
 def sentences(error: ValidationError, root: type[BaseModel]) -> str:
     """What pydantic found, one sentence a field, with the fields that there are for one that there is not."""
     errors = error.errors()

@@ -133,6 +133,12 @@ class RailSection(Section):
     """Of the random projection, which all tasks share."""
 
 
+class ClassesSection(Section):
+    """The class model alone: nothing is trained. Its settings are those of `class_model`."""
+
+    name: ChangesModule[Literal["classes"]]
+
+
 def _name_of(value: Any) -> Any:
     return value.get("name", "diki") if isinstance(value, dict) else getattr(value, "name", None)
 
@@ -145,7 +151,8 @@ MethodSection = Annotated[
     | Annotated[CAdaSection, Tag("c_ada")]
     | Annotated[SequentialLoraSection, Tag("sequential_lora")]
     | Annotated[ZsclSection, Tag("zscl")]
-    | Annotated[RailSection, Tag("rail")],
+    | Annotated[RailSection, Tag("rail")]
+    | Annotated[ClassesSection, Tag("classes")],
     Discriminator(_name_of, custom_error_type="no_such_method", custom_error_message="there is no such method"),
 ]
 

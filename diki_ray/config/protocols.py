@@ -18,6 +18,8 @@ from diki_ray.errors import DataError
 BENCHMARK_SPLITS = ("coop", "zscl")
 ROUTINGS = ("batch", "image")
 LABEL_SPACES = ("task", "seen", "all")
+ZERO_SHOT = "zero-shot, published"
+"""The name of the published row of the backbone alone; it has no routing."""
 _NOT_DATASETS = ("protocols.json", "published.json")
 
 
@@ -143,7 +145,7 @@ class PublishedResult:
 
 
 def published(protocol_name: str) -> tuple[PublishedResult, ...]:
-    """Published results of a protocol, whatever their split; empty where none are kept."""
+    """Published results of a protocol, zero-shot first, whatever their split; empty where none are kept."""
     content = _read("published.json")
     found = []
     for method, metrics in content["protocols"].get(protocol_name, {}).get("methods", {}).items():
@@ -161,4 +163,15 @@ def published(protocol_name: str) -> tuple[PublishedResult, ...]:
                 **means,
             )
         )
+    if means := content["zero_shot"].get(protocol_name):
+        zero_shot = PublishedResult(
+            ZERO_SHOT,
+            content["backbone"],
+            content["zero_shot"]["split"],
+            None,
+            **means,
+            per_dataset={},
+            source=content["source"],
+        )
+        found.insert(0, zero_shot)
     return tuple(found)

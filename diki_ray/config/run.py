@@ -16,6 +16,7 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from diki_ray.config.affects import Affects, ChangesAnswers, ChangesModule, ChangesNothing, StoredAs, settings
+from diki_ray.config.class_model import ClassModelSection, RoutingSection
 from diki_ray.config.methods import DikiSection, MethodSection
 from diki_ray.config.protocols import protocol
 from diki_ray.config.section import Section
@@ -261,6 +262,8 @@ class Config(Section):
     data: DataSection = DataSection()
     statistics: StatisticsSection = StatisticsSection()
     calibration: CalibrationSection = CalibrationSection()
+    routing: RoutingSection = RoutingSection()
+    class_model: ClassModelSection = ClassModelSection()
     evaluate: EvaluateSection = EvaluateSection()
     schedule: ScheduleSection = ScheduleSection()
     cluster: ClusterSection = ClusterSection()
@@ -286,6 +289,12 @@ class Config(Section):
             )
         if self.evaluate.label_space != known.label_space:
             raise ValueError(f"protocol {name} is evaluated with evaluate.label_space={known.label_space}")
+        return self
+
+    @model_validator(mode="after")
+    def _class_model_routes(self) -> Self:
+        if self.method.name == "classes" and self.routing.density != "classes":
+            raise ValueError("method.name=classes answers by the class model; leave routing.density=task out")
         return self
 
     @model_validator(mode="after")

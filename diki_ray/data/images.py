@@ -1,12 +1,14 @@
 """Bytes to pixels: one function that every image goes through, and the reasons it may refuse one.
 
 Pillow guesses formats from the bytes and knows dozens, one of which (EPS) starts another program; only those that
-image data sets use are tried. The pixel limit is checked on the header, before memory is taken.
+image data sets use are tried. The pixel limit is checked on the header, before memory is taken, and the scans of a
+JPEG are counted before any is decoded: each is a pass over all its pixels, and takes ten bytes to write down.
 """
 
 from __future__ import annotations
 
 import io
+import re
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -20,7 +22,14 @@ EXTENSIONS = frozenset({"jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif
 MAX_PIXELS = 89_478_485
 """Where Pillow begins to warn of decompression bombs; decoded that is 256 MiB."""
 
+MAX_JPEG_SCANS = 100
+"""As libtiff has it. Encoders write about ten; 2,000 fit into 130 KB and take ten seconds."""
+
 _EXIF_ORIENTATION = 0x0112
+_SCAN, _END = 0xDA, 0xD9
+_SEGMENT = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")  # but for the markers that no length follows
+_FILL = b"\xff" * 65_536
+_MAX_SEGMENTS = 10_000  # of a file that may have many scans: no encoder writes a hundredth, and each takes a step here
 
 
 class UndecodableImageError(DataError):
@@ -37,8 +46,10 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     EXIF rotation is applied; transparency is laid on white; CMYK, palettes and grey are converted; 16 bits are scaled
     to 8 instead of being cut off. Of an animation the first frame is taken.
 
-    Raises UndecodableImageError: "not an image", "truncated image", "too many pixels", "unsupported pixel format".
+    Raises UndecodableImageError: "not an image", "truncated image", "too many pixels", "too many scans", "unsupported
+    pixel format".
     """
+    _check_jpeg(data)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
@@ -56,6 +67,26 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise
     except Exception as error:  # likewise from its decoders: OSError, SyntaxError, struct.error, EOFError, ValueError
         raise UndecodableImageError("truncated image", repr(error)) from None
+
+
+def _check_jpeg(data: bytes) -> None:
+    """Raises UndecodableImageError for a JPEG whose decoding would take far longer than its pixels need: many scans, or
+    long runs of fill bytes, over which libjpeg goes anew with every block it is fed. Follows its markers as libjpeg
+    does, to the end of the image; what lies behind that (the film of a photograph that moves) is not read."""
+    if not data.startswith(b"\xff\xd8") or (data.count(b"\xff\xda") <= MAX_JPEG_SCANS and _FILL not in data):
+        return
+    num_scans, position = 0, 2
+    for _ in range(_MAX_SEGMENTS):
+        found = _SEGMENT.search(data, position)
+        if data.find(_FILL, position, found.start() if found else len(data)) >= 0:
+            raise UndecodableImageError("truncated image", "a JPEG with fill bytes in place of an image")
+        if found is None or found[1][0] == _END:
+            return
+        num_scans += found[1][0] == _SCAN
+        if num_scans > MAX_JPEG_SCANS:
+            break
+        position = found.end() + max(2, int.from_bytes(data[found.end() : found.end() + 2], "big"))
+    raise UndecodableImageError("too many scans", f"a JPEG of more than {MAX_JPEG_SCANS}")
 
 
 def _upright(image: Image.Image) -> Image.Image:

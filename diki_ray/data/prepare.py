@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from diki_ray.data.completeness import differing_sizes, shortcomings
 from diki_ray.data.images import UndecodableImageError, at_model_size, decode_image
 from diki_ray.data.index import INDEX_FILE, DatasetIndex, Shard, Split
 from diki_ray.data.shards import Sample, encode_sample, shard_file, write_shard
@@ -214,6 +215,7 @@ def finish(preparation: Preparation, results: Iterable[ShardResult], max_skipped
             f"{raw.name}: {len(skipped)} of {num_items} images could not be used and the budget is {budget}; the first "
             f"is {skipped[0][0]} ({skipped[0][1]}). By reason: {dict(reasons)}"
         )
+    unusable = Counter(result.split for result in results for _ in result.skipped)
     splits = {}
     for split in preparation.choice.splits:
         of_split = [r for r in results if r.split == split]
@@ -236,24 +238,13 @@ def finish(preparation: Preparation, results: Iterable[ShardResult], max_skipped
             "notes": list(preparation.choice.notes),
             "left_out": dict(sorted((Counter(preparation.choice.skipped) + reasons).items())),
             "left_out_images": [f"{ref}: {reason}" for ref, reason in skipped[:50]],
-            "sizes_that_differ": _differing_sizes(raw, preparation.choice),
+            "sizes_that_differ": differing_sizes(raw, preparation.choice, unusable),
         },
     )
     index.save()
     for job in preparation.jobs:
         delete(_done_uri(job))
     return index
-
-
-def _differing_sizes(raw: RawDataset, choice: Choice) -> dict[str, dict[str, int]]:
-    found = dict(choice.sizes_before_shots)
-    if raw.known_sizes and "val" not in raw.known_sizes:
-        found["train"] += found.pop("val")  # published without validation
-    return {
-        split: {"found": found.get(split, 0), "published": size}
-        for split, size in raw.known_sizes.items()
-        if found.get(split, 0) != size
-    }
 
 
 Run = Callable[[Callable[[ShardJob], ShardResult], Sequence[ShardJob]], Iterable[ShardResult]]
@@ -335,8 +326,6 @@ def summary(index: DatasetIndex) -> list[str]:
             f"{len(split.shards)} shards, {split.num_bytes / 2**20:.1f} MiB"
         )
     about = index.provenance
-    lines += [f"  left out: {count} × {reason}" for reason, count in about.get("left_out", {}).items()]
+    lines += [f"  {phrase}" for phrase in shortcomings(index)]
     lines += [f"    {image}" for image in about.get("left_out_images", [])[:5]]
-    for split, sizes in about.get("sizes_that_differ", {}).items():
-        lines.append(f"  {split} has {sizes['found']:,} images, the published split {sizes['published']:,}")
     return lines + [f"  note: {note}" for note in about.get("notes", [])]

@@ -12,10 +12,13 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from diki_ray.errors import CorruptError
+from diki_ray.errors import ConfigError, CorruptError
 from diki_ray.learning.moments import Moments
+from diki_ray.learning.statistics import Statistics
 
-FORMAT = 1
+FORMAT = 2
+"""1 had moments alone, 2 has sums by class from which they follow. Both are read; of what has no sums by class
+(modules of before, imported checkpoints) 1 is written."""
 NUM_VALIDATION_FEATURES = 64
 """Frozen features of validation images kept with a module (fp16, 64 KiB at E = 512): enough to place `validated`
 calibration under any ε and shrinkage, and a ViT-B/16 module stays below 1.8 MB."""
@@ -26,7 +29,8 @@ class TaskModule:
     """One task's trained parameters with its statistics and provenance.
 
     parameters: float32 arrays by name (`image.layer0.keys` …), whatever the method trains;
-    moments: of the frozen image features of its training images;
+    moments: of the frozen image features of its training images; `statistics`, where there are any, hold them and
+        those of each class;
     validation_features: float16 [M, E], M ≤ NUM_VALIDATION_FEATURES;
     provenance: everything the module key is made of, training history, versions: JSON values.
     """
@@ -40,6 +44,22 @@ class TaskModule:
     moments: Moments
     validation_features: np.ndarray
     provenance: dict[str, Any] = field(default_factory=dict)
+    statistics: Statistics | None = None
+
+    @property
+    def class_statistics(self) -> Statistics:
+        """The sums by class.
+
+        Raises:
+            ConfigError: a module of a former version has none.
+        """
+        if self.statistics is None:
+            raise ConfigError(
+                f"the module of task {self.task!r} has no class means, because a former version made it or it was "
+                "imported: fill them in with `jobs/store.py fill`, which reads its training images once, or use "
+                "routing.density=task."
+            )
+        return self.statistics
 
     @cached_property
     def digest(self) -> str:
@@ -49,11 +69,14 @@ class TaskModule:
     def to_bytes(self) -> bytes:
         """One safetensors blob; the same module gives the same bytes."""
         tensors = {f"parameters/{name}": value for name, value in sorted(self.parameters.items())}
-        tensors["moments/mean"] = self.moments.mean
-        tensors["moments/scatter_packed"] = self.moments.packed()
+        if self.statistics is None:
+            tensors["moments/mean"] = self.moments.mean
+            tensors["moments/scatter_packed"] = self.moments.packed()
+        else:
+            tensors |= {f"statistics/{name}": value for name, value in self.statistics.tensors().items()}
         tensors["validation_features"] = self.validation_features.astype(np.float16)
         header = {
-            "format": FORMAT,
+            "format": 1 if self.statistics is None else FORMAT,
             "key": self.key,
             "task": self.task,
             "class_names": self.class_names,
@@ -69,22 +92,32 @@ class TaskModule:
         """Raises CorruptError when the blob is not a module."""
         try:
             header, tensors = read_tensors(blob)
-            moments = Moments.unpacked(header["count"], tensors["moments/mean"], tensors["moments/scatter_packed"])
+            statistics = None
+            if header["format"] == 1:
+                moments = Moments.unpacked(header["count"], tensors["moments/mean"], tensors["moments/scatter_packed"])
+            elif header["format"] == FORMAT:
+                statistics = Statistics.from_tensors(_below("statistics", tensors))
+                moments = statistics.moments
+            else:
+                raise ValueError(f"format {header['format']} is of a later version; this one reads 1 and {FORMAT}")
             return TaskModule(
                 key=header["key"],
                 task=header["task"],
                 class_names=tuple(header["class_names"]),
                 templates=tuple(header["templates"]),
                 method=header["method"],
-                parameters={
-                    k.removeprefix("parameters/"): v for k, v in tensors.items() if k.startswith("parameters/")
-                },
+                parameters=_below("parameters", tensors),
                 moments=moments,
                 validation_features=tensors["validation_features"],
                 provenance=header["provenance"],
+                statistics=statistics,
             )
         except (KeyError, ValueError) as error:
             raise CorruptError(f"these bytes are not a task module: {error}") from error
+
+
+def _below(prefix: str, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name.removeprefix(f"{prefix}/"): t for name, t in tensors.items() if name.startswith(f"{prefix}/")}
 
 
 def write_tensors(header: dict[str, Any], tensors: dict[str, np.ndarray]) -> bytes:

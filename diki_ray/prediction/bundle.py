@@ -24,7 +24,7 @@ from diki_ray.answering.class_features import Exact
 from diki_ray.answering.image_answers import Answer
 from diki_ray.clip.backbone import Backbone
 from diki_ray.clip.trust import named_backbone, refuse_what_runs, with_backbone
-from diki_ray.config import Config, parse
+from diki_ray.config import Config, parse_stored
 from diki_ray.data.images import UndecodableImageError, decode_image
 from diki_ray.errors import ConfigError, CorruptError, DataError
 from diki_ray.learning.module import TaskModule, read_tensors, write_tensors
@@ -161,7 +161,7 @@ def load_bundle(
         raise DataError(f"there is no bundle {place}; jobs/export.py makes one of a run.") from None
     if content.get("format") != FORMAT or "modules" not in content:
         raise CorruptError(f"{place} is no bundle of format {FORMAT}: export the run again with this version.")
-    config = parse(content["config"], source=place)
+    config = parse_stored(content["config"], source=place)
     told = named_backbone(backbone, pretrained, directory)
     if told is None:
         refuse_what_runs(config.backbone, f"the bundle {place}", load_arguments(config.backbone))

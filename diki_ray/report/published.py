@@ -53,6 +53,8 @@ def _differences(results: Mapping[str, Any], protocol: Protocol, split: str) -> 
     splits = sorted({t["data"]["protocol"] for t in tasks} - {split})
     if splits:
         found.append(f"it has data of the split {', '.join(splits)} where its id says {split or 'none'}")
+    if other := [t["name"] for t in tasks if t["data"].get("sizes_that_differ")]:
+        found.append(f"{', '.join(other)}: not as many images as the published split has")
     if config["evaluate"]["label_space"] != protocol.label_space:
         found.append(f"its label space is {config['evaluate']['label_space']}, the protocol's {protocol.label_space}")
     if protocol.shots is None:

@@ -17,6 +17,7 @@ import jinja2
 import yaml
 
 from diki_ray.config import Config
+from diki_ray.config.protocols import ZERO_SHOT
 from diki_ray.errors import UserError
 from diki_ray.report import charts
 from diki_ray.report.examples import Pictures, read_pictures
@@ -78,6 +79,7 @@ def render(runs: Sequence[Results], pictures: Callable[[Mapping[str, Any]], Pict
         all_tasks=list(dict.fromkeys(t["name"] for results in runs for t in results["tasks"])),
         summary=SUMMARY,
         published_metrics=PUBLISHED_METRICS,
+        zero_shot=ZERO_SHOT,
         box=charts,
     )
 
@@ -188,6 +190,10 @@ def _warnings(runs: Sequence[Results]) -> list[str]:
         found.append("They are answered among different label spaces.")
     if len({r["backbone"]["digest"] for r in runs}) > 1:
         found.append("They stand on different backbones: compare each with its own zero-shot row.")
+    for results in runs:
+        for task in results["tasks"]:
+            if lacking := task["data"].get("shortcomings"):
+                found.append(f"{results['run']}, {task['name']} is not complete: {'; '.join(lacking)}.")
     data: dict[str, set[str]] = {}
     for results in runs:
         for task in results["tasks"]:

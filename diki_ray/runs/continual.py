@@ -16,6 +16,7 @@ import yaml
 from rich.console import Console
 
 from diki_ray.config import Config
+from diki_ray.data.completeness import shortcomings
 from diki_ray.learning.module import TaskModule
 from diki_ray.report.next_steps import next_steps
 from diki_ray.report.results import DOCUMENT, table
@@ -23,7 +24,7 @@ from diki_ray.report.run import REPORT, render
 from diki_ray.runs.evaluate.split import evaluate_run
 from diki_ray.runs.plan import Plan, load_backbone, make_plan
 from diki_ray.runs.progress import Display, Listener, following
-from diki_ray.runs.results import build_results, is_of_configuration, protocol_id
+from diki_ray.runs.results import build_results, is_of_configuration, protocol_id, protocol_of
 from diki_ray.runs.run_cluster import cluster
 from diki_ray.runs.store_client import StoreClient
 from diki_ray.runs.telemetry import Telemetry, exporting
@@ -61,7 +62,10 @@ def _run(config: Config, display: Display, telemetry: Telemetry, tracked: Tracki
     clock.start("cluster")
     with cluster(config), _store(config) as store:
         telemetry.watch(store, [task.key for task in plan.tasks])
-        display.say(f"run {config.run.name!r} on {store.storage}: {len(plan.tasks)} tasks, {protocol_id(config)}")
+        display.say(f"run {config.run.name!r} on {store.storage}: {len(plan.tasks)} tasks, {protocol_of(plan)}")
+        for task in plan.tasks:
+            if lacking := shortcomings(task.index):
+                display.say(f"{task.name} is not complete: {'; '.join(lacking)}")
         if sentence := plan.few_images():
             display.say(sentence)
         if store.get_document(PARTS) != (parts := {"num_parts": config.train.parts}):

@@ -249,7 +249,8 @@ def import_checkpoint(checkpoint: Checkpoint, tasks: Sequence[NamedTask], config
     Raises:
         ConfigError: a backbone of other sizes, or fewer names than tasks. UserError: the run has learnt other things.
     """
-    config = config.model_copy(update={"method": checkpoint.method()})
+    by_task = config.routing.model_copy(update={"density": "task"})  # a checkpoint has no class means
+    config = config.model_copy(update={"method": checkpoint.method(), "routing": by_task})
     backbone = load_backbone(config)
     build_method(config, backbone)  # refuses a depth that the towers do not have
     _check_sizes(checkpoint, backbone)

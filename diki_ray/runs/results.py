@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from diki_ray.answering.answers import chances
 from diki_ray.answering.evaluation import Evaluation
 from diki_ray.answering.metrics import Metrics, matrix_document, number
-from diki_ray.config import Config, parse
+from diki_ray.config import Config, parse_stored
+from diki_ray.data.completeness import is_incomplete, shortcomings
 from diki_ray.errors import ConfigError
 from diki_ray.learning.methods import METHODS
 from diki_ray.learning.module import TaskModule
@@ -30,6 +32,12 @@ VERSIONS = ("diki-ray", "torch", "open_clip_torch", "ray", "webdataset", "numpy"
 def protocol_id(config: Config) -> str:
     """The protocol with the routing it was evaluated with, as in `mtil-1/coop/image`."""
     return f"{config.protocol}/{config.evaluate.routing}"
+
+
+def protocol_of(plan: Plan) -> str:
+    """The protocol's id; marked, as in `mtil-1/coop/image+incomplete`, where a data set lacks published images."""
+    incomplete = plan.config.protocol != "own" and any(is_incomplete(task.index) for task in plan.tasks)
+    return protocol_id(plan.config) + ("+incomplete" if incomplete else "")
 
 
 def build_results(
@@ -48,7 +56,7 @@ def build_results(
     return {
         "format": FORMAT,
         "run": config.run.name,
-        "protocol": protocol_id(config),
+        "protocol": protocol_of(plan),
         "config_digest": config.digest(),
         "config": config.model_dump(mode="json"),
         "backbone": {"name": config.backbone.name, "digest": plan.backbone_digest, "embed_dim": plan.embed_dim},
@@ -72,7 +80,7 @@ def is_of_configuration(results: dict[str, Any], config: Config) -> bool:
     Asked of the configuration that is stored with them, not of its digest: what a digest is made of has changed.
     """
     try:
-        return parse(results["config"], source=DOCUMENT).digest() == config.digest()
+        return parse_stored(results["config"], source=DOCUMENT).digest() == config.digest()
     except ConfigError:
         return False  # a version wrote it whose settings are not these
 
@@ -86,8 +94,14 @@ def _task(plan: Plan, evaluation: Evaluation, j: int, module: TaskModule, digest
         "name": planned.name,
         "class_names": list(planned.class_names),
         "templates": list(planned.templates),
-        "chance": 1 / len(planned.class_names),
-        "data": {"uri": planned.index.uri, "digest": planned.index.digest(), "protocol": planned.index.split_protocol},
+        "chance": chances(plan.config.evaluate.label_space, [len(t.class_names) for t in plan.tasks])[j],
+        "data": {
+            "uri": planned.index.uri,
+            "digest": planned.index.digest(),
+            "protocol": planned.index.split_protocol,
+            "sizes_that_differ": planned.index.provenance.get("sizes_that_differ", {}),
+            "shortcomings": shortcomings(planned.index),
+        },
         "module": {
             "key": planned.key,
             "digest": digest,
@@ -117,7 +131,7 @@ def _examples(plan: Plan, evaluation: Evaluation, j: int) -> list[dict[str, Any]
     """Some test images with their answers at the end: as many wrong ones as there are, up to half."""
     answers, last = evaluation.test_sets[j], evaluation.predict(j, range(len(plan.tasks)))
     names = [t.class_names for t in plan.tasks]
-    right = last.correct(answers.labels, j, names)
+    right = evaluation.correct(j, last)
     wrong_rows, right_rows = np.flatnonzero(~right)[: NUM_EXAMPLES // 2], np.flatnonzero(right)
     rows = np.concatenate([wrong_rows, right_rows[: NUM_EXAMPLES - len(wrong_rows)]])
     zero = evaluation.predict(j, ())

@@ -118,9 +118,10 @@ def test_any_number_of_evaluation_workers_gives_the_same_numbers(
         assert one[name] == two[name], name
 
 
-def test_two_workers_train_the_modules_of_one(storage: Path, debug: Callable[..., Config]) -> None:
+def test_two_parts_train_the_modules_of_one_whoever_computes_them(storage: Path, debug: Callable[..., Config]) -> None:
     """Not the same bytes (sums are rounded in another order), the same module to 1e-5 over these steps; with the number
-    of workers in its key. The ledger says that the same samples were consumed."""
+    of parts in its key. The ledger says that the same samples were consumed. Where the two parts were computed by two
+    workers, a run of one worker takes the modules as they are, and the run itself goes on with one."""
     from diki_ray.learning.module import TaskModule
 
     results = run(debug("run.name=two", "train.num_workers=2"))
@@ -134,6 +135,9 @@ def test_two_workers_train_the_modules_of_one(storage: Path, debug: Callable[...
         for name, expected in a.parameters.items():
             np.testing.assert_allclose(b.parameters[name], expected, atol=1e-5)
         np.testing.assert_allclose(b.moments.scatter, a.moments.scatter, atol=1e-9)
+    assert run(debug("run.name=alone", "train.num_parts=2"))["trained"] == []
+    assert digests(storage, "alone") == digests(storage, "two")
+    assert run(debug("run.name=two")) == results
 
 
 def test_the_job_ends_with_code_2_and_one_sentence(tmp_path: Path) -> None:

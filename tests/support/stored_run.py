@@ -17,7 +17,7 @@ from diki_ray.clip.backbone import Backbone
 from diki_ray.config import parse
 from diki_ray.learning.methods import Method
 from diki_ray.learning.module import TaskModule
-from diki_ray.learning.moments import Moments
+from diki_ray.learning.statistics import Statistics
 from diki_ray.runs.plan import build_method, load_backbone
 from diki_ray.store.process import this_process
 from diki_ray.store.run_store import RunStore
@@ -56,10 +56,13 @@ def made_up_module(
     generator = torch.Generator().manual_seed(seed)
     initial = method.initial(generator, None)
     features = backbone.encode_image(images)
+    num_classes = len(fields["class_names"])
+    statistics = Statistics.of(features, torch.arange(len(features)) % num_classes, num_classes)
     return TaskModule(
         method="diki",
         parameters={n: scale(n) * torch.randn(p.shape, generator=generator).numpy() for n, p in initial.items()},
-        moments=Moments.of(features),
+        moments=statistics.moments,
+        statistics=statistics,
         validation_features=features[:8].numpy().astype(np.float16),
         **fields,
     )
@@ -84,6 +87,7 @@ class StoredRun:
                 "backbone": {"name": str(write_tiny_backbone(folder))},
                 "method": {"image_depth": 2, "image_length": 2, "text_depth": 2, "text_length": 2},
                 "statistics": {"shrinkage": "oas"},
+                "routing": {"density": "task"},
             }
             | sections
         )

@@ -26,13 +26,19 @@ TREE = {
     "run": {"name": "r", "seed": 3},
     "tasks": [{"data": "a"}, {"data": "b"}],
     "backbone": {"precision": "float32"},
-    "train": {"epochs": 2, "min_steps": 10, "batch_size": 4, "lr": 0.5},
+    # Not said, the parts of a new run are as many as its workers.
+    "train": {"epochs": 2, "min_steps": 10, "batch_size": 4, "lr": 0.5, "num_parts": 1},
 }
 FAMILIES: dict[str, tuple[dict[str, Any], str, str]] = {
     "diki": (
         {},
         "0c9c2be6d4a41b4011db39653835d0cef24cee3f38b2a788d3e18c8b8be78918",
         "d92bfd7812b06bfdceb1e68e1423025e8724d1c07a6711c23f31a761bf596bf7",
+    ),
+    "classes": (
+        {},
+        "d587ed95b425fa539954121e166a68f2e20cd9f6f2344f5c288dbf1c138235bf",
+        "7a522cc0823afeda79fbb5145af0721c2991f9d17efc0af82732ffcc2a649f9b",
     ),
     "zero_shot": (
         {},
@@ -211,6 +217,8 @@ def test_a_new_field_that_does_not_say_it_is_an_error() -> None:
 @pytest.mark.parametrize(("method", "path"), **fields_that_change(Affects.NOTHING))
 def test_what_changes_nothing_is_in_no_digest_key_lease_or_question(method: str, path: str) -> None:
     config = configuration(method)
+    if path == "train.num_workers":  # without num_parts it says that, too, until a run remembers it
+        config = config.model_copy(update={"train": config.train.model_copy(update={"num_parts": config.train.parts})})
     other = with_another(config, path)
     assert other != config
     assert other.digest() == config.digest()
@@ -277,6 +285,8 @@ def test_results_of_the_first_version_are_known_by_their_configuration() -> None
     """Their digest is of another sum of settings, with the number of evaluation workers for one."""
     results = {"config": FIRST | {"method": {"name": "diki"} | PROMPTS}, "config_digest": "of the first version"}
     short = {"run": {"name": "r"}, "tasks": [{"data": "a"}]}
+    assert not is_of_configuration(results, parse(short))  # routed by class densities now
+    short["routing"] = {"density": "task"}
     assert is_of_configuration(results, parse(short | {"evaluate": {"num_workers": 4}}))
     assert not is_of_configuration(results, parse(short | {"evaluate": {"routing": "batch"}}))
     assert not is_of_configuration(results, parse(short | {"train": {"lr": 1.0}}))

@@ -12,14 +12,14 @@ import pytest
 import torch
 from golden import Golden
 
-from diki_ray.answering.answers import Answers, candidate_tasks, needed_rows
+from diki_ray.answering.answers import Answers, candidate_tasks, chances, needed_rows
 from diki_ray.answering.class_features import Candidates, Exact, Tabulated
 from diki_ray.answering.evaluation import Evaluation
 from diki_ray.answering.gaussians import Gaussians
 from diki_ray.answering.predictor import Predictor
 from diki_ray.answering.routing import NO_TASK, GaussianRouter, Published, Routing, Scores
 from diki_ray.answering.rows import BestClasses, Rows, Wanted, best_classes, computed_rows
-from diki_ray.answering.split_routes import SplitRouter
+from diki_ray.answering.split_routes import RoutesAfter, SplitRouter, SplitRoutes
 from diki_ray.runs.evaluate.split import prefixes
 
 GOLDEN = Golden.load()
@@ -91,7 +91,7 @@ def test_matrices_of_all_orders_are_those_of_the_predictions(space: str) -> None
         expected = np.zeros((T, T))
         for i, (column, j) in itertools.product(range(T), enumerate(order)):
             prediction = evaluation.predict(j, order[: i + 1])
-            expected[i, column] = prediction.correct(evaluation.test_sets[j].labels, j, evaluation.names).mean()
+            expected[i, column] = evaluation.correct(j, prediction).mean()
         np.testing.assert_array_equal(evaluation.accuracy(order), expected)
 
 
@@ -148,6 +148,34 @@ def test_the_same_name_in_another_data_set_counts_as_right() -> None:
     distinct = [[f"{t}.{c}" for c in range(len(m.class_names))] for t, m in enumerate(MODULES)]
     right = (prediction.block == 0) & (prediction.best == labels)
     assert prediction.correct(labels, 0, distinct).tolist() == right.tolist()
+
+
+def twins(space: str, logits: tuple[float, float]) -> Evaluation:
+    """Two data sets that both have a forest, and one image of each, answered with these logits for the two forests."""
+    zero, rows = np.zeros(1), {}
+    for task in (NO_TASK, 0, 1):
+        found = {str(c): BestClasses(np.array([logit]), np.array([c]), zero) for c, logit in enumerate(logits)}
+        rows[task] = Rows(Wanted(np.array([0]), zero, zero), np.zeros((1, 4), np.float32), found)
+    none = np.array([NO_TASK])
+    routes_after = RoutesAfter(lambda learnt: SplitRoutes(none, zero, zero, none))
+    sets = [Answers(("",), np.array([0]), np.array([label]), {}, rows) for label in (0, 1)]
+    names = [["forest", "river"], ["abbey", "forest"]]
+    return Evaluation(sets, names, space, [routes_after, routes_after], lambda task, c: str(c))
+
+
+@pytest.mark.parametrize(("logits", "own"), [((2.0, 1.0), [1, 0]), ((1.0, 2.0), [0, 1]), ((1.0, 1.0), [1, 0])])
+def test_under_xtail_a_name_in_two_data_sets_is_right_only_in_the_images_own(
+    logits: tuple[float, float], own: list[int]
+) -> None:
+    """As RAIL's public code counts; of equal logits the data set that comes first in the stream has the answer."""
+    assert twins("all", logits).zero_shot().tolist() == own
+    assert twins("seen", logits).accuracy()[1].tolist() == [1, 1]
+
+
+def test_chance_is_one_among_all_that_an_image_may_be_answered_with() -> None:
+    sizes = [10, 100, 990]
+    assert chances("task", sizes) == [0.1, 0.01, 1 / 990]
+    assert chances("all", sizes) == chances("seen", sizes) == [1 / 1100] * 3
 
 
 def test_interpolated_class_features_have_the_error_they_state() -> None:

@@ -100,6 +100,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Stored:
             "backbone": {"name": str(write_lively_backbone(folder))},
             "method": {"image_depth": 2, "image_length": 2, "text_depth": 2, "text_length": 2},
             "statistics": {"shrinkage": "oas"},
+            "routing": {"density": "task"},
             "calibration": {"scale": 30.0},  # at which weights of this tiny model differ between images
             "evaluate": {"batch_size": 8, "text_grid": 9},
             "data": {"root": str(folder / "prepared")},

@@ -65,6 +65,7 @@ def config(tmp_path: Path) -> Config:
             "run": {"name": "released", "storage": str(tmp_path / "storage")},
             "backbone": {"name": str(tmp_path / "golden_backbone.py")},
             "tasks": [{"data": t.name, "name": t.name} for t in TASKS],
+            "routing": {"density": "task"},
             "calibration": {
                 "scale": GOLDEN.meta["calibration_scale"],  # the authors' constant; our default is the dimension
                 "bias": GOLDEN.meta["calibration_bias"],

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import struct
+import time
 import zlib
 
 import numpy as np
@@ -133,3 +134,63 @@ def test_mutated_images_decode_or_are_refused(data):
         original[data.draw(st.integers(0, len(original) - 1))] = data.draw(st.integers(0, 255))
     with contextlib.suppress(UndecodableImageError):
         assert decode_image(bytes(original)).mode == "RGB"
+
+
+def with_scans(num_scans: int, size_px: int = 512) -> bytes:
+    """A progressive JPEG of a picture, its second scan repeated until there are so many."""
+    file = encoded(gradient().resize((size_px, size_px)), "JPEG", progressive=True)
+    starts = [i for i in range(len(file)) if file[i : i + 2] == b"\xff\xda"]
+    repeated = file[starts[-1] : -2]  # a scan that refines: libjpeg takes it any number of times
+    return file[:-2] + repeated * (num_scans - len(starts)) + b"\xff\xd9"
+
+
+class TestScans:
+    @pytest.mark.parametrize("num_scans", [101, 2_000, 20_000])
+    def test_a_jpeg_of_many_scans_is_refused_at_once(self, num_scans):
+        attack = with_scans(num_scans)
+        started = time.perf_counter()
+        with pytest.raises(UndecodableImageError) as refusal:
+            decode_image(attack)
+        assert refusal.value.reason == "too many scans"
+        assert time.perf_counter() - started < 0.5
+
+    def test_the_attack_is_one(self):
+        """Pillow itself takes every scan, at a cost that grows with their number."""
+        started = time.perf_counter()
+        Image.open(io.BytesIO(with_scans(10))).load()
+        few_s = time.perf_counter() - started
+        started = time.perf_counter()
+        Image.open(io.BytesIO(with_scans(500))).load()
+        assert time.perf_counter() - started > 5 * few_s
+
+    @pytest.mark.parametrize("padding", [b"\xff", b"\xff" * 50])
+    def test_filled_markers_hide_no_scans(self, padding):
+        with pytest.raises(UndecodableImageError, match="too many scans"):
+            decode_image(with_scans(200).replace(b"\xff\xda", padding + b"\xff\xda"))
+
+    def test_scans_behind_restart_markers_and_comments_are_counted(self):
+        comment = b"\xff\xfe\x00\x06\xff\xd9\xff\xd9"  # a comment that looks like the end
+        with pytest.raises(UndecodableImageError, match="too many scans"):
+            decode_image(with_scans(200).replace(b"\xff\xda", b"\xff\xd0" + comment + b"\xff\xda"))
+
+    def test_a_jpeg_of_ten_scans_is_decoded(self):
+        assert np.asarray(decode_image(with_scans(10, 64))).shape == (64, 64, 3)
+
+    def test_what_looks_like_scans_behind_the_end_or_in_a_comment_is_none(self):
+        file = encoded(gradient(), "JPEG")
+        noise = b"\xff\xda" * 1000
+        assert decode_image(file + noise).size == (24, 16)  # as the film behind a photograph that moves
+        comment = b"\xff\xfe" + (len(noise) + 2).to_bytes(2, "big") + noise
+        assert decode_image(file[:2] + comment + file[2:]).size == (24, 16)
+
+    @pytest.mark.parametrize("filling", [b"\xff", b"\xff\xd0", b"\xff\xfe\x00\x02", b"\xff\xff\x00"])
+    def test_counting_is_quick_whatever_there_is_to_count(self, filling):
+        start = with_scans(2, 64)[:-2]
+        hidden = b"\xff\xfe\xff\xf0" + b"\xff\xda" * 32_759
+        started = time.perf_counter()
+        with contextlib.suppress(UndecodableImageError):
+            decode_image(start + hidden + filling * (16_000_000 // len(filling)))
+        assert time.perf_counter() - started < 2
+
+    def test_a_photograph_padded_with_fill_bytes_behind_its_end_is_decoded(self):
+        assert decode_image(encoded(gradient(), "JPEG") + b"\xff" * 200_000).size == (24, 16)

@@ -1,4 +1,4 @@
-"""A module's bytes, key and seed; the layers of the package."""
+"""A module's bytes, key and seed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from golden import Golden
 
-from diki_ray.errors import CorruptError
+from diki_ray.errors import ConfigError, CorruptError
 from diki_ray.learning.module import TaskModule, module_key, task_seed
 from diki_ray.learning.moments import Moments
+from diki_ray.learning.statistics import Statistics
 
 MODULE = Golden.load().module(0)
 
@@ -51,6 +52,36 @@ def test_one_task_of_vit_b_16_takes_at_most_1_8_megabytes() -> None:
         validation_features=rng.normal(size=(64, 512)),
     )
     assert len(module.to_bytes()) <= 1_800_000
+
+
+def test_one_task_of_vit_b_16_with_a_hundred_class_means_takes_at_most_1_9_megabytes() -> None:
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(20_000, 512))
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    statistics = Statistics.of(features, rng.integers(0, 100, len(features)), 100)
+    module = TaskModule(
+        key="0" * 64,
+        task="caltech101",
+        class_names=tuple(f"a class name {i}" for i in range(100)),
+        templates=("a photo of a {}.",),
+        method="diki",
+        parameters={"prompts": np.zeros(163_840, np.float32)},
+        moments=statistics.moments,
+        validation_features=rng.normal(size=(64, 512)),
+        statistics=statistics,
+    )
+    blob = module.to_bytes()
+    assert len(blob) <= 1_900_000
+    back = TaskModule.from_bytes(blob)
+    assert np.array_equal(back.class_statistics.first, statistics.first)
+    assert np.array_equal(back.moments.scatter, module.moments.scatter)
+    assert back.to_bytes() == blob
+
+
+def test_a_module_of_the_former_version_is_read_and_says_that_it_lacks_class_means() -> None:
+    former = TaskModule.from_bytes(MODULE.to_bytes())
+    with pytest.raises(ConfigError, match=r"no class means.*jobs/store.py fill"):
+        _ = former.class_statistics
 
 
 def test_keys_and_seeds_depend_on_values_and_not_on_order() -> None:

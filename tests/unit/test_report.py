@@ -216,6 +216,18 @@ def test_published_figures_are_shown_for_the_same_split_and_routing_only() -> No
     assert "ZSCL" not in text.replace("zscl", "")  # the zscl split is another protocol
 
 
+def test_published_zero_shot_stands_beside_ours_where_it_is_known() -> None:
+    results = mtil()
+    assert "zero-shot, published" not in Page(render([results], no_pictures)).text  # only known on the zscl split
+    results["protocol"] = "mtil-1/zscl/image"
+    for task in results["tasks"]:
+        task["data"]["protocol"] = "zscl"
+    comparison = compare(results)
+    assert comparison is not None
+    assert (comparison.rows[0].transfer, comparison.rows[0].average, comparison.rows[0].last) == (69.4, 65.3, 65.3)
+    assert "zero-shot, published" in Page(render([results], no_pictures)).text
+
+
 def test_a_run_on_the_published_backbone_is_not_warned_about_it() -> None:
     results = mtil()
     results["backbone"]["name"] = "ViT-B-16"
@@ -236,6 +248,10 @@ def test_an_own_protocol_is_compared_with_nothing() -> None:
         (lambda r: r["tasks"][3]["data"].update(protocol="zscl"), "split zscl"),
         (lambda r: r["config"]["evaluate"].update(label_space="all"), "label space is all"),
         (lambda r: r["config"]["tasks"][0].update(shots=16), "few shots"),
+        (
+            lambda r: r["tasks"][8]["data"].update(sizes_that_differ={"test": {"found": 1, "published": 3669}}),
+            "OxfordPets: not as many images",
+        ),
     ],
 )
 def test_a_claimed_protocol_is_checked(change: Any, said: str) -> None:
@@ -286,6 +302,12 @@ def test_runs_that_cannot_be_compared_are_marked() -> None:
 
 
 # --- finding results ------------------------------------------------------------------------------------------------
+
+
+def test_what_a_data_set_lacks_is_said_at_the_top() -> None:
+    results = mtil()
+    results["tasks"][8]["data"]["shortcomings"] = ["train has 111 usable images, the published split 2,944"]
+    assert "OxfordPets is not complete: train has 111 usable images" in Page(render([results], no_pictures)).text
 
 
 def test_results_are_found_by_path_and_missing_ones_named(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,7 @@ import numpy as np
 import pytest
 import torch
 from learning import planned
-from processes import run_ranks
 from tiny_backbone import write_tiny_backbone
-from torch import distributed as dist
 
 from diki_ray.clip.backbone import load
 from diki_ray.clip.residual import Parameters
@@ -21,6 +20,7 @@ from diki_ray.data.world import tasks as world
 from diki_ray.errors import ConfigError
 from diki_ray.learning.methods import Step, Zscl
 from diki_ray.learning.methods.low_rank import keep, trained
+from diki_ray.learning.parts import StepInParts
 from diki_ray.runs.plan import build_method, load_backbone, make_plan
 
 DEBUG = Path(__file__).parents[2] / "configs/debug.yaml"
@@ -57,10 +57,16 @@ def tiny(tmp_path: Path) -> Path:
     return write_tiny_backbone(tmp_path)
 
 
+def loss_of(method: Zscl, parameters: Parameters) -> torch.Tensor:
+    """The method's own loss in one part, as the platform asks for it."""
+    features, _ = method.shared_rows(parameters, STEP)
+    return method.extra_loss(parameters, replace(STEP, shared=features))
+
+
 def test_the_distillation_is_the_cross_entropy_between_softened_similarities_both_ways(tiny: Path) -> None:
     method = method_of(tiny, reference_batch=99)  # all images and all captions
     parameters = moved(method)
-    loss = method.extra_loss(parameters, STEP)
+    loss = loss_of(method, parameters)
 
     images, captions = method.reference()
     backbone = method.backbone
@@ -82,11 +88,11 @@ def test_nothing_pulls_at_the_weights_while_they_are_the_pre_trained_ones(tiny: 
     parameters = method.initial(torch.Generator().manual_seed(1))
     parameters = {n: p.requires_grad_(method.is_trained(n)) for n, p in parameters.items()}
     ups = [p for n, p in parameters.items() if n.startswith("image.") and n.endswith("_up")]
-    at_start = torch.autograd.grad(method.extra_loss(parameters, STEP), ups)
+    at_start = torch.autograd.grad(loss_of(method, parameters), ups)
     with torch.no_grad():
         for up in ups:
             up += 0.3
-    elsewhere = torch.autograd.grad(method.extra_loss(parameters, STEP), ups)
+    elsewhere = torch.autograd.grad(loss_of(method, parameters), ups)
     assert max(g.abs().max() for g in at_start) < 1e-4 * max(g.abs().max() for g in elsewhere)
 
 
@@ -118,27 +124,22 @@ def test_every_third_step_enters_the_average_of_the_weights_since_the_start(tiny
     assert method.finish(parameters, {})["w"].item() == pytest.approx(averaged)
 
 
-def gradients(rank: int, num_ranks: int, tiny: str, folder: str) -> None:
-    torch.set_num_threads(1)
-    if num_ranks > 1:
-        dist.init_process_group("gloo", f"file://{folder}/group", world_size=num_ranks, rank=rank)
-    method = method_of(Path(tiny), weight_consolidation=1.0, reference_batch=5)
-    parameters = {n: p.requires_grad_(method.is_trained(n)) for n, p in moved(method).items()}
-    own = [p for n, p in parameters.items() if method.is_trained(n)]
-    found = torch.autograd.grad(method.extra_loss(parameters, STEP), own, allow_unused=True)
-    flat = torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(found, own, strict=True)])
-    if num_ranks > 1:
-        dist.all_reduce(flat)
-        dist.destroy_process_group()
-    if rank == 0:
-        torch.save(flat / num_ranks, f"{folder}/{num_ranks}.pt")
-
-
-def test_two_workers_share_the_reference_images_and_get_the_gradient_of_one(tiny: Path, tmp_path: Path) -> None:
-    gradients(0, 1, str(tiny), str(tmp_path))
-    run_ranks(gradients, 2, str(tiny), str(tmp_path), num_ranks=2)
-    one, two = (torch.load(tmp_path / f"{n}.pt") for n in (1, 2))
-    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-6)
+def test_parts_share_the_reference_images_and_get_the_gradient_of_one(tiny: Path) -> None:
+    """In seven parts some have no reference image and no image of the batch."""
+    method = method_of(tiny, weight_consolidation=1.0, reference_batch=5)
+    everything = moved(method)
+    parameters = {n: p.requires_grad_() for n, p in everything.items() if method.is_trained(n)}
+    kept = {n: p for n, p in everything.items() if n not in parameters}
+    (images, _), labels = method.reference(), torch.arange(NUM_IMAGES) % 2
+    tokens = method.backbone.tokenize(("cat", "dog"), "a {}.")
+    one, two, seven = (
+        StepInParts(method, tokens, parameters, kept, replace(STEP, num_parts=parts)).sums(
+            [(images[part::parts], labels[part::parts]) for part in range(parts)]
+        )
+        for parts in (1, 2, 7)
+    )
+    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(seven, one, rtol=1e-4, atol=1e-5)
 
 
 ZSCL = {"name": "zscl", "average_every": 2, "num_reference": 16, "reference_batch": 8}

@@ -2,6 +2,7 @@
 
 from diki_ray.learning.methods.base import Method, Step, TrainingBatch
 from diki_ray.learning.methods.c_ada import CAda
+from diki_ray.learning.methods.classes import Classes
 from diki_ray.learning.methods.concat_prompts import ConcatPrompts
 from diki_ray.learning.methods.diki import Diki
 from diki_ray.learning.methods.dpw import Dpw
@@ -12,12 +13,13 @@ from diki_ray.learning.methods.zero_shot import ZeroShot
 from diki_ray.learning.methods.zscl import Zscl
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (ZeroShot, Diki, ConcatPrompts, Dpw, CAda, SequentialLora, Zscl, Rail)
+    method.name: method for method in (ZeroShot, Diki, ConcatPrompts, Dpw, CAda, SequentialLora, Zscl, Rail, Classes)
 }
 
 __all__ = [
     "METHODS",
     "CAda",
+    "Classes",
     "ConcatPrompts",
     "Diki",
     "Dpw",

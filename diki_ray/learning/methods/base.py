@@ -18,7 +18,7 @@ from diki_ray.clip.residual import Parameters
 from diki_ray.learning.collective import share
 from diki_ray.learning.module import TaskModule
 
-Answering = Literal["routed", "latest", "frozen", "joint"]
+Answering = Literal["routed", "latest", "frozen", "joint", "classes"]
 """Which of the modules learnt answers an image (`Method.answering`)."""
 
 
@@ -81,7 +81,7 @@ class Method(ABC):
     """True: a task starts from its predecessor's parameters, and its module key includes the predecessor's key."""
     answering: ClassVar[Answering] = "routed"
     """Which modules answer an image: `routed` (that of the densest Gaussian, at its weight), `latest` (the one learnt
-    last, at w = 1), `frozen` (none), `joint` (all learnt, through `joint_logits`)."""
+    last, at w = 1), `frozen` (none), `joint` (all learnt, by `joint_logits`), `classes` (the class model alone)."""
 
     def __init__(self, backbone: Backbone):
         self.backbone = backbone

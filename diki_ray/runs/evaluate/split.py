@@ -14,18 +14,18 @@ import numpy as np
 import torch
 
 from diki_ray.answering.answers import Answers, candidate_tasks
-from diki_ray.answering.configured import build_router
+from diki_ray.answering.configured import answers_by_set, build_router
 from diki_ray.answering.evaluation import Evaluation
 from diki_ray.answering.routing import NO_TASK
 from diki_ray.answering.rows import BestClasses, Rows, Wanted
 from diki_ray.answering.split_routes import RoutesAfter, SplitRouter
 from diki_ray.errors import DataError
-from diki_ray.learning.methods import METHODS
 from diki_ray.learning.module import TaskModule
 from diki_ray.runs.evaluate.cache import AnswerCache, CacheStore, score_keys
 from diki_ray.runs.evaluate.worker import (
     EvaluationWorker,
     RayWorkers,
+    ToAnswer,
     ToScore,
     Work,
     Workers,
@@ -101,6 +101,7 @@ class SplitEvaluation:
         self.known = [c.load() for c in self.caches]
         self.routes: list[RoutesAfter] = []
         self.key_of = score_keys(plan)
+        self.by_set = answers_by_set(plan.config)
 
     def by(self, workers: Workers, on_progress: Progress) -> Evaluation:
         """Has workers do what is missing."""
@@ -212,6 +213,8 @@ class SplitEvaluation:
         pieces: dict[int, list[tuple[int, ToScore]]] = {}
         for j, rows_of in enumerate(used):
             for task, rows in rows_of.items():
+                if self.by_set and task != NO_TASK:
+                    continue  # the answers need its features, not its scores
                 pieces.setdefault(task, []).extend((j, piece) for piece in self._unscored(j, task, rows))
         by_module = [(task, found) for task, found in pieces.items() if found]
         work: list[Work] = [
@@ -222,7 +225,8 @@ class SplitEvaluation:
             task, found = by_module[number]
             for (j, piece), scores in zip(found, scored, strict=True):
                 self._set_scores(j, task, piece, scores)
-        self._answer_jointly(workers)
+        if self.by_set:
+            self._answer_by_set(workers)
         for j, rows_of in enumerate(used):
             known = self._answers_of(j).rows
             for task, at in rows_of.items():
@@ -273,16 +277,26 @@ class SplitEvaluation:
             scores[key] = (scores.get(key) or BestClasses.unknown(len(rows))).with_rows(piece.rows, new)
         self._answers_of(j).rows[task] = Rows(rows.wanted, rows.feature, scores)
 
-    def _answer_jointly(self, workers: Workers) -> None:
-        """The answers of a `joint` method after each set of tasks, from frozen features alone."""
-        if METHODS[self.plan.config.method.name].answering != "joint":
-            return
-        answers = self._answers()
+    def _answer_by_set(self, workers: Workers) -> None:
+        """The answers after each set of tasks, where they depend on the whole set, from features alone."""
         sets = list(dict.fromkeys(frozenset(learnt) for learnt in self.asked if learnt))
-        frozen = [a.frozen for a in answers]
         work: list[Work] = [
-            partial(EvaluationWorker.answer_jointly, learnt=sorted(learnt), frozen=frozen) for learnt in sets
+            partial(
+                EvaluationWorker.answer_by_set,
+                learnt=sorted(learnt),
+                test_sets=[self._to_answer(j, sorted(learnt)) for j in range(len(self.known))],
+            )
+            for learnt in sets
         ]
         for number, found in workers(work):
-            for a, scores in zip(answers, found, strict=True):
+            for a, scores in zip(self._answers(), found, strict=True):
                 a.joint[sets[number]] = scores
+
+    def _to_answer(self, j: int, learnt: Sequence[int]) -> ToAnswer:
+        answers, routes = self._answers_of(j), self.routes[j](learnt)
+        features = answers.frozen.copy()
+        for task in np.unique(routes.module[routes.module != NO_TASK]).tolist():
+            images = np.flatnonzero(routes.module == task)
+            rows = answers.rows[task]
+            features[images] = rows.feature[rows.find(answers.wanted(routes, images))]
+        return ToAnswer(answers.frozen, features, routes.task, routes.weight, routes.text_weight)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
@@ -18,7 +18,7 @@ from torch import Tensor
 from diki_ray.answering.answers import Answers, candidate_tasks, needed_rows
 from diki_ray.answering.class_features import Candidates
 from diki_ray.answering.configured import build_predictor
-from diki_ray.answering.routing import NO_TASK
+from diki_ray.answering.routing import NO_TASK, Routes
 from diki_ray.answering.rows import ROWS_AT_ONCE, BestClasses, Rows, Wanted, best_classes, computed_rows
 from diki_ray.answering.split_routes import SplitRouter
 from diki_ray.config import Config
@@ -38,6 +38,16 @@ class ToScore:
     features: np.ndarray  # float32 [M, E]
     text_weight: np.ndarray  # float64 [M]
     data_sets: tuple[int, ...]
+
+
+class ToAnswer(NamedTuple):
+    """The N images of a test set as they are routed once some tasks are learnt."""
+
+    frozen: np.ndarray  # float32 [N, E]
+    features: np.ndarray  # float32 [N, E], under the modules that they are answered with
+    task: np.ndarray  # int64 [N]
+    weight: np.ndarray  # float64 [N]
+    text_weight: np.ndarray  # float64 [N]
 
 
 class EvaluationWorker:
@@ -101,17 +111,18 @@ class EvaluationWorker:
         known = dict(errors)
         return [[self._scores(module, piece, c, known) for c in piece.data_sets] for piece in pieces]
 
-    def answer_jointly(self, learnt: Sequence[int], frozen: Sequence[np.ndarray]) -> list[BestClasses]:
-        """Answers of a `joint` method after some tasks, from the frozen features [N, E] of every test set."""
+    def answer_by_set(self, learnt: Sequence[int], test_sets: Sequence[ToAnswer]) -> list[BestClasses]:
+        """The answers for every test set once some tasks are learnt, where they depend on all of these."""
         space, num_tasks = self.config.evaluate.label_space, len(self.tasks)
         found = []
-        for j, features in enumerate(frozen):
+        for j, images in enumerate(test_sets):
             among = [self.candidates[c] for c in candidate_tasks(space, j, learnt, num_tasks)]
-            names = [name for c in among for name in c.names]
             parts = []
-            for f in torch.from_numpy(features).split(ROWS_AT_ONCE):
-                zero_shot = self.predictor.zero_shot_logits(f, among)
-                parts.append(BestClasses.of(self.predictor.joint_logits(f, zero_shot, names, learnt)))
+            for frozen, features, *routes in zip(
+                *(torch.from_numpy(a).split(ROWS_AT_ONCE) for a in images), strict=True
+            ):
+                logits = self.predictor.answer_logits(features, frozen, Routes(*routes), among, learnt)
+                parts.append(BestClasses.of(logits))
             found.append(BestClasses.joined(parts))
         return found
 

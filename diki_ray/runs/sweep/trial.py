@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from diki_ray.answering.answers import chances
 from diki_ray.answering.evaluation import Evaluation
 from diki_ray.answering.metrics import Metrics
 from diki_ray.config import Config
@@ -108,7 +109,7 @@ def judge(
         "orders_by": _orders_by(varied(config, setting)),
         "seconds": {part: round(value, 2) for part, value in seconds.items()},
         "cost": cost_of(streams, (seconds["tables"] + seconds["orders"]) / len(values), split),
-        "chance": float(np.mean([1 / len(t.class_names) for t in plan.tasks])),
+        "chance": float(np.mean(chances(config.evaluate.label_space, [len(t.class_names) for t in plan.tasks]))),
     }
 
 

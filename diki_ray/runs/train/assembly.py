@@ -16,7 +16,7 @@ from diki_ray.config.run import TrainSection
 from diki_ray.learning.collective import gather_objects
 from diki_ray.learning.methods import TrainingBatch
 from diki_ray.learning.module import NUM_VALIDATION_FEATURES, TaskModule
-from diki_ray.learning.moments import Moments
+from diki_ray.learning.statistics import Statistics
 from diki_ray.learning.task_trainer import TaskTrainer
 from diki_ray.runs.plan import PlannedTask
 from diki_ray.runs.train.task_data import TaskData
@@ -28,7 +28,7 @@ def assembled(data: TaskData, trainer: TaskTrainer, recorded: dict[str, Any], nu
     recorded: what the observers add to the provenance; num_skipped: samples that could not be used, of all ranks.
     """
     method, task = trainer.method, data.task
-    moments, parameters = statistics(data, trainer)
+    sums, parameters = statistics(data, trainer)
     return TaskModule(
         key=task.key,
         task=task.name,
@@ -36,31 +36,33 @@ def assembled(data: TaskData, trainer: TaskTrainer, recorded: dict[str, Any], nu
         templates=task.templates,
         method=method.name,
         parameters={name: p.cpu().numpy() for name, p in parameters.items()},
-        moments=moments,
+        moments=sums.moments,
+        statistics=sums,
         validation_features=validation_features(data),
         provenance=_origin(data.config, task) | _course(trainer, num_skipped) | recorded,
     )
 
 
 @torch.no_grad()
-def statistics(data: TaskData, trainer: TaskTrainer) -> tuple[Moments, Parameters]:
-    """Moments of the frozen features of the training images, and what the module holds with the method's own sums over
-    them; both merged in the order of parts, so that it is the same whoever computed which."""
+def statistics(data: TaskData, trainer: TaskTrainer) -> tuple[Statistics, Parameters]:
+    """The sums by class of the frozen features of the training images, and what the module holds with the method's own
+    sums over them. The latter are added in the order of parts, so that both are the same whoever computed which."""
     own = [_of_part(data, trainer, part) for part in data.own_parts]
     parts = [part for parts in gather_objects(own) for part in parts]
     sums = Sums()
     for _, of_part in parts:
         sums.add(of_part)
-    return Moments.merged([moments for moments, _ in parts]), trainer.method.finish(trainer.best, sums.tensors)
+    return Statistics.merged([found for found, _ in parts]), trainer.method.finish(trainer.best, sums.tensors)
 
 
-def _of_part(data: TaskData, trainer: TaskTrainer, part: int) -> tuple[Moments, Parameters]:
-    method, moments, sums = trainer.method, Moments.empty(data.backbone.embed_dim), Sums()
+def _of_part(data: TaskData, trainer: TaskTrainer, part: int) -> tuple[Statistics, Parameters]:
+    method, num_classes, sums = trainer.method, len(trainer.class_tokens), Sums()
+    found = Statistics.empty(num_classes, data.backbone.embed_dim)
     for images, labels in data.part_of("train", part):
         features = method.backbone.encode_image(images)
-        moments = moments.merge(Moments.of(features.cpu()))
+        found = found.merge(Statistics.of(features.cpu(), labels.cpu(), num_classes))
         sums.add(method.sums(trainer.best, TrainingBatch(images, labels, features, trainer.class_tokens)))
-    return moments, sums.tensors
+    return found, sums.tensors
 
 
 @torch.no_grad()

@@ -1,0 +1,33 @@
+"""Nothing is trained: the class model answers, from the sums of a task's frozen features by class.
+
+It is linear discriminant analysis with partly pooled covariances inside the two-covariance model of verification; the
+formulas and their sources are in answering/class_model.py and class_answers.py. A task is learnt in one pass over its
+images, and its module holds nothing but the sums that every module holds.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diki_ray.clip.residual import Parameters
+from diki_ray.learning.methods.base import Method
+
+
+class Classes(Method):
+    name = "classes"
+    version = 1
+    summary = (
+        "class statistics: linear discriminant analysis with partly pooled covariances (Friedman 1989) and an open-set "
+        "likelihood ratio (Brümmer and de Villiers 2010) on the frozen features; nothing is trained"
+    )
+    answering = "classes"
+
+    def initial(self, generator: torch.Generator, predecessor: Parameters | None = None) -> Parameters:
+        return {}
+
+    def image_features(self, images: Tensor, parameters: Parameters, weight: float | Tensor = 1.0) -> Tensor:
+        return self.backbone.encode_image(images)
+
+    def text_features(self, tokens: Tensor, parameters: Parameters, weight: float | Tensor = 1.0) -> Tensor:
+        return self.backbone.encode_text(tokens)
