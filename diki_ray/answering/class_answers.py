@@ -12,11 +12,12 @@ density that tells most there:
 
 with κ `own_covariance`, γ `likelihood_ratio` and λ `zero_shot_within`.
 
-A class that several tasks know by one name has its share from each of them. Where no candidate is learnt the answer is
-the zero-shot one, bit for bit.
+A class that several tasks know by one name has its share from each of them, by that task's own mean: with one mean for
+all, which two tasks of one domain would gain a little by, two domains under the same names lost most answers. Where no
+candidate is learnt the answer is the zero-shot one, bit for bit.
 
 q_c needs a factor for each task, so it is computed only for the tasks that can still win an image: it is bounded from
-above (`ClassModel.upper_bound`), and with it every score. The best task and answer are those of computing all.
+above (`ClassModel.upper_bounds`), and with it every score. The best task and answer are those of computing all.
 
 Shapes: N images, T tasks, R learnt classes, C candidates, P pairs of a learnt class and a candidate of its name.
 """
@@ -66,9 +67,8 @@ class ClassDensities:
         self._starts = [0, *self._lengths.cumsum(0).tolist()]
         self.pooled, self.unseen = model.class_log_densities(self._features)
         """ℓ_c [R, N] and ℓ₀ [N]."""
-        self._own = model.upper_bounds[model.task_of_row][:, None].repeat(
-            1, len(features)
-        )  # q_c [R, N], its bound where not done
+        # q_c [R, N], its bound where not done.
+        self._own = model.upper_bounds[model.task_of_row][:, None].repeat(1, len(features))
         self._done = torch.zeros(self._num_tasks, len(features), dtype=torch.bool)
 
     def log_density(self) -> Tensor:
@@ -107,11 +107,9 @@ class ClassDensities:
         between[distinct] = segment_logsumexp((score[pairs.task] + share)[order], lengths)
         return (self.model.sharpness * between.T).to(zero_shot.dtype).to(zero_shot.device)
 
-    def _scores(
-        self, pairs: Pairs, between: Tensor | float, margin: float, floor: Tensor | float = -torch.inf
-    ) -> Tensor:
+    def _scores(self, pairs: Pairs, between: Tensor | float, margin: float) -> Tensor:
         """logsumexp over a task's pairs of ℓ'_c + between [S, N]: exact for the best of each image and for those within
-        `margin` of it; the others are below and may be upper bounds. floor [N]: a score that there is already."""
+        `margin` of it; the others are below and may be upper bounds."""
         share = self.model.constants.own_covariance
         rest = (1 - share) * self.pooled[pairs.row] + between
         score = segment_logsumexp(rest + share * self._own[pairs.row], pairs.lengths)
