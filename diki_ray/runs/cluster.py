@@ -8,11 +8,12 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import ray
 
 from diki_ray.errors import ConfigError
+from diki_ray.runs.local_cluster import LOOPBACK, keep_token_private, on_loopback
 
 LOCAL = "local"
 """The address that asks for a cluster of this process's own, whatever RAY_ADDRESS says."""
@@ -40,19 +41,23 @@ def connected(
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1")
-    # RAY_AUTH_MODE is left alone: Ray's ports listen on every interface, and where nothing is said a cluster started
-    # here asks for the token that Ray keeps in the user's home directory.
+    # RAY_AUTH_MODE is left alone: where nothing is said, a cluster started here asks for the token that Ray keeps in
+    # the user's home directory.
     setting, address = (setting, address) if address else ("RAY_ADDRESS", os.environ.get("RAY_ADDRESS") or LOCAL)
     joined = address != LOCAL
+    if not joined:
+        keep_token_private()
     try:
-        ray.init(
-            address=address,
-            num_cpus=None if joined else num_cpus,
-            include_dashboard=None if joined else dashboard,
-            namespace="diki_ray",
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
+        with nullcontext() if joined else on_loopback():
+            ray.init(
+                address=address,
+                num_cpus=None if joined else num_cpus,
+                include_dashboard=None if joined else dashboard,
+                _node_ip_address=None if joined else LOOPBACK,
+                namespace="diki_ray",
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
     except Exception as error:  # Ray raises a plain one where its own processes are not up in half a minute
         raise ConfigError(_not_joined(setting, address, error) if joined else _not_started(error)) from error
     try:

@@ -17,9 +17,11 @@ from prometheus_client.metrics_core import Metric
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
+from torch import Tensor
 
 import diki_ray
 from diki_ray.answering.class_features import Candidates
+from diki_ray.serving.decoding import Decoder
 from diki_ray.serving.engine import Question, answer_questions
 from diki_ray.serving.guard import BodyTooLarge, Guard, too_large
 from diki_ray.serving.metrics import Metrics, exposition
@@ -58,6 +60,7 @@ class Service:
         self.metrics = Metrics(self.snapshots)
         self.ask = ask or self._ask_alone
         self.decoders = ThreadPoolExecutor(settings.decode_threads, "diki-serve-decode")
+        self._decoder = Decoder(settings.decode_threads, settings.decode_timeout_s)
         self._model = ThreadPoolExecutor(1, "diki-serve-model")
         self._num_waiting = 0
 
@@ -85,7 +88,7 @@ class Service:
             preprocess = snapshot.predictor.backbone.preprocess
             pixels = await asyncio.gather(
                 *(
-                    loop.run_in_executor(self.decoders, to_pixels, data, f"images[{n}]", preprocess, self.settings)
+                    loop.run_in_executor(self.decoders, self._pixels, data, f"images[{n}]", preprocess, deadline)
                     for n, data in enumerate(files)
                 )
             )
@@ -118,6 +121,7 @@ class Service:
     def close(self) -> None:
         self.snapshots.close()
         self.decoders.shutdown(wait=False, cancel_futures=True)
+        self._decoder.close()
         self._model.shutdown(wait=False, cancel_futures=True)
 
     def _candidates(self, snapshot: Snapshot, asked: Asked) -> tuple[Candidates, ...]:
@@ -126,6 +130,11 @@ class Service:
         if not snapshot.learnt:
             raise Refusal(422, "the run has no task at present: give the classes to choose from.", "no classes")
         return snapshot.learnt
+
+    def _pixels(self, data: bytes, where: str, preprocess: Callable[[Any], Tensor], deadline: float) -> Tensor:
+        if time.monotonic() > deadline:  # it waited for others' images, and nobody waits for it any more
+            raise TimeoutError
+        return to_pixels(data, where, self._decoder, preprocess, self.settings)
 
     def _waits(self, more: int) -> None:
         self._num_waiting += more

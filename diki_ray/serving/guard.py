@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Collection
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from diki_ray.serving.settings import Settings
+from diki_ray.serving.settings import Limits
 
 OPEN = ("/", "/healthz")
 """These paths ask for no token: they are a page without any data, and a word."""
@@ -29,7 +29,7 @@ class BodyTooLarge(Exception):
     """More bytes came than `max_body_bytes`. It is raised where the app reads them, and the app answers it."""
 
 
-def too_large(settings: Settings) -> tuple[int, str]:
+def too_large(settings: Limits) -> tuple[int, str]:
     """Returns the status and sentence of a request whose body is too large."""
     return 413, f"the body is too large: at most {settings.max_body_bytes} bytes."
 
@@ -40,7 +40,7 @@ class Guard:
     def __init__(
         self,
         app: ASGIApp,
-        settings: Settings,
+        settings: Limits,
         routes: Collection[str],
         observe: Callable[[str, int, float], None],
     ) -> None:
@@ -72,7 +72,7 @@ class Guard:
         try:
             refused = self._refused(scope, path)
             if refused is not None:
-                await _say(observed, *refused)
+                await say(observed, refused[0], {"error": refused[1]})
             else:
                 await self._app(scope, self._limited(receive), observed)
         finally:
@@ -110,10 +110,13 @@ class Guard:
         return limited
 
 
-async def _say(send: Callable[[Message], Awaitable[None]], status: int, sentence: str) -> None:
-    body = json.dumps({"error": sentence}).encode()
+async def say(send: Callable[[Message], Awaitable[None]], status: int, fields: dict[str, str]) -> None:
+    """Sends a whole response, with the fields as JSON."""
+    body = json.dumps(fields).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
+    if status == 503:
+        headers.append((b"retry-after", b"1"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

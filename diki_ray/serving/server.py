@@ -5,9 +5,11 @@ from __future__ import annotations
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.request import urlopen
 
 import ray
 from ray import serve
@@ -16,12 +18,15 @@ from ray.serve.config import HTTPOptions
 from diki_ray.clip.trust import named_backbone
 from diki_ray.errors import ConfigError
 from diki_ray.runs.cluster import connected
+from diki_ray.runs.local_cluster import LOOPBACK
 from diki_ray.runs.plan import with_absolute_paths
 from diki_ray.runs.stored_run import config_of, open_learnt
 from diki_ray.serving.deployment import deploy
+from diki_ray.serving.front import front, listen
 from diki_ray.serving.settings import Settings
 
 APP_NAME = "diki"
+_PROXY_START_S = 30.0
 _PROXY_GRACE_S = 5.0
 """The proxy's own limit comes so much later than the application's, which can say why."""
 
@@ -52,17 +57,21 @@ def serving(
         located = with_absolute_paths(config).backbone
         names = {"backbone": located.name, "pretrained": located.pretrained, "directory": located.directory}
         settings = settings.model_copy(update=names)
-    _check_port(host, port)
-    with connected(address, setting="address"):
+    with listen(host, port) as listener, connected(address, setting="address"):
         # HTTP options are a cluster's: another application's server, with its host and port, would be used silently.
         if serve.status().applications:
             raise ConfigError("this cluster serves something already: end that first, or leave the address out.")
-        options = HTTPOptions(host=host, port=port, request_timeout_s=settings.request_timeout_s + _PROXY_GRACE_S)
+        options = HTTPOptions(
+            host=LOOPBACK, port=_free_port(), request_timeout_s=settings.request_timeout_s + _PROXY_GRACE_S
+        )
         serve.start(http_options=options)
         try:
             _run(settings, replicas, {"num_cpus": cpus_per_replica, "num_gpus": gpus_per_replica})
+            upstream = f"http://{LOOPBACK}:{options.port}"
+            _wait_for_proxy(upstream)
             shown = f"[{host}]" if ":" in host else host
-            yield f"http://{shown}:{port}"
+            with front(listener, upstream, settings):
+                yield f"http://{shown}:{port}"
         finally:
             serve.shutdown()
 
@@ -101,13 +110,22 @@ def _reason(message: str) -> str:
     return (reasons or lines)[-1]
 
 
-def _check_port(host: str, port: int) -> None:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_for_proxy(upstream: str) -> None:
+    deadline = time.monotonic() + _PROXY_START_S
+    while True:
         try:
-            probe.bind((host, port))
+            with urlopen(f"{upstream}/-/healthz", timeout=2):
+                return
         except OSError as error:
-            raise ConfigError(
-                f"nothing can be served on {host}:{port} ({error.strerror}): choose another host or port."
-            ) from error
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"Ray Serve's proxy does not answer on this machine ({error}): start the job on the cluster's "
+                    "head, as `ray job submit` does."
+                ) from error
+        time.sleep(0.1)

@@ -19,15 +19,31 @@ TOKEN_VARIABLE = "DIKI_SERVE_TOKEN"
 MIN_TOKEN_LENGTH = 16
 
 
-class Settings(Section):
+class Limits(Section):
+    """They say who gets in, and how much of a connection there may be before a replica hears of it."""
+
+    token_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    """Of the bearer token; None: everybody is answered."""
+
+    request_timeout_s: float = Field(default=30.0, gt=0)
+    """From a request's first byte to its answer: 408 while its body is still coming, else 504."""
+    max_body_bytes: int = Field(default=16 * 2**20, ge=1)
+    max_buffered_bytes: int = Field(default=256 * 2**20, ge=1)
+    """Of all bodies together that are under way; beyond them requests get 503."""
+    header_timeout_s: float = Field(default=10.0, gt=0)
+    """A connection without a whole request's head for so long is closed."""
+    max_header_bytes: int = Field(default=16 * 2**10, ge=1024)
+    max_connections: int = Field(default=512, ge=8)
+    """Beyond them the one that has waited longest for a request's head is closed. Half of them may have requests under
+    way. With those to the replicas the default stays within the 1024 descriptors that a process usually may have."""
+
+
+class Settings(Limits):
     """They say which run is served, and how much of anything one request may ask for."""
 
     storage: str = "runs"
     """An absolute path, or s3://, gs://, az://: replicas run in folders of their own."""
     run: str
-    token_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
-    """Of the bearer token; None: everybody is answered."""
-
     backbone: str | None = None
     """Instead of the stored configuration's. A Python file or a folder is taken from here alone, by an absolute path:
     stored data runs no code."""
@@ -54,10 +70,10 @@ class Settings(Section):
     max_requests: int = Field(default=64, ge=1)
     """Requests a replica works on at once; as many wait in the proxy, further ones get 503."""
     decode_threads: int = Field(default=2, ge=1)
+    """Each decodes in a process of its own."""
+    decode_timeout_s: float = Field(default=5.0, gt=0)
+    """Of one image: then its process is ended and the request gets 422. 25 million honest pixels take half a second."""
 
-    request_timeout_s: float = Field(default=30.0, gt=0)
-    """From a request's first byte to its answer: 408 while its body is still coming, else 504."""
-    max_body_bytes: int = Field(default=16 * 2**20, ge=1)
     max_images: int = Field(default=32, ge=1)
     """In one request."""
     max_pixels: int = Field(default=25_000_000, ge=1)
@@ -75,6 +91,14 @@ def parse_settings(**fields: Any) -> Settings:
         return Settings(**fields)
     except ValidationError as error:
         raise ConfigError(f"settings: {sentences(error, Settings)}.") from None
+
+
+def parse_limits(**fields: Any) -> Limits:
+    """Raises ConfigError as parse_settings does."""
+    try:
+        return Limits(**fields)
+    except ValidationError as error:
+        raise ConfigError(f"settings: {sentences(error, Limits)}.") from None
 
 
 def token_digest(token_file: str | None, no_token: bool) -> str | None:

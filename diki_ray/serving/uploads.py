@@ -10,8 +10,9 @@ import torch
 from pydantic import ValidationError
 from starlette.datastructures import FormData, UploadFile
 
-from diki_ray.data.images import UndecodableImageError, decode_image
-from diki_ray.serving.schema import Asked, PredictRequest
+from diki_ray.data.images import UndecodableImageError
+from diki_ray.serving.decoding import Decoder, DecodingTooSlowError
+from diki_ray.serving.schema import MAX_NAME_LENGTH, MAX_TEMPLATE_LENGTH, Asked, PredictRequest
 from diki_ray.serving.settings import Settings
 
 _MAX_PROBLEMS = 5
@@ -28,6 +29,7 @@ class Refusal(Exception):
 
 def from_json(body: bytes, settings: Settings) -> tuple[list[bytes], Asked]:
     """Returns the image files and the question of a JSON body."""
+    _check_values(body, settings)
     try:
         request = PredictRequest.model_validate_json(body)
     except ValidationError as error:
@@ -67,10 +69,15 @@ async def from_form(form: FormData, settings: Settings) -> tuple[list[bytes], As
     return files, asked
 
 
-def to_pixels(data: bytes, where: str, preprocess: Callable[[Any], torch.Tensor], settings: Settings) -> torch.Tensor:
+def to_pixels(
+    data: bytes, where: str, decoder: Decoder, preprocess: Callable[[Any], torch.Tensor], settings: Settings
+) -> torch.Tensor:
     """Returns [3, H, W] of an image file, as the backbone wants it."""
     try:
-        image = decode_image(data, settings.max_pixels)
+        image = decoder.decode(data, settings.max_pixels)
+    except DecodingTooSlowError:
+        slow = f"decoding it took more than {settings.decode_timeout_s:g} s"
+        raise Refusal(422, f"{where} cannot be used: {slow}.", "slow image") from None
     except UndecodableImageError as error:
         raise Refusal(422, f"{where} cannot be used: {error.reason}.", error.reason) from None
     short, long = sorted(image.size)
@@ -81,6 +88,18 @@ def to_pixels(data: bytes, where: str, preprocess: Callable[[Any], torch.Tensor]
             "aspect ratio",
         )
     return preprocess(image)
+
+
+def _check_values(body: bytes, settings: Settings) -> None:
+    """Refuses JSON of more values than a request can have, before any is made an object or its mistake is told.
+
+    Each value but the first comes after one of these characters. Base64 has none of them, so that only names and the
+    template could have them too, and their lengths are limited.
+    """
+    in_texts = settings.max_classes * MAX_NAME_LENGTH + MAX_TEMPLATE_LENGTH
+    at_most = settings.max_images + settings.max_classes + in_texts + 16
+    if sum(map(body.count, (b",", b"[", b"{", b":"))) > at_most:
+        raise Refusal(422, "the body has more lists and values than a request can have.", "counts")
 
 
 def _check_counts(num_images: int, asked: Asked, settings: Settings) -> None:

@@ -37,7 +37,7 @@ from ray.serve.schema import ServeDeploySchema
 import diki_ray
 from diki_ray import config
 from diki_ray.serving.deployment import Answering
-from diki_ray.serving.settings import TOKEN_VARIABLE, Settings
+from diki_ray.serving.settings import TOKEN_VARIABLE, Limits, Settings
 
 KUBERNETES = ("1.31", "1.37")  # the oldest and the newest that the overlays are for
 MOUNT = "/mnt/diki"
@@ -295,11 +295,29 @@ def test_a_service_serves_an_application_of_this_package_with_valid_arguments(ov
 
 
 @pytest.mark.parametrize("overlay", SERVE_OVERLAYS)
+def test_a_front_stands_before_ray_serves_proxy_which_listens_within_the_pod_alone(overlay):
+    (service,) = of_kind(overlay, "RayService")
+    options = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"])).http_options
+    assert options.host == "127.0.0.1"
+    (group,) = ray_cluster(overlay)["workerGroupSpecs"]
+    worker, front = group["template"]["spec"]["containers"]
+    assert front["image"] == worker["image"]
+    assert {e["name"] for e in front["env"]} == {TOKEN_VARIABLE}
+    python, job, *arguments = front["command"]
+    assert (python, (ROOT / job).is_file()) == ("python", True)
+    given = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    assert given == {"--host": "0.0.0.0", "--port": "8000", "--upstream": f"http://127.0.0.1:{options.port}"}
+    assert worker["readinessProbe"]["httpGet"] == {"path": "/-/healthz", "port": 8000}  # through the front
+    assert front["resources"]["limits"]["memory"] == "1Gi"
+    assert 2 * Limits().max_buffered_bytes <= 2**29  # in half of it: bodies, each joined from its parts
+
+
+@pytest.mark.parametrize("overlay", SERVE_OVERLAYS)
 def test_a_service_asks_for_a_token_from_a_secret_and_only_named_clients_reach_it(overlay):
     (service,) = of_kind(overlay, "RayService")
     assert "no_token" not in service["spec"]["serveConfigV2"]
     for name, template in pod_templates(overlay):
-        (container,) = template["spec"]["containers"]
+        container = template["spec"]["containers"][0]
         (token,) = [v for v in container["env"] if v["name"] == TOKEN_VARIABLE]
         assert token["valueFrom"] == {"secretKeyRef": {"name": "diki-serve", "key": "token"}}
         assert {"name": "serve", "containerPort": 8000} in container["ports"], name

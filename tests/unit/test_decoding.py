@@ -1,0 +1,123 @@
+"""Decoding in processes that can be ended: hostile files, killed processes, and what is left afterwards."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diki_ray.data.images import UndecodableImageError, decode_image
+from diki_ray.serving.decoding import Decoder, DecodingTooSlowError
+
+TIMEOUT_S = 1.5
+
+
+@pytest.fixture
+def decoder() -> Iterator[Decoder]:
+    decoder = Decoder(2, TIMEOUT_S)
+    yield decoder
+    decoder.close()
+    assert children() == []
+
+
+def children() -> list[int]:
+    """Process ids of the decoders that this process has started and not ended."""
+    listed = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "pid=,args="], capture_output=True, text=True)
+    return [int(line.split()[0]) for line in listed.stdout.splitlines() if "diki_ray.serving.decoding" in line]
+
+
+def file_of(seed: int, size: int = 40, image_format: str = "PNG") -> bytes:
+    out = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 255, (size, size + 3, 3), np.uint8)
+    Image.fromarray(pixels).save(out, image_format)
+    return out.getvalue()
+
+
+def progressive(num_scans: int) -> bytes:
+    """A progressive JPEG that says the same scan over and over: each makes the decoder pass over all its pixels."""
+    out = io.BytesIO()
+    Image.new("RGB", (4000, 4000), "red").save(out, "JPEG", progressive=True)
+    data = out.getvalue()
+    start = data.rindex(b"\xff\xda")  # the last scan, a refinement
+    end = data.rindex(b"\xff\xd9")
+    return data[:start] + data[start:end] * num_scans + data[end:]
+
+
+def test_images_are_those_of_decode_image(decoder: Decoder) -> None:
+    files = [file_of(n, image_format=kind) for n, kind in enumerate(("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"))] * 4
+    with ThreadPoolExecutor(2) as pool:
+        images = list(pool.map(lambda data: decoder.decode(data, 10_000), files))
+    for image, data in zip(images, files, strict=True):
+        expected = decode_image(data, 10_000)
+        assert (image.mode, image.size) == ("RGB", expected.size)
+        assert image.tobytes() == expected.tobytes()
+    assert len(children()) == 2
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"), [(b"", "not an image"), (b"words", "not an image"), (file_of(1, 200), "too many pixels")]
+)
+def test_reasons_are_those_of_decode_image(decoder: Decoder, data: bytes, reason: str) -> None:
+    with pytest.raises(UndecodableImageError) as told:
+        decoder.decode(data, 10_000)
+    assert told.value.reason == reason
+    assert decoder.decode(file_of(2), 10_000).size == (43, 40)
+
+
+def test_an_image_that_would_take_minutes_is_ended_at_its_time_and_the_next_is_decoded(decoder: Decoder) -> None:
+    """Two of them, so that both processes have one, in a file of 150 KB each."""
+    hostile = progressive(3000)
+
+    def seconds_of(data: bytes) -> float:
+        started = time.monotonic()
+        with pytest.raises((DecodingTooSlowError, UndecodableImageError)):
+            decoder.decode(data, 25_000_000)
+        return time.monotonic() - started
+
+    with ThreadPoolExecutor(2) as pool:
+        assert max(pool.map(seconds_of, [hostile, hostile])) < TIMEOUT_S + 5  # starting a process is not counted
+    assert decoder.decode(file_of(4), 10_000).size == (43, 40)
+
+
+def test_a_process_that_stands_still_or_is_killed_is_replaced(decoder: Decoder) -> None:
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda data: decoder.decode(data, 10_000), [file_of(3)] * 4))
+        former = children()
+        for child in former:
+            os.kill(child, number)
+        for _ in former:
+            with suppress(DecodingTooSlowError):  # each is found out at most once
+                decoder.decode(file_of(4), 10_000)
+        assert decoder.decode(file_of(4), 10_000).size == (43, 40)
+        assert not set(former) & set(children())
+
+
+def test_a_process_ends_with_its_parent() -> None:
+    code = """
+import os, signal
+from diki_ray.serving.decoding import Decoder
+decoder = Decoder(1, 5)
+try:
+    decoder.decode(b"", 9)
+except Exception:
+    child = decoder._free.get()
+print(child.process.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    child = int(done.stdout)
+    deadline = time.monotonic() + 5
+    while os.path.exists(f"/proc/{child}") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not os.path.exists(f"/proc/{child}")
