@@ -1,7 +1,7 @@
 """Images are decoded in processes that can be ended: nothing else ends a decoder of C that was given a hostile file.
 
-A child (`python -m diki_ray.serving.decoding`) knows Pillow alone. It is asked over its standard input and answers on its
-standard output: lengths and bytes. It ends with its input, and at its own alarm where nobody is left to end it.
+A child (`python -m diki_ray.serving.decoding`) knows Pillow alone. It is asked over its standard input and answers on
+its standard output: lengths and bytes. It ends with its input, and at its own alarm where nobody is left to end it.
 """
 
 from __future__ import annotations
