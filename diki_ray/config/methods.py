@@ -30,7 +30,8 @@ class PromptSection(Section):
 
     name: ChangesModule[str]
     image_depth: ChangesModule[int] = Field(default=8, ge=0)
-    """Blocks of the image tower, from the first, that have prompts."""
+    """Blocks of the image tower, from the first, that have prompts. Where it is not written down, all blocks of a tower
+    that has fewer; the text tower's likewise."""
     image_length: ChangesModule[int] = Field(default=8, ge=1)
     """Prompts in each of them."""
     text_depth: ChangesModule[int] = Field(default=8, ge=0)

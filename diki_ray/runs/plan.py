@@ -111,11 +111,25 @@ def load_backbone(config: Config) -> Backbone:
 
 
 def build_method(config: Config, backbone: Backbone) -> Method:
-    settings = config.method.model_dump(exclude={"name", "reference", "num_reference"})
+    settings = fitted(config, backbone).method.model_dump(exclude={"name", "reference", "num_reference"})
     method = METHODS[config.method.name](backbone, **settings)
     if isinstance(method, Zscl):
         method.reference = partial(reference_of, config, backbone)
     return method
+
+
+def fitted(config: Config, backbone: Backbone) -> Config:
+    """The configuration with depths that nobody wrote down lowered to the blocks that the backbone's towers have.
+
+    A depth that is written down stays, and is refused where a tower is lower.
+    """
+    method, lowered = config.method, dict[str, int]()
+    for tower in backbone.towers:
+        name = f"{tower.name}_depth"
+        depth = getattr(method, name, None)
+        if depth is not None and name not in method.model_fields_set and depth > tower.num_blocks:
+            lowered[name] = tower.num_blocks
+    return config.model_copy(update={"method": method.model_copy(update=lowered)}) if lowered else config
 
 
 def is_sequential(config: Config) -> bool:
@@ -181,6 +195,7 @@ def make_plan(config: Config, backbone: Backbone) -> Plan:
         ConfigError, DataError: two tasks of one name, data that is missing or not valid.
     """
     # Depths that the backbone does not have and missing reference data are refused before anything is prepared.
+    config = fitted(config, backbone)
     build_method(config, backbone)
     reference_digest(config)
     digest = backbone.digest()

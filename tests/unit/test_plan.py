@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from diki_ray.config import Config, load
+from diki_ray.errors import ConfigError
 from diki_ray.learning.methods import METHODS, Diki
 from diki_ray.runs.plan import Plan, load_backbone, make_plan, with_absolute_paths
 from diki_ray.runs.train.group import shared_out
@@ -31,6 +32,19 @@ def test_a_key_depends_on_the_task_and_the_recipe_and_not_on_the_stream(prepared
     assert keys(planned(prepared, "calibration.bias=2", "evaluate.routing=batch", "run.name=q")) == keys(plan)
     for change in ("train.epochs=2", "run.seed=1", "train.num_workers=2", "method.text_length=3", "train.lr=1"):
         assert not set(keys(planned(prepared, change)).values()) & set(keys(plan).values()), change
+
+
+def test_depths_that_nobody_wrote_down_fit_the_backbone_and_others_are_refused(prepared: Path) -> None:
+    tree = load(DEBUG, [f"data.root={prepared}"]).model_dump()
+    plan = make_plan(Config.model_validate(tree | {"method": {"name": "diki"}}), BACKBONE)
+    depths = [tower.num_blocks for tower in BACKBONE.towers]
+    assert [plan.config.method.image_depth, plan.config.method.text_depth] == depths  # type: ignore[union-attr]
+    written = make_plan(
+        Config.model_validate(tree | {"method": {"image_depth": depths[0], "text_depth": depths[1]}}), BACKBONE
+    )
+    assert keys(written) == keys(plan)
+    with pytest.raises(ConfigError, match="image_depth: 8 blocks were asked for"):
+        make_plan(Config.model_validate(tree | {"method": {"name": "diki", "image_depth": 8}}), BACKBONE)
 
 
 def test_a_task_of_few_steps_is_trained_for_more_epochs(prepared: Path) -> None:
