@@ -77,6 +77,7 @@ def _plan(world: World, folder: Path, num_tasks: int, num_classes: int, num_imag
             "backbone": {"name": str(folder / "backbone.py")},
             "method": method | {"image_length": 8, "text_length": 8},
             "statistics": {"shrinkage": "oas"},
+            "routing": {"density": "task"},
             "train": {"device": world.device},
             "data": {"root": str(folder / "prepared")},
         }

@@ -91,9 +91,10 @@ class Prediction:
     def correct(self, labels: np.ndarray, task: int, names: Names | None = None) -> np.ndarray:
         """bool [N]: the right class of the data set of `task`; with names also one of its name in another data set."""
         right = (self.block == task) & (self.best == labels)
-        if names is not None:
-            for n in np.flatnonzero(self.block != task):
-                right[n] = names[self.block[n]][self.best[n]] == names[task][labels[n]]
+        if names is None:
+            return right
+        for n in np.flatnonzero(self.block != task):
+            right[n] = names[self.block[n]][self.best[n]] == names[task][labels[n]]
         return right
 
 
