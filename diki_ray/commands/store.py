@@ -8,6 +8,7 @@
     python jobs/store.py rollback STORAGE RUN SEQ
     python jobs/store.py purge STORAGE RUN        delete module files that no run of the storage refers to
     python jobs/store.py compact STORAGE RUN      make a long log quick to open
+    python jobs/store.py fill STORAGE RUN         class means of modules that a former version made, from their images
 
 STORAGE is a local path or s3://, gs://, az://. What changes a run needs its lease and is refused while a driver has it.
 """
@@ -109,6 +110,21 @@ def compact(args: argparse.Namespace) -> Report:
     if damaged:
         text += f"; without {', '.join(damaged)}, which could not be read"
     return {"seq": seq, "damaged": damaged, "text": text}
+
+
+def fill(args: argparse.Namespace) -> Report:
+    # Imported here, for the other commands need neither torch nor a backbone.
+    from diki_ray.clip.trust import named_backbone
+    from diki_ray.config import load
+    from diki_ray.runs.fill import fill_class_means
+    from diki_ray.runs.stored_run import config_of
+
+    told = named_backbone(args.backbone, args.pretrained, args.directory)
+    with _held(args) as (store, epoch):
+        config = config_of(store, load(args.config) if args.config else None, told)
+        filled = fill_class_means(store, epoch, config, lambda task: print(f"{task} …", file=sys.stderr))
+    text = f"{len(filled)} module(s) have class means now" if filled else "every module has class means already"
+    return {"filled": filled, "text": f"{text}; routing.density=classes answers by them."}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -216,4 +232,9 @@ def _parser() -> argparse.ArgumentParser:
     add("compact", compact, changes=True).add_argument(
         "--accept-loss", action="store_true", help="go on without log entries that can't be read"
     )
+    command = add("fill", fill, changes=True)
+    command.add_argument("--config", metavar="FILE", help="the configuration it was learnt with, if not the stored one")
+    command.add_argument("--backbone", metavar="NAME", help="instead of the stored one, as in predict")
+    command.add_argument("--pretrained", metavar="TAG", help="with --backbone: tag or file of its weights")
+    command.add_argument("--directory", metavar="FOLDER", help="with --backbone: as backbone.directory")
     return parser

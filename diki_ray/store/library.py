@@ -82,13 +82,23 @@ class Library:
         """
         if (first := self.find_intact(key)) is not None:
             return first
-        record = Record(key, digest_of(blob), len(blob), metadata)
-        if not self.intact(record.digest):
-            self._objects.put(module_path(record.digest), blob)
+        record = self._written(key, blob, metadata)
         if not self._objects.put(key_path(key), seal(asdict(record)), create_only=True):
             if (first := self.find_intact(key)) is not None:
                 return first
             self._objects.put(key_path(key), seal(asdict(record)))
+        return record
+
+    def replace(self, key: str, blob: bytes, metadata: dict[str, Any]) -> Record:
+        """Put a blob under a key whatever the key pointed to before; durable when it returns."""
+        record = self._written(key, blob, metadata)
+        self._objects.put(key_path(key), seal(asdict(record)))
+        return record
+
+    def _written(self, key: str, blob: bytes, metadata: dict[str, Any]) -> Record:
+        record = Record(key, digest_of(blob), len(blob), metadata)
+        if not self.intact(record.digest):
+            self._objects.put(module_path(record.digest), blob)
         return record
 
 

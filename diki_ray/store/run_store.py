@@ -120,6 +120,16 @@ class RunStore(ReadableRun):
         record = self.library.commit(key, blob, json.loads(canonical(metadata or {})))
         return self._enter(epoch, task, record)
 
+    def replace_module(
+        self, epoch: int, key: str, task: str, blob: bytes, metadata: dict[str, Any] | None = None
+    ) -> Entry:
+        """Put other bytes under the key of a module that the run has: the same module in a later format. Durable when
+        it returns; what the key pointed to before stays until it is purged."""
+        self.log.refresh()
+        self.log.require(epoch)
+        record = self.library.replace(key, blob, json.loads(canonical(metadata or {})))
+        return self._enter(epoch, task, record)
+
     def adopt_module(self, epoch: int, key: str, task: str) -> Entry | None:
         """Make the library's module under `key` part of the run, untrained; None when there is no intact one."""
         self.log.refresh()

@@ -3,10 +3,12 @@ comes from."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import diki_ray
 from diki_ray.clip.residual import Parameters
@@ -56,13 +58,28 @@ def statistics(data: TaskData, trainer: TaskTrainer) -> tuple[Statistics, Parame
 
 
 def _of_part(data: TaskData, trainer: TaskTrainer, part: int) -> tuple[Statistics, Parameters]:
-    method, num_classes, sums = trainer.method, len(trainer.class_tokens), Sums()
+    sums = Sums()
+
+    def add(images: Tensor, labels: Tensor, features: Tensor) -> None:
+        sums.add(trainer.method.sums(trainer.best, TrainingBatch(images, labels, features, trainer.class_tokens)))
+
+    return class_sums(data, part, add), sums.tensors
+
+
+def class_sums(
+    data: TaskData, part: int, on_batch: Callable[[Tensor, Tensor, Tensor], None] = lambda *batch: None
+) -> Statistics:
+    """The sums by class of the frozen features of a part's training images.
+
+    on_batch: called with each batch's images [B, 3, H, W], labels [B] and frozen features [B, E].
+    """
+    num_classes = len(data.task.class_names)
     found = Statistics.empty(num_classes, data.backbone.embed_dim)
     for images, labels in data.part_of("train", part):
-        features = method.backbone.encode_image(images)
+        features = data.backbone.encode_image(images)
         found = found.merge(Statistics.of(features.cpu(), labels.cpu(), num_classes))
-        sums.add(method.sums(trainer.best, TrainingBatch(images, labels, features, trainer.class_tokens)))
-    return found, sums.tensors
+        on_batch(images, labels, features)
+    return found
 
 
 @torch.no_grad()
