@@ -20,7 +20,7 @@ from rich.progress import MofNCompleteColumn, Progress
 
 from diki_ray.config.protocols import protocol
 from diki_ray.data import prepare
-from diki_ray.data.sources import benchmark_folder
+from diki_ray.data.sources import benchmark_folders
 from diki_ray.errors import UserError
 from diki_ray.runs.cluster import connected
 
@@ -57,7 +57,7 @@ def plans(arguments: argparse.Namespace, console: Console) -> Iterator[prepare.P
     if arguments.protocol:
         benchmark = protocol(arguments.protocol)
         split, shots, template = split or benchmark.own_split, shots or benchmark.shots, template or benchmark.template
-        sources = [benchmark_folder(name, arguments.data) for name in benchmark.order]
+        sources = benchmark_folders(benchmark.order, arguments.data, split)
     settings = prepare.Settings(shots, arguments.seed, arguments.resize, arguments.format)
     for source in sources:
         preparation = prepare.plan(

@@ -273,21 +273,49 @@ def ensure(
 
     Raises DataError for what cannot be prepared, StorageError for what cannot be read or written.
     """
-    prepared = load_prepared(source)
-    if prepared is not None:
-        if shots is not None and prepared.provenance.get("settings", {}).get("shots") != shots:
-            raise DataError(f"{source} is already prepared: draw {shots} shots from its original source instead")
-        templates = (template,) if isinstance(template, str) else tuple(template or prepared.templates)
-        return replace(prepared, name=name or prepared.name, templates=templates)
-    preparation = plan(
+    settings = Settings(shots, seed, resize_px, image_format)
+    found = look(
         source,
         root,
         name=name,
         template=template,
         split_protocol=split_protocol,
         class_names=class_names,
-        settings=Settings(shots, seed, resize_px, image_format),
+        settings=settings,
     )
+    return found if isinstance(found, DatasetIndex) else made(found, max_skipped, run)
+
+
+def look(
+    source: str,
+    root: str,
+    *,
+    name: str | None = None,
+    template: str | Sequence[str] | None = None,
+    split_protocol: str | None = None,
+    class_names: Sequence[str] = (),
+    settings: Settings,
+) -> DatasetIndex | Preparation:
+    """The first half of `ensure`, which writes nothing: the data set if it is prepared, else a plan for `made`."""
+    prepared = load_prepared(source)
+    if prepared is None:
+        return plan(
+            source,
+            root,
+            name=name,
+            template=template,
+            split_protocol=split_protocol,
+            class_names=class_names,
+            settings=settings,
+        )
+    if settings.shots is not None and prepared.provenance.get("settings", {}).get("shots") != settings.shots:
+        raise DataError(f"{source} is already prepared: draw {settings.shots} shots from its original source instead")
+    templates = (template,) if isinstance(template, str) else tuple(template or prepared.templates)
+    return replace(prepared, name=name or prepared.name, templates=templates)
+
+
+def made(preparation: Preparation, max_skipped: int | None = None, run: Run = map) -> DatasetIndex:
+    """The second half of `ensure`: the data set, written now unless it was finished before."""
     found = find_finished(preparation)
     return found or finish(preparation, run(write_job, preparation.jobs), max_skipped)
 

@@ -22,7 +22,7 @@ from diki_ray.report.next_steps import next_steps
 from diki_ray.report.results import DOCUMENT, table
 from diki_ray.report.run import REPORT, render
 from diki_ray.runs.evaluate.split import evaluate_run
-from diki_ray.runs.plan import Plan, load_backbone, make_plan
+from diki_ray.runs.plan import Plan, find_data, load_backbone, make_plan
 from diki_ray.runs.progress import Display, Listener, following
 from diki_ray.runs.results import build_results, is_of_configuration, protocol_id, protocol_of
 from diki_ray.runs.run_cluster import cluster
@@ -58,7 +58,8 @@ def _run(config: Config, display: Display, telemetry: Telemetry, tracked: Tracki
     clock = _Clock(telemetry)
     clock.start("plan")
     config = _with_parts_of_the_run(config)
-    plan = make_plan(config, load_backbone(config))
+    data = find_data(config)  # before weights are fetched, which can take minutes
+    plan = make_plan(config, load_backbone(config), data)
     clock.start("cluster")
     with cluster(config), _store(config) as store:
         telemetry.watch(store, [task.key for task in plan.tasks])
@@ -136,6 +137,7 @@ def _evaluated(
     display.say("evaluating …")
     with display.bars:
         evaluation = evaluate_run(plan, store, on_progress)
+    display.say("writing results and report …")
     entries = {entry.key: entry for entry in store.modules()}
     digests = [entries[task.key].digest for task in plan.tasks]
     results = build_results(

@@ -22,8 +22,9 @@ from diki_ray.config.protocols import protocol
 from diki_ray.config.run import TaskSection
 from diki_ray.data import prepare
 from diki_ray.data.index import DatasetIndex
-from diki_ray.data.sources import benchmark_folder
-from diki_ray.errors import ConfigError
+from diki_ray.data.prepare import Preparation
+from diki_ray.data.sources import benchmark_folders
+from diki_ray.errors import ConfigError, DataError
 from diki_ray.learning.methods import METHODS, Method, Zscl
 from diki_ray.learning.module import module_key, task_seed
 from diki_ray.learning.task_trainer import Recipe
@@ -148,15 +149,17 @@ def tasks_of(config: Config) -> tuple[TaskSection, ...]:
         return config.tasks
     name, _, split = config.protocol.partition("/")
     known = protocol(name)
+    split = "zscl" if split == "zscl" else "coop"
+    folders = benchmark_folders(known.order, config.data.sources, split)
     return tuple(
         TaskSection(
-            data=str(benchmark_folder(dataset, config.data.sources)),
+            data=folder,
             name=dataset,
             template=known.template,
             shots=known.shots,
             split="zscl" if split == "zscl" else "coop",
         )
-        for dataset in known.order
+        for dataset, folder in zip(known.order, folders, strict=True)
     )
 
 
@@ -188,8 +191,35 @@ def shared_by_keys(config: Config, backbone_digest: str) -> dict[str, Any]:
     )
 
 
-def make_plan(config: Config, backbone: Backbone) -> Plan:
+Found = tuple[TaskSection, DatasetIndex | Preparation]
+
+
+def find_data(config: Config) -> tuple[Found, ...]:
+    """Looks for the data of all tasks and writes nothing; one DataError says all that is missing."""
+    found, missing = [], []
+    for section in tasks_of(config):
+        try:
+            data = prepare.look(
+                _absolute(section.data),  # workers run in folders of their own
+                _absolute(config.data.root),
+                name=section.name,
+                template=section.template,
+                split_protocol=section.split,
+                settings=prepare.Settings(section.shots, config.run.seed),
+            )
+        except DataError as error:
+            missing.append(str(error))
+        else:
+            found.append((section, data))
+    if missing:
+        raise DataError("\n".join(missing))
+    return tuple(found)
+
+
+def make_plan(config: Config, backbone: Backbone, data: Sequence[Found] | None = None) -> Plan:
     """Prepares or loads every data set's index and derives the module keys.
+
+    data: of `find_data`, where it was looked for already.
 
     Raises:
         ConfigError, DataError: two tasks of one name, data that is missing or not valid.
@@ -200,16 +230,8 @@ def make_plan(config: Config, backbone: Backbone) -> Plan:
     reference_digest(config)
     digest = backbone.digest()
     tasks: list[PlannedTask] = []
-    for section in tasks_of(config):
-        index = prepare.ensure(
-            _absolute(section.data),  # workers run in folders of their own
-            _absolute(config.data.root),
-            name=section.name,
-            template=section.template,
-            shots=section.shots,
-            seed=config.run.seed,
-            split_protocol=section.split,
-        )
+    for section, found in find_data(config) if data is None else data:
+        index = found if isinstance(found, DatasetIndex) else prepare.made(found)
         name = section.name or index.name
         if name in (t.name for t in tasks):
             raise ConfigError(f"tasks: two tasks are named {name!r}; give one of them another name.")

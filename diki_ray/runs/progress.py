@@ -94,6 +94,8 @@ class Display:
         if percent // 25 > self._last_percent // 25:
             self.say(f"evaluation  {done}/{total} batches")
             self._last_percent = percent
+        if done == total:
+            self.say("all images are answered; scores among the class names and the accuracy matrix follow …")
 
 
 @contextmanager

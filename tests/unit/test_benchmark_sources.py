@@ -10,7 +10,7 @@ from scipy.io import savemat
 from source_files import all_read, jpeg, put, sizes
 
 from diki_ray.config.protocols import catalogue
-from diki_ray.data.sources import benchmark_folder, open_source
+from diki_ray.data.sources import benchmark_folder, benchmark_folders, open_source
 from diki_ray.errors import DataError
 
 SHARED_DATA = Path(os.environ.get("DIKI_SHARED_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
@@ -208,3 +208,43 @@ def test_the_folder_of_a_benchmark_is_found_by_any_of_its_names(tmp_path):
     assert benchmark_folder("CIFAR100", str(tmp_path)) == str(tmp_path / "cifar-100-python")
     with pytest.raises(DataError, match="fgvc_aircraft"):
         benchmark_folder("Aircraft", str(tmp_path))
+
+
+def test_one_folder_holds_both_layouts(tmp_path):
+    for i in range(100):
+        put(tmp_path / "fgvc_aircraft/images" / f"i{i}.jpg", jpeg())
+    put(tmp_path / "fgvc_aircraft/variants.txt", "".join(f"M {i}\n" for i in range(100)))
+    put_torchvision("Aircraft", tmp_path)
+    assert Path(benchmark_folder("Aircraft", str(tmp_path), "coop")).name == "fgvc_aircraft"
+    zscl = benchmark_folder("Aircraft", str(tmp_path), "zscl")
+    assert Path(zscl).name == "fgvc-aircraft-2013b"
+    assert sizes(open_source(zscl, split_protocol="zscl")) == {"train": 100, "test": 100}
+
+
+def test_every_missing_set_is_named_and_a_missing_folder_is_called_that(tmp_path, monkeypatch):
+    (tmp_path / "dtd").mkdir()
+    with pytest.raises(DataError, match=r"(?s)folder of MNIST.*folder of Food"):
+        benchmark_folders(["MNIST", "DTD", "Food"], str(tmp_path))
+    with pytest.raises(DataError, match=r"there is no folder .*nowhere") as error:
+        benchmark_folders(["MNIST", "DTD"], str(tmp_path / "nowhere"))
+    assert str(error.value).count("there is no folder") == 1
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert benchmark_folders(["DTD"], "~") == [str(tmp_path / "dtd")]
+
+
+def test_what_is_missing_does_not_ask_for_a_download(tmp_path):
+    (tmp_path / "food-101").mkdir()
+    with pytest.raises(DataError) as error:
+        open_source(str(tmp_path / "food-101"), split_protocol="zscl")
+    assert "download=True" not in str(error.value)
+
+
+def test_eurosat_as_it_is_downloaded_today(tmp_path):
+    for folder in ("EuroSAT_RGB", "in/eurosat/EuroSAT_RGB"):
+        for c in ("AnnualCrop", *(f"C{i}" for i in range(9))):
+            for i in range(5):
+                put(tmp_path / folder / c / f"{c}_{i}.jpg", jpeg(i))
+    for folder in ("EuroSAT_RGB", "in/eurosat"):
+        raw = open_source(str(tmp_path / folder), split_protocol="zscl")
+        assert sizes(raw) == {"train": 40, "test": 10}
+        all_read(raw)

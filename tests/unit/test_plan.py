@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from diki_ray.config import Config, load
-from diki_ray.errors import ConfigError
+from diki_ray.errors import ConfigError, DataError
 from diki_ray.learning.methods import METHODS, Diki
 from diki_ray.runs.plan import Plan, load_backbone, make_plan, with_absolute_paths
 from diki_ray.runs.train.group import shared_out
@@ -55,6 +55,14 @@ def test_a_task_of_few_steps_is_trained_for_more_epochs(prepared: Path) -> None:
     # What is trained alike is one module, however its length was asked for.
     assert keys(longer) == keys(planned(prepared, "train.epochs=4", "train.batch_size=16"))
     assert keys(plan) == keys(planned(prepared, "train.epochs=2", "train.batch_size=16", "train.min_steps=6"))
+
+
+def test_all_missing_data_is_named_and_nothing_is_prepared(tmp_path: Path) -> None:
+    tree = load(DEBUG, [f"data.root={tmp_path}/prepared"]).model_dump()
+    tree["tasks"] += ({"data": str(tmp_path / "a")}, {"data": str(tmp_path / "b")})
+    with pytest.raises(DataError, match=r"(?s)/a'.*/b'"):
+        make_plan(Config.model_validate(tree), BACKBONE)
+    assert not (tmp_path / "prepared").exists()
 
 
 def test_local_paths_are_made_absolute_and_nothing_else(tmp_path: Path) -> None:

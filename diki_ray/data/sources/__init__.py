@@ -10,12 +10,12 @@ from diki_ray.config.protocols import CatalogueEntry, catalogue, entry_for_folde
 from diki_ray.data.index import INDEX_FILE
 from diki_ray.data.sources.arrays import cifar_dataset, cifar_kind, idx_dataset, is_idx
 from diki_ray.data.sources.arrow import arrow_dataset, is_saved
-from diki_ray.data.sources.benchmarks import benchmark_dataset, has_split_file, split_file_dataset
+from diki_ray.data.sources.benchmarks import benchmark_dataset, has_split_file, split_file_dataset, suits
 from diki_ray.data.sources.folders import folder_dataset, manifest_dataset, manifest_in
 from diki_ray.data.sources.raw import RawDataset, RawItem, Reader
 from diki_ray.errors import DataError
 
-__all__ = ["EMBEDDED", "RawDataset", "RawItem", "Reader", "benchmark_folder", "open_source"]
+__all__ = ["EMBEDDED", "RawDataset", "RawItem", "Reader", "benchmark_folder", "benchmark_folders", "open_source"]
 
 EMBEDDED = "embedded:"
 
@@ -58,13 +58,33 @@ def open_source(
     return replace(raw, class_names=tuple(class_names)) if class_names else raw
 
 
-def benchmark_folder(name: str, data: str) -> str:
-    """The folder of a known data set among the folders in `data`; DataError lists the names it may have."""
+def benchmark_folder(name: str, data: str, split: str | None = None) -> str:
+    """The folder of a known data set in `data`, `~` expanded; of several, the one that has the split's files.
+
+    Raises DataError that lists the names it may have, or says that `data` does not exist.
+    """
+    place = Path(data).expanduser()
+    if not place.is_dir():
+        raise DataError(f"there is no folder {place}: give the one that holds the data sets' folders")
     entry = catalogue()[name]
-    for folder in entry.folders:
-        if Path(data, folder).is_dir():
-            return str(Path(data, folder))
-    raise DataError(f"{data} has no folder of {name}; it may be called {', '.join(entry.folders)}")
+    found = [place / folder for folder in entry.folders if (place / folder).is_dir()]
+    if not found:
+        raise DataError(f"{place} has no folder of {name}; it may be called {', '.join(entry.folders)}")
+    variant = None if split is None else entry.variants.get(split)
+    return str(next((f for f in found if variant is None or suits(f, variant)), found[0]))
+
+
+def benchmark_folders(names: Sequence[str], data: str, split: str | None = None) -> list[str]:
+    """The folder of each of these data sets; one DataError names all that are missing."""
+    found, missing = [], dict[str, None]()
+    for name in names:
+        try:
+            found.append(benchmark_folder(name, data, split))
+        except DataError as error:
+            missing[str(error)] = None
+    if missing:
+        raise DataError("\n".join(missing))
+    return found
 
 
 def _known(folder: Path) -> CatalogueEntry | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,17 @@ ZSCL_SPLIT_SEED = 42
 """With which ZSCL's code cuts 80 % for training where torchvision has no split."""
 
 
+_TORCHVISION_FOLDERS: Mapping[str, str] = {
+    "DTD": "dtd",
+    "FGVCAircraft": "fgvc-aircraft-2013b",
+    "Food101": "food-101",
+    "OxfordIIITPet": "oxford-iiit-pet",
+    "StanfordCars": "stanford_cars",
+    "SUN397": "SUN397",
+}
+"""Where torchvision's classes keep their files below their root."""
+
+
 def benchmark_dataset(folder: Path, name: str, variant: Variant) -> RawDataset:
     """A known data set from its folder, by the layout that the catalogue gives; DataError says what is missing."""
     about = {
@@ -29,6 +41,20 @@ def benchmark_dataset(folder: Path, name: str, variant: Variant) -> RawDataset:
         "known_sizes": variant.known_sizes,
     }
     return _LAYOUTS[variant.layout](folder, name, variant, about)
+
+
+def suits(folder: Path, variant: Variant) -> bool:
+    """Whether the folder has what decides this variant's splits, by a look at names alone."""
+    if variant.layout == "torchvision":
+        own = _TORCHVISION_FOLDERS[variant.options["torchvision"]]
+        return folder.name == own or (folder / own).is_dir()
+    wanted = {
+        "split_file": [variant.options.get("split_file", "")],
+        "flowers_mat": ["setid.mat"],
+        "variants": ["variants.txt", "data/variants.txt"],
+        "class_folders": variant.options.get("image_folders", []),
+    }.get(variant.layout, ["."])
+    return any((folder / name).exists() for name in wanted)
 
 
 def has_split_file(folder: Path) -> bool:
@@ -72,7 +98,9 @@ def split_file_dataset(
 def _image_folder(folder: Path, variant: Variant) -> Path:
     for candidate in variant.options["image_folders"]:
         if (folder / candidate).is_dir():
-            return folder / candidate
+            return Path(
+                os.path.normpath(folder / candidate)
+            )  # "AnnualCrop/..": the folder itself, if it has that class
     raise DataError(f"{folder} has none of the image folders {variant.options['image_folders']}")
 
 
@@ -217,7 +245,8 @@ def _by_torchvision(folder: Path, name: str, variant: Variant, about: Mapping[st
                 # torchvision lists these in the file system's order, so that the published split differs by machine.
                 labelled = seeded_80_20(sorted(_torchvision_items(whole, root)))
         except (RuntimeError, OSError) as error:
-            tries.append(str(error))
+            # It would have people download into a folder that is already theirs.
+            tries.append(str(error).partition(" You can use download=True")[0])
             continue
         splits, skipped = _listed(root, labelled)
         return RawDataset(
