@@ -1,8 +1,11 @@
 """`diki-ray predict` as a file, which is what a Ray job submission takes."""
 
 import sys
+from functools import partial
 
-from diki_ray.commands.predict import main
+from diki_ray.commands.app import run
+
+main = partial(run, "predict")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,8 +1,11 @@
 """`diki-ray report` as a file, which is what a Ray job submission takes."""
 
 import sys
+from functools import partial
 
-from diki_ray.commands.report import main
+from diki_ray.commands.app import run
+
+main = partial(run, "report")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,8 +1,11 @@
 """`diki-ray store` as a file, which is what a Ray job submission takes."""
 
 import sys
+from functools import partial
 
-from diki_ray.commands.store import main
+from diki_ray.commands.app import run
+
+main = partial(run, "store")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 
 import open_clip
@@ -52,15 +51,6 @@ def backbone_options(backbone: BackboneSection) -> str:
 
 def _shown(value: str) -> str:
     return shlex.quote(value) if value.isprintable() else ascii(value)  # other people's text, on a terminal
-
-
-def add_backbone_options(parser: argparse.ArgumentParser) -> None:
-    """The options by which a job's caller says where the backbone is; see `config_of`."""
-    parser.add_argument(
-        "--backbone", metavar="NAME", help="instead of the stored one; a Python file or local-dir:FOLDER only from here"
-    )
-    parser.add_argument("--pretrained", metavar="TAG", help="with --backbone: open_clip's tag or a file of its weights")
-    parser.add_argument("--directory", metavar="FOLDER", help="with --backbone: as backbone.directory")
 
 
 def named_backbone(name: str | None, pretrained: str | None, directory: str | None) -> BackboneSection | None:

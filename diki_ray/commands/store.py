@@ -1,17 +1,4 @@
-"""Look at, check, move and trim a run's store.
-
-    python jobs/store.py list STORAGE [RUN]       runs of a storage, or modules of a run (--history: its log)
-    python jobs/store.py verify STORAGE RUN       everything that is wrong; exit code 1 if anything is
-    python jobs/store.py export STORAGE RUN PATH  to a folder, or to a .tar
-    python jobs/store.py import STORAGE RUN PATH
-    python jobs/store.py remove STORAGE RUN TASK  the run is then as if it had never learnt the task
-    python jobs/store.py rollback STORAGE RUN SEQ
-    python jobs/store.py purge STORAGE RUN        delete module files that no run of the storage refers to
-    python jobs/store.py compact STORAGE RUN      make a long log quick to open
-    python jobs/store.py fill STORAGE RUN         class means of modules that a former version made, from their images
-
-STORAGE is a local path or s3://, gs://, az://. What changes a run needs its lease and is refused while a driver has it.
-"""
+"""`diki-ray store`: a run's store looked at, checked, moved and trimmed."""
 
 import argparse
 import json
@@ -22,10 +9,11 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from diki_ray.commands.output import console
 from diki_ray.errors import LeaseHeldError, UserError
+from diki_ray.report.next_steps import typed
 from diki_ray.store.log import holder_of
 from diki_ray.store.process import this_process
 from diki_ray.store.run_store import Entry, RunStore
@@ -64,7 +52,7 @@ def import_(args: argparse.Namespace) -> Report:
     text = (
         f"run {args.run!r} has {len(store.modules())} modules in {args.storage}\n"
         "Its report.html is not taken, as a page from elsewhere may hold scripts; to make it again:\n"
-        f"  python jobs/report.py {shlex.quote(args.run)} --storage {shlex.quote(args.storage)}"
+        f"  {typed()} report {_named(args)}"
     )
     return {"num_modules": len(store.modules()), "text": text}
 
@@ -76,9 +64,9 @@ def remove(args: argparse.Namespace) -> Report:
     text = (
         f"Task {args.task!r} is out of run {args.run!r}, which now is exactly what it would be without it.\n"
         "Its module stays in the library, for other runs and to undo this:\n"
-        f"  python jobs/store.py rollback {args.storage} {args.run} {before}\n"
+        f"  {typed()} store rollback {_named(args)} {before}\n"
         "To delete its bytes for good, unless another run of this storage refers to them:\n"
-        f"  python jobs/store.py purge {args.storage} {args.run}\n"
+        f"  {typed()} store purge {_named(args)}\n"
         "The log keeps the task's name and metadata, and results/ what it says until the run is evaluated again."
     )
     return {"removed": _entry_line(entry), "undo_with": before, "text": text}
@@ -90,7 +78,7 @@ def rollback(args: argparse.Namespace) -> Report:
         modules = store.roll_back(epoch, args.seq)
     text = (
         f"Run {args.run!r} is as it was after entry {args.seq}. To undo:\n"
-        f"  python jobs/store.py rollback {args.storage} {args.run} {before}"
+        f"  {typed()} store rollback {_named(args)} {before}"
     )
     return {"modules": [_entry_line(entry) for entry in modules], "undo_with": before, "text": text}
 
@@ -115,38 +103,39 @@ def compact(args: argparse.Namespace) -> Report:
 def fill(args: argparse.Namespace) -> Report:
     # Imported here, for the other commands need neither torch nor a backbone.
     from diki_ray.clip.trust import named_backbone
-    from diki_ray.config import load
     from diki_ray.runs.fill import fill_class_means
     from diki_ray.runs.stored_run import config_of
 
     told = named_backbone(args.backbone, args.pretrained, args.directory)
     with _held(args) as (store, epoch):
-        config = config_of(store, load(args.config) if args.config else None, told)
+        config = config_of(store, args.config, told)
         filled = fill_class_means(store, epoch, config, lambda task: print(f"{task} …", file=sys.stderr))
     text = f"{len(filled)} module(s) have class means now" if filled else "every module has class means already"
     return {"filled": filled, "text": f"{text}; routing.density=classes answers by them."}
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+def main(action: Callable[[argparse.Namespace], Report], args: argparse.Namespace) -> int:
+    """Do one of the above and print its report; the exit code."""
     try:
-        report = args.command(args)
-    except UserError as error:
-        hint = " (for this command: --take-over)" if isinstance(error, LeaseHeldError) else ""
-        print(f"error: {error}{hint}", file=sys.stderr)
-        return 2
+        report = action(args)
+    except LeaseHeldError as error:
+        raise UserError(f"{error} (for this command: --take-over)") from None
     exit_code = report.pop("exit_code", 0)
     if args.json:
         print(json.dumps({name: value for name, value in report.items() if name != "text"}, indent=2))
     else:
         _print(report)
-    return exit_code
+    return int(exit_code)
+
+
+def _named(args: argparse.Namespace) -> str:
+    return f"--storage {shlex.quote(args.storage)} --run {shlex.quote(args.run)}"
 
 
 @contextmanager
 def _held(args: argparse.Namespace, salvage: bool = False) -> Iterator[tuple[RunStore, int]]:
     store = _existing(args, salvage)
-    epoch = store.acquire(this_process("jobs/store.py"), take_over=args.take_over)
+    epoch = store.acquire(this_process("diki-ray store"), take_over=args.take_over)
     try:
         yield store, epoch
     finally:
@@ -186,7 +175,7 @@ def _entry_line(entry: Entry) -> dict[str, Any]:
 
 
 def _print(report: Report) -> None:
-    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200)
+    shown = console(soft_wrap=True)
     for value in report.values():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             table = Table()
@@ -194,8 +183,8 @@ def _print(report: Report) -> None:
                 table.add_column(name, no_wrap=name != "what")
             for line in value:
                 table.add_row(*(_cell(name, cell) for name, cell in line.items()))
-            console.print(table)
-    console.print(report["text"], markup=False, highlight=False)
+            shown.print(table)
+    shown.print(report["text"], markup=False, highlight=False)
 
 
 def _cell(name: str, cell: Any) -> str:
@@ -204,37 +193,3 @@ def _cell(name: str, cell: Any) -> str:
     return (
         str(cell)[:12] if name in ("key", "digest") else str(cell)
     )  # enough to tell them apart; --json has them whole
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def add(name: str, act: Callable[[argparse.Namespace], Report], *more: str, changes: bool = False) -> Any:
-        command = commands.add_parser(name, help=f"see {name} above")
-        command.set_defaults(command=act)
-        command.add_argument("storage", metavar="STORAGE")
-        command.add_argument("run", metavar="RUN", nargs="?" if name == "list" else None)
-        for argument in more:
-            command.add_argument(argument, metavar=argument.upper(), type=int if argument == "seq" else str)
-        command.add_argument("--json", action="store_true", help="print JSON")
-        if changes:
-            command.add_argument("--take-over", action="store_true", help="take the run from the driver that has it")
-        return command
-
-    add("list", list_).add_argument("--history", action="store_true", help="the run's log instead of its modules")
-    add("verify", verify)
-    add("export", export, "path")
-    add("import", import_, "path")
-    add("remove", remove, "task", changes=True)
-    add("rollback", rollback, "seq", changes=True)
-    add("purge", purge, changes=True).add_argument("--dry-run", action="store_true", help="only say what would go")
-    add("compact", compact, changes=True).add_argument(
-        "--accept-loss", action="store_true", help="go on without log entries that can't be read"
-    )
-    command = add("fill", fill, changes=True)
-    command.add_argument("--config", metavar="FILE", help="the configuration it was learnt with, if not the stored one")
-    command.add_argument("--backbone", metavar="NAME", help="instead of the stored one, as in predict")
-    command.add_argument("--pretrained", metavar="TAG", help="with --backbone: tag or file of its weights")
-    command.add_argument("--directory", metavar="FOLDER", help="with --backbone: as backbone.directory")
-    return parser

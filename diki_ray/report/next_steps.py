@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import shutil
+import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -17,6 +19,11 @@ NEW_TASK = """\
 """The lines of configuration that add a task."""
 
 
+def typed() -> str:
+    """What stands before a command of ours that is to be typed: `diki-ray` where that is on the path, else this Python."""
+    return "diki-ray" if shutil.which("diki-ray") else f"{shlex.quote(sys.executable)} -m diki_ray"
+
+
 def next_steps(config: Config, command: str, config_file: str | None) -> str:
     """Lines for people. command: the one that started this run; config_file: where its tasks are listed."""
     run = f"--storage {shlex.quote(config.run.storage)} --run {shlex.quote(config.run.name)}"
@@ -27,7 +34,7 @@ def next_steps(config: Config, command: str, config_file: str | None) -> str:
             f"  {command}",
             *_add_a_task(config, config_file),
             "predict:",
-            f"  python jobs/predict.py IMAGE {run}{word}",
+            f"  {typed()} predict IMAGE {run}{word}",
             "open the report:",
             f"  {_open_report(config)}",
         ]
@@ -47,6 +54,6 @@ def _add_a_task(config: Config, config_file: str | None) -> list[str]:
 def _open_report(config: Config) -> str:
     if urlsplit(config.run.storage).scheme:  # a browser cannot read object storage: make a local copy
         storage, name = shlex.quote(config.run.storage), shlex.quote(config.run.name)
-        return f"python jobs/report.py {name} --storage {storage} --output {REPORT}"
+        return f"{typed()} report {name} --storage {storage} --output {REPORT}"
     path = Path(config.run.storage, "runs", config.run.name, "results", REPORT).expanduser().resolve()
-    return f"python -m webbrowser {shlex.quote(path.as_uri())}"
+    return f"{shlex.quote(sys.executable)} -m webbrowser {shlex.quote(path.as_uri())}"

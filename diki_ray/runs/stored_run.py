@@ -51,7 +51,7 @@ def config_of(store: RunStore, given: Config | None = None, backbone: BackboneSe
 
 
 def told_config(storage: str, run: str, given: Config | None, arguments: argparse.Namespace) -> Config | None:
-    """The configuration of a job's --config with the backbone of its `add_backbone_options`; with the latter alone, the
+    """The configuration of a command's --config with the backbone of its options; with the latter alone, the
     run's own with that backbone; None: nothing is said, and the run's own will be taken as far as it may."""
     backbone = named_backbone(arguments.backbone, arguments.pretrained, arguments.directory)
     return given if backbone is None else config_of(open_learnt(storage, run), given, backbone)

@@ -361,11 +361,11 @@ def test_charts_stay_in_their_box() -> None:
 def test_next_steps_quote_what_a_shell_would_split() -> None:
     config = parse({"run": {"name": "r", "storage": "/tmp/my runs"}, "tasks": [{"data": "embedded:digits"}]})
     text = next_steps(config, "python jobs/continual.py --config c.yaml", "c.yaml")
-    assert "python jobs/predict.py IMAGE --storage '/tmp/my runs' --run r" in text
+    assert " predict IMAGE --storage '/tmp/my runs' --run r" in text
     assert "python -m webbrowser file:///tmp/my%20runs/runs/r/results/report.html" in text
     assert "these lines at the end of `tasks:` in c.yaml" in text
 
 
 def test_a_report_in_object_storage_is_opened_through_a_local_copy() -> None:
     config = parse({"run": {"name": "r", "storage": "s3://b/p"}, "tasks": [{"data": "embedded:digits"}]})
-    assert "python jobs/report.py r --storage s3://b/p --output report.html" in next_steps(config, "…", None)
+    assert " report r --storage s3://b/p --output report.html" in next_steps(config, "…", None)

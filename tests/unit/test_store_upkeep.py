@@ -206,7 +206,7 @@ class TestCommand:
         assert job("store", "rollback", disk.uri, "run", str(undo))[0] == 0
         assert len(RunStore(disk, "run").modules()) == 2
         code, text, _ = job("store", "remove", disk.uri, "run", "birds")
-        assert f"jobs/store.py purge {disk.uri} run" in text
+        assert f" store purge --storage {disk.uri} --run run\n" in text
         assert "1 modules, 5 bytes would be" in job("store", "purge", disk.uri, "run", "--dry-run")[1]
         assert json.loads(job("store", "purge", disk.uri, "run", "--json")[1])["num_bytes"] == 5
         assert job("store", "compact", disk.uri, "run")[0] == 0
@@ -230,4 +230,4 @@ class TestCommand:
         assert job("store", "list", disk.uri, "run")[0] == 0
         code, _, message = job("store", "list", disk.uri, "nope")
         assert code == 2
-        assert message == f"error: {disk.uri} has no run 'nope'; it has: run\n"
+        assert message.splitlines()[-1] == f"error: {disk.uri} has no run 'nope'; it has: run"

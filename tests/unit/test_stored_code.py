@@ -244,7 +244,7 @@ def test_weights_of_no_backbone_are_refused(stranger: Stranger, job: Callable[..
 def test_what_is_said_at_a_runs_end_names_its_file(stranger: Stranger) -> None:
     config = stranger.run.config
     steps = next_steps(config, "…", None)
-    assert f"jobs/predict.py IMAGE --storage {config.run.storage} --run colours --backbone {stranger.harmless}" in steps
+    assert f" predict IMAGE --storage {config.run.storage} --run colours --backbone {stranger.harmless}" in steps
     word = load_arguments(config.backbone)
     export_bundle(stranger.storage, "colours", str(stranger.folder / "bundle"), config)
     assert f'diki_ray.load("this/folder", {word})' in (stranger.folder / "bundle/README.md").read_text()
@@ -282,7 +282,7 @@ def test_a_page_from_elsewhere_is_not_taken(stranger: Stranger, job: Callable[..
     assert done.code == 0, done.stderr
     taken = {path.name for path in (stranger.folder / "home/runs/mine/results").iterdir()}
     assert taken == {"config.yaml", "results.json"}
-    assert "python jobs/report.py mine --storage" in done.stdout
+    assert " report --storage" in done.stdout
 
 
 @pytest.mark.parametrize(

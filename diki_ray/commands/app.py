@@ -1,0 +1,331 @@
+"""What can be typed, `diki-ray COMMAND`: every command's arguments, checked before anything heavy is imported.
+
+Each function here states one command's arguments and hands them on to the file of its name beside this one, whose
+imports (torch, Ray) take seconds. `run` is also what each file of jobs/ calls.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from importlib.metadata import version as installed
+from typing import Annotated
+
+import typer
+
+from diki_ray.commands import old_spellings
+from diki_ray.commands.output import prepare_output, print_error
+from diki_ray.commands.places import DEFAULT_PREPARED, one_run, storage_of
+from diki_ray.commands.store_app import store_app
+from diki_ray.errors import UserError
+
+app = typer.Typer(
+    name="diki-ray",
+    help="Learn a stream of tasks with a frozen CLIP on Ray, and answer images with what was learnt.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(store_app, name="store")
+
+Storage = Annotated[
+    str | None, typer.Option(help="A local folder, s3://, gs:// or az://. Default: DIKI_STORAGE, else `storage`.")
+]
+Run = Annotated[str | None, typer.Option(help="The run's name. Default: DIKI_RUN.")]
+Configured = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Default: the configuration stored with the run's results.")
+]
+Backbone = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Instead of the stored one; a Python file or local-dir:FOLDER only from here."),
+]
+Pretrained = Annotated[
+    str | None, typer.Option(metavar="TAG", help="With --backbone: open_clip's tag or a file of its weights.")
+]
+Directory = Annotated[str | None, typer.Option(metavar="FOLDER", help="With --backbone: as backbone.directory.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[section.field=value]...", help="As in train.epochs=3.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+def run(command: str | None = None, arguments: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code: 2 for what the user can put right, with a sentence on stderr.
+
+    command: what stands before the arguments, for a file of jobs/ that is one command.
+    arguments: those of this process by default.
+    """
+    prepare_output()
+    typed = list(sys.argv[1:] if arguments is None else arguments)
+    typed = old_spellings.rewritten([command, *typed] if command else typed)
+    try:
+        app(typed, prog_name="diki-ray")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except UserError as error:
+        print_error(error)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+@app.command()
+def continual(
+    config: Annotated[str, typer.Option(metavar="FILE", help="A YAML file, or the name of one of ours: quickstart.")],
+    overrides: Overrides = None,
+    storage: Storage = None,
+    run: Annotated[str | None, typer.Option(help="Instead of the configuration's run.name.")] = None,
+) -> None:
+    """Learn a stream of tasks.
+
+    Running the same command again continues the run: what is committed is not trained again, and a task that was
+    added to the configuration is trained alone.
+    """
+    from diki_ray.commands.places import configured
+
+    loaded = configured(config, overrides or (), storage, run)
+    from diki_ray.commands import continual as command
+
+    raise typer.Exit(command.main(loaded, config))
+
+
+@app.command()
+def sweep(
+    config: Annotated[str, typer.Option(metavar="FILE", help="A sweep's YAML file, or the name of one of ours.")],
+    overrides: Overrides = None,
+    storage: Storage = None,
+) -> None:
+    """Sweep a configuration with Ray Tune.
+
+    Overrides apply to the configuration that is varied. Every module is trained once; settings that have a result are
+    not run again. What is chosen is chosen on validation, and its test numbers are reported once.
+    """
+    from diki_ray.commands.places import configured_sweep
+
+    loaded = configured_sweep(config, overrides or (), storage)
+    from diki_ray.commands import sweep as command
+
+    raise typer.Exit(command.main(*loaded))
+
+
+@app.command()
+def prepare(
+    sources: Annotated[list[str] | None, typer.Argument(metavar="[SOURCE]...")] = None,
+    root: Annotated[str, typer.Option(help="Where data sets go: a folder or s3://, gs://, az://.")] = DEFAULT_PREPARED,
+    protocol: Annotated[str | None, typer.Option(help="Prepare this benchmark's data sets, with its shots.")] = None,
+    data: Annotated[str, typer.Option(help="With --protocol: the folder that holds the data sets' folders.")] = ".",
+    split: Annotated[str | None, typer.Option(metavar="[coop|zscl]", help="Default: the benchmark's own.")] = None,
+    shots: Annotated[int | None, typer.Option(help="Training images a class. Default: all.")] = None,
+    seed: Annotated[int, typer.Option(help="Of shots, held-out images and order.")] = 0,
+    template: Annotated[str | None, typer.Option(help="Instead of the data set's own: 'a photo of a {}.'")] = None,
+    name: Annotated[str | None, typer.Option(help="Instead of the data set's own; one SOURCE only.")] = None,
+    class_names: Annotated[list[str] | None, typer.Option(help="For sources that number their classes.")] = None,
+    resize: Annotated[int | None, typer.Option(metavar="PX", help="Store images at the backbone's size.")] = None,
+    format: Annotated[str, typer.Option(metavar="[png|jpeg]", help="With --resize.")] = "png",
+    max_skipped: Annotated[int | None, typer.Option(help="Default: 1 % of the images, at least 8.")] = None,
+    num_cpus: Annotated[int | None, typer.Option(help="Of a cluster started here. Default: the machine's.")] = None,
+) -> None:
+    """Turn data sets into shards.
+
+    A SOURCE is a folder in any known layout, a .csv or .jsonl manifest, or embedded:TASK; or --protocol names the sets
+    of a benchmark. Shards are written as Ray tasks on the cluster in RAY_ADDRESS, or on this machine. Running the same
+    command again writes only what is missing. Exit code 2: some could not be done.
+    """
+    given = Namespace(**locals())
+    _need(bool(sources) != bool(protocol), "give either SOURCEs or --protocol")
+    _need(not name or len(sources or ()) == 1, "--name goes with one SOURCE")
+    _need(split in (None, "coop", "zscl"), "--split is coop or zscl")
+    _need(format in ("png", "jpeg"), "--format is png or jpeg")
+    from diki_ray.commands import prepare as command
+
+    raise typer.Exit(command.main(given))
+
+
+@app.command()
+def evaluate(
+    storage: Storage = None,
+    run: Run = None,
+    config: Configured = None,
+    backbone: Backbone = None,
+    pretrained: Pretrained = None,
+    directory: Directory = None,
+    routing: Annotated[str | None, typer.Option(metavar="[image|batch]", help="Default: the run's.")] = None,
+    label_space: Annotated[str | None, typer.Option(metavar="[task|seen|all]", help="Default: the run's.")] = None,
+    order: Annotated[str | None, typer.Option(metavar="A,B,…", help="The tasks learnt, in this order.")] = None,
+    split: Annotated[str, typer.Option(metavar="[test|val|train]")] = "test",
+    compare: Annotated[list[str] | None, typer.Option(metavar="RUN", help="Another run of the same storage.")] = None,
+    classes: Annotated[bool, typer.Option("--classes", help="Show the accuracy on each class.")] = False,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Compute all of it, and keep nothing.")] = False,
+    json: Json = False,
+) -> None:
+    """Evaluate what a run has learnt, under any routing, label space and order, without training.
+
+    In this process, without a cluster; what was computed before is taken from the storage's cache. Beside the
+    accuracies: each class, who answers whose images, calibration of confidences (ECE), and the AUROC of the
+    integration weight for learnt against unlearnt domains.
+    """
+    given = Namespace(**locals())
+    _need(routing in (None, "image", "batch"), "--routing is image or batch")
+    _need(label_space in (None, "task", "seen", "all"), "--label-space is task, seen or all")
+    _need(split in ("test", "val", "train"), "--split is test, val or train")
+    given.storage, given.run, given.config = one_run(storage, run, config)
+    from diki_ray.commands import evaluate as command
+
+    given.compare = compare or []
+    raise typer.Exit(command.main(given))
+
+
+@app.command()
+def predict(
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Files, or s3://, gs://, az://, https://.")],
+    storage: Storage = None,
+    run: Run = None,
+    config: Configured = None,
+    backbone: Backbone = None,
+    pretrained: Pretrained = None,
+    directory: Directory = None,
+    classes: Annotated[str | None, typer.Option(metavar="A,B,…", help="Choose among these, learnt or not.")] = None,
+    template: Annotated[str | None, typer.Option(help="Their caption. Default: 'a photo of a {}.'")] = None,
+    json: Json = False,
+    output: Annotated[str | None, typer.Option(metavar="PLACE", help="FILE.jsonl or FOLDER.parquet.")] = None,
+    max_skipped: Annotated[int | None, typer.Option(metavar="N", help="Stop once more are unusable.")] = None,
+    address: Annotated[str | None, typer.Option(help="Of the cluster. Default: RAY_ADDRESS, else one here.")] = None,
+    num_workers: Annotated[int | None, typer.Option(help="Default: as many as there is room for.")] = None,
+    cpus_per_worker: float = 1.0,
+    gpus_per_worker: float = 0.0,
+) -> None:
+    """Answer images with what a run has learnt.
+
+    Needs the run's storage and no cluster. By default among all classes learnt; with --classes among any you name.
+    With --output any number of images over Ray: files, folders, globs, prepared data sets and WebDataset tars. One row
+    for each input, in their order; an image that cannot be used is a row with an `error`.
+    """
+    given = Namespace(**locals())
+    _need(template is None or classes is not None, "--template is for --classes")
+    _need(output is None or not json, "--json is for answers that are shown; --output writes them")
+    given.storage, given.run, given.config = one_run(storage, run, config)
+    from diki_ray.commands import predict as command
+
+    raise typer.Exit(command.main(given))
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def serve(
+    context: typer.Context,
+    storage: Storage = None,
+    run: Run = None,
+    host: Annotated[str, typer.Option(help="0.0.0.0 for everybody; default: this machine alone.")] = "127.0.0.1",
+    port: int = 8000,
+    token_file: Annotated[str | None, typer.Option(metavar="FILE", help="Default: DIKI_SERVE_TOKEN has it.")] = None,
+    no_token: Annotated[bool, typer.Option("--no-token", help="Answer whoever can reach the port.")] = False,
+    replicas: int = 1,
+    cpus_per_replica: float = 1.0,
+    gpus_per_replica: float = 0.0,
+    address: Annotated[str | None, typer.Option(help="Of a Ray cluster. Default: RAY_ADDRESS, else one here.")] = None,
+    backbone: Backbone = None,
+    pretrained: Pretrained = None,
+    directory: Directory = None,
+) -> None:
+    """Answer images over HTTP with what a run has learnt.
+
+    Reads the run's storage and takes no lease; tasks that are learnt later are served within seconds. The page is at
+    the URL itself, the OpenAPI document at /openapi.json. Limits are options too, written `--max-images 8`: "A server"
+    in docs/configuration.md lists them.
+    """
+    given = {name: value for name, value in locals().items() if name != "context"}
+    given["storage"], given["run"], _ = one_run(storage, run, None)
+    from diki_ray.commands.places import server_limits
+
+    limits = server_limits(context.args)
+    from diki_ray.commands import serve as command
+
+    raise typer.Exit(command.main(given | limits))
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[str] | None, typer.Argument(metavar="[RUN]...", help="Names, or paths of results.json.")
+    ] = None,
+    storage: Storage = None,
+    run: Run = None,
+    output: Annotated[str, typer.Option(metavar="FILE")] = "report.html",
+) -> None:
+    """Make one HTML page of one run, or of several side by side.
+
+    The page stands alone: no network, no scripts.
+    """
+    wanted = runs or [one_run(storage, run, None)[1]]
+    from diki_ray.commands import report as command
+
+    raise typer.Exit(command.main(Namespace(runs=wanted, storage=storage_of(storage), output=output)))
+
+
+@app.command()
+def export(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Where it goes; local, s3://, gs:// or az://.")],
+    storage: Storage = None,
+    run: Run = None,
+    config: Configured = None,
+    backbone: Backbone = None,
+    pretrained: Pretrained = None,
+    directory: Directory = None,
+) -> None:
+    """Export a run as a bundle to hand on.
+
+    FOLDER gets bundle.safetensors, a model card (README.md) and config.yaml. Load it anywhere, without Ray:
+    `diki_ray.load("FOLDER").predict(["photo.jpg"])` in Python.
+    """
+    given = Namespace(**locals())
+    given.storage, given.run, given.config = one_run(storage, run, config)
+    from diki_ray.commands import export as command
+
+    raise typer.Exit(command.main(given))
+
+
+@app.command("import")
+def import_(
+    checkpoint: Annotated[str, typer.Argument(metavar="FILE", help="task_N.pt, local or a URL.")],
+    overrides: Overrides = None,
+    storage: Storage = None,
+    run: Annotated[str | None, typer.Option(help="The name that it gets. Default: DIKI_RUN.")] = None,
+    protocol: Annotated[
+        str | None, typer.Option(metavar="NAME/SPLIT", help="As in mtil-1/coop; with --sources.")
+    ] = None,
+    config: Annotated[str | None, typer.Option(metavar="FILE", help="Whose tasks, in order, it learnt.")] = None,
+    classes: Annotated[str | None, typer.Option(metavar="FILE", help="A JSON list of tasks; needs no data.")] = None,
+    sources: Annotated[str | None, typer.Option(metavar="DIR", help="With --protocol: its data sets' folder.")] = None,
+    backbone: Annotated[str, typer.Option(help="It was learnt on.")] = "ViT-B-16",
+    pretrained: Annotated[str, typer.Option(help="Tag or file of its weights.")] = "openai",
+) -> None:
+    """Take a checkpoint that the DIKI authors released into a storage, as a run like any other.
+
+    The file does not say which data sets and classes it was trained on, nor in which order: a protocol or a
+    configuration does (their data sets are prepared on first use), or a JSON list of {"name", "class_names",
+    "templates"}.
+    """
+    given = Namespace(**locals())
+    _need(
+        sum(which is not None for which in (protocol, config, classes)) == 1, "give --protocol, --config or --classes"
+    )
+    _need((protocol is None) == (sources is None), "--protocol and --sources go together")
+    _need(not overrides or config is not None, "section.field=value is for --config")
+    given.storage, given.run, _ = one_run(storage, run, None)
+    given.overrides = overrides or []
+    from diki_ray.commands import import_checkpoint as command
+
+    raise typer.Exit(command.main(given))
+
+
+@app.command()
+def version() -> None:
+    """Print the versions of this package and of Ray."""
+    print(f"diki-ray {installed('diki-ray')}, Ray {installed('ray')}")
+
+
+def _need(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise typer.BadParameter(otherwise)

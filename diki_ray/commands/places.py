@@ -1,0 +1,96 @@
+"""Where a command works: its storage, run and configuration, from options, the environment or the default.
+
+Nothing here imports a model or Ray: what is typed is judged before they are.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+
+import diki_ray
+
+STORAGE, RUN = "DIKI_STORAGE", "DIKI_RUN"
+DEFAULT_STORAGE, DEFAULT_PREPARED = "storage", "prepared"
+_FORMER_DEFAULT = "runs"
+
+
+def storage_of(given: str | None) -> str:
+    """The storage that is given, else that of DIKI_STORAGE, else `storage` here; a storage `runs`, which was the
+    default before, is found where it lies."""
+    former = Path(_FORMER_DEFAULT, "runs").is_dir() and not Path(DEFAULT_STORAGE).exists()
+    return given or os.environ.get(STORAGE) or (_FORMER_DEFAULT if former else DEFAULT_STORAGE)
+
+
+def one_run(storage: str | None, run: str | None, config: str | None) -> tuple[str, str, Any]:
+    """Storage and run, and the configuration read from the file that is named, if one is.
+
+    Raises:
+        typer.BadParameter: no run is named. ConfigError: the configuration.
+    """
+    loaded = configured(config, (), storage, run) if config else None
+    if loaded is not None:
+        return loaded.run.storage, loaded.run.name, loaded
+    run = run or os.environ.get(RUN)
+    if not run:
+        raise typer.BadParameter(f"give --run (with --storage), or {RUN}, or --config where there is one")
+    return storage_of(storage), run, None
+
+
+def config_file(given: str) -> str:
+    """The path of a configuration: the file, else that of ours with this name."""
+    ours = Path(diki_ray.__file__).parent / "configs"
+    ours = ours if ours.is_dir() else ours.parent.parent / "configs"  # a checkout: they lie beside the package
+    named = ours / f"{given}.yaml"
+    return str(named) if not Path(given).exists() and Path(given).name == given and named.is_file() else given
+
+
+def configured(file: str, overrides: Sequence[str], storage: str | None, run: str | None) -> Any:
+    """The configuration of a run, with the storage and the name that are given. Raises ConfigError."""
+    from diki_ray import config
+
+    return _placed(config.load(config_file(file), overrides), storage, run)
+
+
+def configured_sweep(file: str, overrides: Sequence[str], storage: str | None) -> Any:
+    """A sweep and the configuration that it varies. Raises ConfigError."""
+    from diki_ray.config.sweep import load_sweep
+
+    sweep, config = load_sweep(config_file(file), overrides)
+    return sweep, _placed(config, storage, None)
+
+
+def _placed(config: Any, storage: str | None, run: str | None) -> Any:
+    """The configuration where the options, else it, else the environment say."""
+    update = {"name": run} if run else {}
+    if storage or "storage" not in config.run.model_fields_set:
+        update["storage"] = storage_of(storage)
+    section = type(config.run).model_validate(config.run.model_dump() | update)
+    return config.model_copy(update={"run": section})
+
+
+def server_limits(arguments: Sequence[str]) -> dict[str, Any]:
+    """The fields of a server's settings that are written `--max-images 8`.
+
+    Raises:
+        typer.BadParameter: something else.
+    """
+    from diki_ray.serving.settings import Settings
+
+    own = {"storage", "run", "token_sha256", "backbone", "pretrained", "directory"}
+    types = {f"--{n.replace('_', '-')}": (n, type(f.default)) for n, f in Settings.model_fields.items() if n not in own}
+    words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    limits: dict[str, Any] = {}
+    for option, value in zip(words[::2], [*words[1::2], None][: (len(words) + 1) // 2], strict=True):
+        if option not in types:
+            raise typer.BadParameter(f"there is no option {option}; limits are {', '.join(types)}")
+        name, kind = types[option]
+        try:
+            limits[name] = kind(value)
+        except (TypeError, ValueError):
+            raise typer.BadParameter(f"{option} needs a number (it is {value!r})") from None
+    return limits
