@@ -22,7 +22,9 @@ from ray.dashboard.modules.metrics import dashboards as ray_dashboards
 
 from diki_ray import config
 from diki_ray.runs.telemetry import Telemetry
+from diki_ray.serving.front import Connections, Front
 from diki_ray.serving.metrics import Metrics, together
+from diki_ray.serving.settings import Limits
 
 PROMETHEUS = ROOT / "cluster" / "prometheus"
 ALERTS = yaml.safe_load((PROMETHEUS / "rules.yaml").read_text())["spec"]
@@ -47,7 +49,7 @@ def observed():
 
 
 class Served:
-    """Collects what two replicas of a server tell, in which everything has happened once."""
+    """Collects what a front and two replicas of a server tell, in which everything has happened once."""
 
     def __init__(self):
         cache = SimpleNamespace(num_bytes=1)
@@ -59,7 +61,10 @@ class Served:
             failures=1,
         )
         self.metrics = Metrics(snapshots)
-        for series in vars(self.metrics).values():
+        limits = Limits()
+        self.connections = Connections(limits)
+        front = Front("", limits, self.connections)
+        for series in (*vars(self.metrics).values(), *vars(self.connections).values(), *vars(front).values()):
             if isinstance(series, Counter | Gauge | Histogram):
                 self.count(series.labels(*("x" for _ in series._labelnames)) if series._labelnames else series)
 
@@ -68,7 +73,8 @@ class Served:
         series.observe(1) if isinstance(series, Histogram) else series.inc()
 
     def collect(self):
-        return together({"a": self.metrics.collected(), "b": self.metrics.collected()})
+        yield from together({"a": self.metrics.collected(), "b": self.metrics.collected()})
+        yield from self.connections.registry.collect()
 
 
 def test_every_metric_in_alerts_and_dashboard_exists():
