@@ -307,7 +307,7 @@ def _tokenizer(name: str, directory: str | None) -> Callable:
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
 
 
@@ -320,11 +320,14 @@ def _from_file(path: Path, directory: str | None, name: str) -> Backbone:
     if spec is None or spec.loader is None:
         raise ConfigError(f"backbone.name: {path} cannot be imported as a Python file.")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "create"):
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # the user's own code: whatever it raises, say where
+        raise ConfigError(f"backbone.name: {path} cannot be imported ({_first_line(error)}).") from error
+    if not callable(getattr(module, "create", None)):
         raise ConfigError(f"backbone.name: {path} has no function create(directory) -> (model, preprocess, tokenizer).")
     try:
         model, preprocess, tokenizer = module.create(directory or str(path.parent))
     except Exception as error:  # the user's own code: whatever it raises, say where
-        raise ConfigError(f"backbone.name: create() of {path} failed: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"backbone.name: create() of {path} failed: {_first_line(error)}") from error
     return Backbone(model, preprocess, tokenizer, name)

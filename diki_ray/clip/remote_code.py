@@ -6,21 +6,22 @@ JSON says `trust_remote_code: true`, or asks at the terminal whether it should.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 from diki_ray.errors import ConfigError
+from diki_ray.json_text import parsed
+from diki_ray.regular_files import read_regular
 
 
 def refuse_trusting(folder: Path) -> None:
     """Raises ConfigError where open_clip's JSON in a folder says anywhere that the folder's code is to be trusted."""
     path = folder / "open_clip_config.json"
     try:
-        trusting = _trusting(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, RecursionError):  # open_clip meets the same, and its error is told
+        trusting = _trusting(parsed(read_regular(path)))
+    except (OSError, ValueError):  # open_clip meets the same, and its error is told
         return
     if trusting:
         raise ConfigError(

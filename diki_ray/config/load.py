@@ -5,6 +5,7 @@ An unknown key, a wrong type or a value out of range is an error that names the 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,13 @@ from pydantic import BaseModel, ValidationError
 
 from diki_ray.config.methods import METHOD_SECTIONS
 from diki_ray.config.run import Config, TaskSection
+from diki_ray.config.yaml_text import read_tree
 from diki_ray.errors import ConfigError
+from diki_ray.regular_files import CONFIG_BYTES, read_regular
+
+_MAX_SENTENCES = 10
+_MAX_SHOWN = 200  # characters of a value
+_RESOLVER = re.compile(r"\$\{.*:", re.DOTALL)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -26,20 +33,57 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: no such file, not YAML, an override without `=`, or a tree that is not valid.
     """
     path = Path(path)
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}; give the path of a YAML file, see configs/.") from error
     for override in overrides:
         if "=" not in override or override.startswith(("-", "=")):
             raise ConfigError(f"{override!r} is not an override; write section.field=value, as in train.epochs=3.")
+    given = read_file(path, "the path of a YAML file, see configs/")
     try:
-        tree = OmegaConf.merge(OmegaConf.create(yaml.safe_load(text) or {}), OmegaConf.from_dotlist(list(overrides)))
+        tree = OmegaConf.merge(OmegaConf.create(given), OmegaConf.from_dotlist(list(overrides)))
+        refuse_resolvers(OmegaConf.to_container(tree), str(path))
         plain: Any = OmegaConf.to_container(tree, resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise ConfigError(f"{path} with overrides {list(overrides)} is not a valid configuration: {first}") from error
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, AttributeError, RecursionError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        raise ConfigError(
+            f"{path} with overrides {list(overrides)} is not a valid configuration: {first}{_index_hint(overrides)}"
+        ) from error
     return parse(plain, source=str(path))
+
+
+def read_file(path: Path, wanted: str) -> dict[str, Any]:
+    """The tree in a YAML file.
+
+    Raises:
+        ConfigError: no such file, no regular file, too large, or no YAML; says what is `wanted` instead.
+    """
+    try:
+        data = read_regular(path, limit=CONFIG_BYTES)
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        why = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"--config {path}: {why}; give {wanted}.") from error
+    return read_tree(data, str(path))
+
+
+def refuse_resolvers(tree: Any, source: str) -> None:
+    """Raises ConfigError where a value would be computed (`${oc.env:X}`, `${oc.decode:…}`): what is configured is kept
+    with the results and handed on, and would take the environment's secrets with it. `${train.epochs}` is no such."""
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            refuse_resolvers(name, source)
+            refuse_resolvers(value, f"{source}: {name}")
+    elif isinstance(tree, list):
+        for value in tree:
+            refuse_resolvers(value, source)
+    elif isinstance(tree, str) and _RESOLVER.search(tree):
+        raise ConfigError(
+            f"{source}: {tree!r:.200} would be computed, and configurations hold plain values, which are stored "
+            'with the results; write the value itself, or give it as an override: section.field="$X".'
+        )
+
+
+def _index_hint(overrides: Sequence[str]) -> str:
+    if not any(override.partition("=")[0].startswith("tasks") for override in overrides):
+        return ""
+    return "; the tasks are a list, which is changed in the file, or replaced whole: tasks=[{data: embedded:digits}]"
 
 
 def parse(tree: Any, source: str = "configuration") -> Config:
@@ -66,24 +110,33 @@ def sentences(error: ValidationError, root: type[BaseModel]) -> str:
     """What pydantic found, one sentence a field, with the fields that there are for one that there is not."""
     errors = error.errors()
     # A tuple with a bad item also counts as too short; the bad item says it all.
-    inner = [e for e in errors if not any(o["loc"][: len(e["loc"])] == e["loc"] for o in errors if o is not e)]
-    return "; ".join(_sentence(e, root) for e in inner)
+    outer = {e["loc"][:length] for e in errors for length in range(len(e["loc"]))}
+    inner = [e for e in errors if e["loc"] not in outer]
+    told = [_sentence(e, root) for e in inner[:_MAX_SENTENCES]]
+    if len(inner) > _MAX_SENTENCES:
+        told.append(f"and {len(inner) - _MAX_SENTENCES:,} faults more")
+    return "; ".join(told)
 
 
 def _sentence(error: Any, root: type[BaseModel]) -> str:
     shown_path, fields = _place(root, error["loc"])
-    where = ".".join(shown_path)
+    where = ".".join(part if part.isprintable() else ascii(part) for part in shown_path)
     if error["type"] == "extra_forbidden":
         return f"{where}: there is no such field" + (f"; there are {', '.join(fields)}" if fields else "")
     if error["type"] == "missing":
         return f"{where}: this field is needed"
     if error["type"] == "no_such_method":
         given = error["input"].get("name") if isinstance(error["input"], dict) else error["input"]
-        return f"{where}.name: there is no method {given!r}; there are {', '.join(METHOD_SECTIONS)}"
+        return f"{where}.name: there is no method {_shown(given)}; there are {', '.join(METHOD_SECTIONS)}"
     message = error["msg"].removeprefix("Value error, ")
     value = error["input"]
-    shown = "" if isinstance(value, (dict, BaseModel)) else f" (it is {value!r})"
+    shown = "" if isinstance(value, (dict, BaseModel)) else f" (it is {_shown(value)})"
     return f"{where}: {message}{shown}" if where else message
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]} …"
 
 
 def _place(root: type[BaseModel], location: tuple[Any, ...]) -> tuple[list[str], list[str]]:

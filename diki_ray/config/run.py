@@ -20,6 +20,7 @@ from diki_ray.config.class_model import ClassModelSection, RoutingSection
 from diki_ray.config.methods import DikiSection, MethodSection
 from diki_ray.config.protocols import protocol
 from diki_ray.config.section import Section
+from diki_ray.config.templates import template_fault
 from diki_ray.errors import DataError
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
@@ -244,8 +245,8 @@ class TaskSection(Section):
     @field_validator("template")
     @classmethod
     def _has_place(cls, value: str | None) -> str | None:
-        if value is not None and value.count("{}") != 1:
-            raise ValueError("a template needs exactly one {} where the class name goes, as in 'a photo of a {}.'")
+        if value is not None and (fault := template_fault(value)) is not None:
+            raise ValueError(f"a template {fault}")
         return value
 
 
@@ -253,7 +254,7 @@ class Config(Section):
     """The whole tree."""
 
     run: RunSection
-    tasks: ChangesModule[tuple[TaskSection, ...]] = ()
+    tasks: ChangesModule[tuple[TaskSection, ...]] = Field(default=(), max_length=5_000)
     """The stream, in order; without them those of the protocol, from data.sources."""
     backbone: BackboneSection = BackboneSection()
     method: MethodSection = DikiSection()

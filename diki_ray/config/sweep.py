@@ -12,10 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from diki_ray.config.load import load, parse, sentences
+from diki_ray.config.load import load, parse, read_file, refuse_resolvers, sentences
 from diki_ray.config.run import NAME, Config, Section
 from diki_ray.errors import ConfigError
 
@@ -158,13 +157,10 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[SweepCo
         ConfigError: a file that is missing or not valid, a parameter that is no field of the configuration.
     """
     path = Path(path)
+    tree = read_file(path, "the path of a sweep's YAML file")
+    refuse_resolvers(tree, str(path))
     try:
-        tree = yaml.safe_load(path.read_text())
         sweep = SweepConfig.model_validate(tree)
-    except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}; give the path of a sweep's YAML file.") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
     except ValidationError as error:
         raise ConfigError(f"{path}: {sentences(error, SweepConfig)}") from None
     config = load(path.parent / sweep.base, overrides)

@@ -16,7 +16,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from diki_ray.config.templates import template_fault
 from diki_ray.errors import DataError
+from diki_ray.json_text import parsed
 from diki_ray.store.files import join, read_bytes, write_bytes
 
 INDEX_FILE = "index.json"
@@ -118,8 +120,11 @@ class DatasetIndex:
         where = join(self.uri, INDEX_FILE)
         if not self.name or not self.class_names or not all(isinstance(c, str) and c.strip() for c in self.class_names):
             raise DataError(f"{where}: a data set needs a name and at least one class, and no class name may be empty")
-        if not self.templates or any(t.count("{}") != 1 for t in self.templates):
-            raise DataError(f"{where}: every template needs exactly one {{}} for the class name, got {self.templates}")
+        if not self.templates:
+            raise DataError(f"{where}: a data set needs at least one template for its class names")
+        for template in self.templates:
+            if (fault := template_fault(template)) is not None:
+                raise DataError(f"{where}: the template {template!r:.200} {fault}")
         if self.split_protocol not in SPLIT_PROTOCOLS:
             raise DataError(f"{where}: split_protocol is {self.split_protocol!r}; allowed are {SPLIT_PROTOCOLS}")
         files = [shard.file for split in self.splits.values() for shard in split.shards]
@@ -193,7 +198,7 @@ class DatasetIndex:
                 "run jobs/prepare.py on it"
             ) from None
         try:
-            data = json.loads(raw)
+            data = parsed(raw)
             checksum = data.pop("checksum", None)
             if data["format"] != FORMAT:
                 raise DataError(f"{where} has format {data['format']}, this version reads {FORMAT}: prepare it again")

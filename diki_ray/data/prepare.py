@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from diki_ray.config.templates import template_fault
 from diki_ray.data.completeness import differing_sizes, shortcomings
 from diki_ray.data.images import UndecodableImageError, at_model_size, decode_image
 from diki_ray.data.index import INDEX_FILE, DatasetIndex, Shard, Split
@@ -117,6 +118,9 @@ def plan(
     settings = settings or Settings()
     raw = open_source(source, name=name, split_protocol=split_protocol, class_names=class_names)
     templates = (template,) if isinstance(template, str) else tuple(template or raw.templates or (DEFAULT_TEMPLATE,))
+    for text in templates:
+        if (fault := template_fault(text)) is not None:
+            raise DataError(f"{raw.name}: the template {text!r:.200} {fault}")
     digest = _digest(raw, templates, settings)
     folder = join(root, f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', raw.name)}-{digest[:8]}")
     label = source if source.startswith(EMBEDDED) else Path(source).resolve().name

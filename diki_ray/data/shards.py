@@ -20,12 +20,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import IO, Any
 
 from diki_ray.data.images import EXTENSIONS
 from diki_ray.data.index import TAR_BLOCK_BYTES, Shard, Split
 from diki_ray.errors import DataError, StorageError
+from diki_ray.regular_files import open_regular
 from diki_ray.store.files import join, read_bytes, scheme_of, write_bytes
 
 os.environ["WDS_SECURE"] = "1"  # before webdataset is imported, which reads it once
@@ -277,7 +277,7 @@ def read_shard(
 
 def _open(uri: str) -> IO[bytes]:
     try:
-        return io.BytesIO(read_bytes(uri)) if scheme_of(uri) else Path(uri).open("rb")
+        return io.BytesIO(read_bytes(uri)) if scheme_of(uri) else open_regular(uri)
     except OSError as error:
         raise StorageError(f"cannot read shard {uri}: {error}") from None
 

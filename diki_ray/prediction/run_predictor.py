@@ -17,6 +17,7 @@ from diki_ray.answering.configured import COARSE_FROM_TASKS, build_predictor
 from diki_ray.answering.image_answers import Answer, decide
 from diki_ray.answering.predictor import Predictor
 from diki_ray.config import Config
+from diki_ray.config.templates import template_fault
 from diki_ray.data.images import UndecodableImageError, decode_image
 from diki_ray.errors import ConfigError, DataError
 from diki_ray.learning.methods import Method
@@ -45,12 +46,12 @@ class RunPredictor:
         """Returns the same modules, answering among any classes whatever (open vocabulary).
 
         Raises:
-            ConfigError: no class, an empty name, or a template without exactly one {}.
+            ConfigError: no class, an empty name, or a template that has not exactly one {} and no other brace.
         """
         if not class_names or not all(name.strip() for name in class_names):
             raise ConfigError("the classes to choose from need at least one name, and none may be empty.")
-        if template.count("{}") != 1:
-            raise ConfigError(f"the template {template!r} needs exactly one {{}} where the class name goes.")
+        if (fault := template_fault(template)) is not None:
+            raise ConfigError(f"the template {template!r:.200} {fault}.")
         return RunPredictor(self.predictor, (Candidates.of(self.predictor.backbone, class_names, [template]),))
 
     def answer(self, images: Iterable[Image.Image]) -> Iterator[Answer]:

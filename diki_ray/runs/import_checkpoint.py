@@ -26,6 +26,7 @@ import diki_ray
 from diki_ray.clip.backbone import Backbone
 from diki_ray.config import Config
 from diki_ray.config.methods import DikiSection
+from diki_ray.config.templates import template_fault
 from diki_ray.errors import ConfigError, DataError, UserError
 from diki_ray.learning.module import TaskModule, module_key
 from diki_ray.learning.moments import Moments
@@ -204,7 +205,7 @@ def read_tasks(path: str) -> tuple[NamedTask, ...]:
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} should be {form}: {type(error).__name__}: {error}.") from None
     for t in tasks:
-        if not t.class_names or not t.templates or any(template.count("{}") != 1 for template in t.templates):
+        if not t.class_names or not t.templates or any(map(template_fault, t.templates)):
             raise DataError(f"{path}: task {t.name!r} needs class names, and templates with exactly one {{}} each.")
     if not tasks or len({t.name for t in tasks}) < len(tasks):
         raise DataError(f"{path}: it needs at least one task, and every task a name of its own.")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-import yaml
-
 from diki_ray.clip.trust import named_backbone, refuse_what_runs, with_backbone
 from diki_ray.config import BackboneSection, Config, parse_stored
+from diki_ray.config.yaml_text import read_tree
 from diki_ray.errors import ConfigError
 from diki_ray.report.results import DOCUMENT
 from diki_ray.store.run_store import CONFIG_DOCUMENT, RunStore
@@ -43,7 +42,8 @@ def config_of(store: RunStore, given: Config | None = None, backbone: BackboneSe
                 f"run {store.run!r} has no results/{CONFIG_DOCUMENT} yet, because it was not evaluated so far: give "
                 "its configuration with --config."
             )
-        given = parse_stored(yaml.safe_load(text), source=f"{CONFIG_DOCUMENT} of run {store.run!r}")
+        source = f"{CONFIG_DOCUMENT} of run {store.run!r}"
+        given = parse_stored(read_tree(text, source), source=source)
         given = given.model_copy(update={"cluster": given.cluster.model_copy(update={"address": None})})
         if backbone is None:
             refuse_what_runs(given.backbone, f"the stored configuration of run {store.run!r}")

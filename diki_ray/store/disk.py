@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from diki_ray.errors import StorageError
+from diki_ray.regular_files import read_regular
 
 _TEMPORARY = ".tmp"
 # Signs of a file system without hard links (some FUSE mounts of buckets): there is no atomic create on it.
@@ -22,12 +23,10 @@ _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK}
 def read(file: Path, start: int = 0, stop: int | None = None) -> bytes | None:
     """Return bytes [start, stop) of a file, or to its end without `stop`; None when there is no such file.
 
-    A file that ends before `stop` gives fewer bytes.
+    A file that ends before `stop` gives fewer bytes. OSError: no regular file, or more bytes than its kind may have.
     """
     try:
-        with open(file, "rb") as stream:
-            stream.seek(start)
-            return stream.read() if stop is None else stream.read(max(0, stop - start))
+        return read_regular(file, start, stop)
     except (FileNotFoundError, NotADirectoryError):
         return None
 

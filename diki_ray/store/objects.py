@@ -22,6 +22,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, PreconditionError
 
 from diki_ray.errors import UserError
+from diki_ray.regular_files import check_size, limit_of
 from diki_ray.store import disk
 from diki_ray.store.bucket import open_bucket
 from diki_ray.store.storage_errors import explained
@@ -228,8 +229,11 @@ class BucketObjects(Objects):
         with explained(self._name(path), "read"):
             try:
                 if start == 0 and stop is None:
-                    return bytes(obstore.get(self._store, checked).bytes())
+                    found = obstore.get(self._store, checked)
+                    check_size(found.meta["size"], limit_of(path), path)
+                    return bytes(found.bytes())
                 end = obstore.head(self._store, checked)["size"] if stop is None else stop
+                check_size(end - start, limit_of(path), path)
                 return bytes(obstore.get_range(self._store, checked, start=start, end=end)) if end > start else b""
             except FileNotFoundError:
                 return None

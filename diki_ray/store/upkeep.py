@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from diki_ray.errors import FencedError, LeaseHeldError, StorageError, UserError
+from diki_ray.regular_files import check_size, limit_of, open_regular
 from diki_ray.store.checkpoints import Checkpoints
 from diki_ray.store.library import Library, key_path, module_path
 from diki_ray.store.log import Holder, holder_of, seal, unseal
@@ -275,10 +276,11 @@ def _unpack(archive: Path, folder: str) -> None:
     """Unpack regular files with plain relative names only: a tar may hold links, devices and '../'."""
     target = LocalObjects(folder)
     try:
-        with tarfile.open(archive, "r:") as tar:
+        with open_regular(archive) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 if member.isdir():
                     continue
+                check_size(member.size, limit_of(member.name), member.name)
                 stream = tar.extractfile(member) if member.isreg() else None
                 if stream is None:
                     raise UserError(f"{archive}: {member.name!r} is no regular file, so this is no exported run")

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from diki_ray.data.sources.raw import RawDataset, RawItem, png_bytes, spaced
 from diki_ray.errors import DataError
+from diki_ray.regular_files import open_regular, read_regular
 
 MAX_ARRAY_BYTES = 2 * 2**30
 """A .gz of some kilobytes can unpack to anything; larger sets than this are not distributed as idx."""
@@ -74,7 +75,7 @@ def read_idx(path: Path, num_dimensions: int) -> NDArray[np.uint8]:
             with gzip.open(path, "rb") as file:
                 data = file.read(MAX_ARRAY_BYTES + 1)
         else:
-            data = path.read_bytes()
+            data = read_regular(path)
         magic, *shape = struct.unpack(f">{1 + num_dimensions}I", data[: 4 * (1 + num_dimensions)])
     except (OSError, EOFError, struct.error) as error:
         raise DataError(f"cannot read {path}: {error}") from None
@@ -134,7 +135,7 @@ class _BytesOnly(pickle.Unpickler):
 def read_bytes_pickle(path: Path) -> dict[str, Any]:
     """The dictionary in one of CIFAR's pickles, without running anything it says; DataError if it is another thing."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             content = _BytesOnly(file, encoding="latin1").load()
     except DataError as error:
         raise DataError(f"{path}: {error}") from None

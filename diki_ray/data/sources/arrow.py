@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 from diki_ray.data.sources.folders import SPLIT_FOLDERS
 from diki_ray.data.sources.raw import RawDataset, RawItem, sniff_extension, spaced
 from diki_ray.errors import DataError
+from diki_ray.json_text import parsed
+from diki_ray.regular_files import read_regular
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def _table(folder: str) -> Any:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        return parsed(read_regular(path))
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {path}: {error}") from None
 
@@ -81,7 +82,7 @@ def arrow_dataset(folder: Path, name: str, **about: Any) -> RawDataset:
     splits, content = {}, hashlib.sha256()
     for split, part in parts.items():
         table = _table(str(folder / part))
-        content.update((folder / part / "state.json").read_bytes())
+        content.update(read_regular(folder / part / "state.json"))
         sizes = pc.binary_length(pc.struct_field(table.column(images[0]), "bytes")).to_pylist()
         splits[split] = tuple(
             RawItem(f"{part}/{i}", label, size or 0)

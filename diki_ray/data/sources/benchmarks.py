@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,8 @@ from diki_ray.data.sources.arrays import cifar_dataset, cifar_kind, idx_dataset,
 from diki_ray.data.sources.folders import image_files, items_of
 from diki_ray.data.sources.raw import FileReader, RawDataset, RawItem, spaced
 from diki_ray.errors import DataError
+from diki_ray.json_text import parsed
+from diki_ray.regular_files import read_regular
 
 ZSCL_SPLIT_SEED = 42
 """With which ZSCL's code cuts 80 % for training where torchvision has no split."""
@@ -67,7 +68,7 @@ def split_file_dataset(
 ) -> RawDataset:
     """A data set cut by a split file: {"train": [[relative path, label, class name], …], "val": …, "test": …}."""
     try:
-        content = json.loads(split_file.read_bytes())
+        content = parsed(read_regular(split_file))
         rows = {s: [(str(p), int(label), str(c)) for p, label, c in content[s]] for s in ("train", "val", "test")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{split_file} is not a split file with train, val and test ({error!r})") from None
@@ -89,7 +90,7 @@ def split_file_dataset(
         class_names=tuple(spaced(names[label]) for label in range(len(names))),
         splits=splits,
         reader=FileReader(str(folder)),
-        content=hashlib.sha256(split_file.read_bytes()).hexdigest(),
+        content=hashlib.sha256(read_regular(split_file)).hexdigest(),
         skipped=+skipped,
         **about,
     )
@@ -120,9 +121,9 @@ def _by_variants(folder: Path, name: str, variant: Variant, about: Mapping[str, 
     if base is None:
         raise DataError(f"{folder} has no variants.txt (nor data/variants.txt)")
     try:
-        names = [line.strip() for line in (base / "variants.txt").read_text(encoding="utf-8").splitlines()]
-        lists = {s: (base / f"images_variant_{s}.txt").read_text(encoding="utf-8") for s in ("train", "val", "test")}
-    except OSError as error:
+        names = [line.strip() for line in read_regular(base / "variants.txt").decode().splitlines()]
+        lists = {s: read_regular(base / f"images_variant_{s}.txt").decode() for s in ("train", "val", "test")}
+    except (OSError, ValueError) as error:
         raise DataError(f"{folder} is not complete: {error}") from None
     labels = {n: i for i, n in enumerate(names)}
     splits, skipped = {}, Counter[str]()

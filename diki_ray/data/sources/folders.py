@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
+import io
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from diki_ray.data.images import EXTENSIONS
-from diki_ray.data.sources.raw import FileReader, RawDataset, RawItem, inside, spaced, words_of_folder
+from diki_ray.data.sources.raw import FileReader, RawDataset, RawItem, inside, named_classes, spaced, words_of_folder
 from diki_ray.errors import DataError
+from diki_ray.json_text import parsed
+from diki_ray.regular_files import MANIFEST_BYTES, read_regular
 
 SPLIT_FOLDERS: Mapping[str, str] = {
     "train": "train",
@@ -67,9 +70,14 @@ def items_of(root: Path, labelled: Sequence[tuple[str, int]]) -> tuple[tuple[Raw
     items, skipped = [], Counter[str]()
     for ref, label in labelled:
         try:
-            items.append(RawItem(ref, label, inside(root, ref).stat().st_size))
-        except OSError:
+            about = inside(root, ref).stat()
+        except (OSError, ValueError):  # ValueError: a name with a zero byte
             skipped["file missing"] += 1
+            continue
+        if stat.S_ISREG(about.st_mode):
+            items.append(RawItem(ref, label, about.st_size))
+        else:
+            skipped["not a regular file"] += 1
     return tuple(items), skipped
 
 
@@ -91,6 +99,12 @@ def folder_dataset(folder: Path, name: str, **about: Any) -> RawDataset:
     With `train` and one other split folder only, the other one is the test set, as in ImageNet's `train` and `val`.
     """
     splits = split_folders(folder) or {"train": ""}
+    for subfolder in splits.values():
+        for child in (folder / subfolder).iterdir():
+            if child.is_dir() and not _is_utf8(child.name):
+                raise DataError(
+                    f"{folder}: the name of the class folder {os.fsencode(child.name)!r} is not UTF-8: rename it"
+                )
     notes: list[str] = []
     if "val" in splits and "test" not in splits:
         notes.append(f"the folder {splits['val']!r} is used as test set, because there is no other")
@@ -124,7 +138,7 @@ def folder_dataset(folder: Path, name: str, **about: Any) -> RawDataset:
     return RawDataset(
         name=name,
         layout="class folders in split folders" if split_folders(folder) else "class folders",
-        class_names=tuple(words_of_folder(c) for c in classes),
+        class_names=named_classes(classes, map(words_of_folder, classes), folder),
         splits=items,
         reader=FileReader(str(folder)),
         skipped=+skipped,
@@ -175,10 +189,10 @@ def manifest_dataset(manifest: Path, name: str, class_names: Sequence[str] = (),
     return RawDataset(
         name=name,
         layout="manifest",
-        class_names=tuple(spaced(n) for n in names),
+        class_names=named_classes(names, map(spaced, names), manifest),
         splits=splits,
         reader=FileReader(str(manifest.parent)),
-        content=hashlib.sha256(manifest.read_bytes()).hexdigest(),
+        content=hashlib.sha256(read_regular(manifest, limit=MANIFEST_BYTES)).hexdigest(),
         skipped=+skipped,
         **about,
     )
@@ -186,9 +200,9 @@ def manifest_dataset(manifest: Path, name: str, class_names: Sequence[str] = (),
 
 def _rows(manifest: Path) -> Iterator[Mapping[str, Any]]:
     try:
-        with manifest.open(encoding="utf-8-sig", newline="") as file:
+        with io.StringIO(read_regular(manifest, limit=MANIFEST_BYTES).decode("utf-8-sig"), newline="") as file:
             if manifest.suffix.lower() == ".jsonl":
-                yield from (json.loads(line) for line in file if line.strip())
+                yield from (parsed(line) for line in file if line.strip())
             else:
                 yield from csv.DictReader(file)
     except (OSError, ValueError, csv.Error) as error:

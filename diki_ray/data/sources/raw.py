@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +15,7 @@ from PIL import Image
 
 from diki_ray.data.images import EXTENSIONS
 from diki_ray.errors import DataError
+from diki_ray.regular_files import IMAGE_BYTES, read_regular
 
 SPLITS = ("train", "val", "test")
 
@@ -44,7 +45,7 @@ class FileReader:
 
     def read(self, ref: str) -> tuple[bytes, str]:
         """See Reader."""
-        data = (Path(self.root) / ref).read_bytes()
+        data = read_regular(Path(self.root) / ref, limit=IMAGE_BYTES)
         extension = Path(ref).suffix[1:].lower()
         return data, extension if extension in EXTENSIONS else sniff_extension(data)
 
@@ -93,6 +94,19 @@ def words_of_folder(name: str) -> str:
     Only a name without any other separator is split at its capitals, and only after a small letter: TVset stays whole.
     """
     return spaced(name if re.search(r"[\s_-]", name) else re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name))
+
+
+def named_classes(sources: Sequence[str], names: Iterable[str], where: Path) -> tuple[str, ...]:
+    """The classes' names, which are made of what the source calls them; DataError where two of them become one name,
+    for no text could tell such classes apart."""
+    made: dict[str, str] = {}
+    for source, name in zip(sources, names, strict=True):
+        if (other := made.setdefault(name, source)) != source:
+            raise DataError(
+                f"{where}: the classes {other!r} and {source!r} both become {name!r}, and no text could tell them "
+                "apart: merge their images into one, or rename one"
+            )
+    return tuple(made)
 
 
 def png_bytes(pixels: NDArray[np.uint8]) -> bytes:
