@@ -20,6 +20,7 @@ _NEW_POSITIONALS = {
     "list": 0,
     "purge": 0,
     "compact": 0,
+    "fill": 0,
     "export": 1,
     "import": 1,
     "remove": 1,

@@ -31,7 +31,7 @@ class RunSection(Section):
     """Where a run lives. The same name on the same storage is the same run: it is continued."""
 
     name: ChangesNothing[str] = Field(pattern=NAME)
-    storage: ChangesNothing[str] = "runs"
+    storage: ChangesNothing[str] = "storage"
     """A local folder, or s3://, gs://, az:// and a prefix. Modules are shared by all runs of one storage."""
     seed: ChangesModule[int] = Field(default=0, ge=0)
     take_over: ChangesNothing[bool] = False

@@ -20,7 +20,7 @@ NEW_TASK = """\
 
 
 def typed() -> str:
-    """What stands before a command of ours: `diki-ray` where that is on the path, else this Python and the package."""
+    """What stands before a command that is to be typed: `diki-ray` where that is on the path, else this Python."""
     return "diki-ray" if shutil.which("diki-ray") else f"{shlex.quote(sys.executable)} -m diki_ray"
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -18,7 +19,7 @@ from rich.console import Console
 from diki_ray.config import Config
 from diki_ray.data.completeness import shortcomings
 from diki_ray.learning.module import TaskModule
-from diki_ray.report.next_steps import next_steps
+from diki_ray.report.next_steps import next_steps, typed
 from diki_ray.report.results import DOCUMENT, table
 from diki_ray.report.run import REPORT, render
 from diki_ray.runs.evaluate.split import evaluate_run
@@ -157,6 +158,10 @@ def _evaluated(
 
 
 def _command() -> str:
+    """What was typed, or the same by the command of this package."""
+    program = Path(sys.argv[0]).name
+    if program in ("diki-ray", "__main__.py"):
+        return f"{typed()} {shlex.join(sys.argv[1:])}"
     return shlex.join(["python", *sys.argv])
 
 
