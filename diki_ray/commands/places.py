@@ -37,7 +37,7 @@ def one_run(storage: str | None, run: str | None, config: str | None) -> tuple[s
         return loaded.run.storage, loaded.run.name, loaded
     run = run or os.environ.get(RUN)
     if not run:
-        raise typer.BadParameter(f"give --run (with --storage), or {RUN}, or --config where there is one")
+        raise typer.BadParameter(f"give --run (with --storage), or --config where there is one, or set {RUN}")
     return storage_of(storage), run, None
 
 

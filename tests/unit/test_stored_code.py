@@ -83,8 +83,8 @@ def arguments_of(name: str, stranger: Stranger, storage: object, run: str = "col
             "--output",
             stranger.folder / "a.jsonl",
         ),
-        "export": (storage, run, stranger.folder / "bundle"),
-        "evaluate": (storage, run),
+        "export": (stranger.folder / "bundle", "--storage", storage, "--run", run),
+        "evaluate": ("--storage", storage, "--run", run),
         "serve": ("--storage", storage, "--run", run, "--no-token"),
     }[name]
 
@@ -267,7 +267,7 @@ def with_file(stranger: Stranger, name: str, data: bytes) -> Path:
 @pytest.mark.parametrize("name", ["results/theirs.py", "results/x/results.json", "sitecustomize.py", "log/evil.pkl"])
 def test_an_import_takes_known_files_only(stranger: Stranger, name: str, job: Callable[..., Any]) -> None:
     tar = with_file(stranger, f"./runs/colours/{name}", b"print()")
-    done = job("store", "import", stranger.folder / "home", "mine", tar)
+    done = job("store", "import", tar, "--storage", stranger.folder / "home", "--run", "mine")
     assert (done.code, done.stdout) == (2, "")
     assert done.stderr.startswith(f"error: {tar} is refused: no run writes '{name}'")
     assert not (stranger.folder / "home" / "runs").exists()
@@ -278,7 +278,7 @@ def test_an_import_takes_known_files_only(stranger: Stranger, name: str, job: Ca
 
 def test_a_page_from_elsewhere_is_not_taken(stranger: Stranger, job: Callable[..., Any]) -> None:
     tar = with_file(stranger, "./runs/colours/results/report.html", b"<script>theirs()</script>")
-    done = job("store", "import", stranger.folder / "home", "mine", tar)
+    done = job("store", "import", tar, "--storage", stranger.folder / "home", "--run", "mine")
     assert done.code == 0, done.stderr
     taken = {path.name for path in (stranger.folder / "home/runs/mine/results").iterdir()}
     assert taken == {"config.yaml", "results.json"}
