@@ -33,7 +33,7 @@ def test_the_tutorials_commands_do_what_it_says(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         said.append(done.stdout)
-    results = json.loads((tmp_path / "runs/runs/mine/results/results.json").read_text())
+    results = json.loads((tmp_path / "storage/runs/mine/results/results.json").read_text())
     first, last = results["accuracy"]
     assert last[0] == first[0] > 2 * results["tasks"][0]["chance"]  # learnt, and not disturbed by the next
     assert last[1] > first[1]

@@ -1,4 +1,4 @@
-"""Clients side by side on a server of this machine: python tests/soak/serve_load.py --storage runs --run quickstart
+"""Clients side by side on a server of this machine: python tests/soak/serve_load.py --storage storage --run quickstart
 
 Every client asks for images of its own and checks each answer against what the run's predictor says of that image, so
 an answer that is lost, mixed up or wrong ends it with code 1. Clients and server share the machine's cores.
@@ -59,7 +59,7 @@ def wrong(told: dict[str, Any], right: Answer) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--storage", default="runs")
+    parser.add_argument("--storage", default="storage")
     parser.add_argument("--run", default="quickstart")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=30.0)
