@@ -59,7 +59,7 @@ def _shard() -> Shard:
         ({"class_names": ()}, "at least one class"),
         ({"class_names": ("cat", " ")}, "no class name may be empty"),
         ({"templates": ("a photo",)}, "exactly one {}"),
-        ({"templates": ()}, "exactly one {}"),
+        ({"templates": ()}, "at least one template"),
         ({"split_protocol": "mine"}, "split_protocol"),
         ({"splits": {"train": Split("train", (), (0,))}}, "2 classes"),
         ({"splits": {"train": Split("train", (), (1, 0))}}, "disagree"),

@@ -205,17 +205,14 @@ class SplitEvaluation:
         assert known is not None
         return known
 
-    # BestClasses
-
     def _score(self, workers: Workers) -> float:
         """BestClasses what is used and not scored yet; the largest error of the class features that answers rest on."""
         used = [self._used(j) for j in range(len(self.known))]
         pieces: dict[int, list[tuple[int, ToScore]]] = {}
         for j, rows_of in enumerate(used):
             for task, rows in rows_of.items():
-                if self.by_set and task != NO_TASK:
-                    continue  # the answers need its features, not its scores
-                pieces.setdefault(task, []).extend((j, piece) for piece in self._unscored(j, task, rows))
+                if task == NO_TASK or not self.by_set:  # else the answers need its features, not its scores
+                    pieces.setdefault(task, []).extend((j, piece) for piece in self._unscored(j, task, rows))
         by_module = [(task, found) for task, found in pieces.items() if found]
         work: list[Work] = [
             partial(EvaluationWorker.score, module=t, pieces=[p for _, p in found], errors=self._errors(t))
