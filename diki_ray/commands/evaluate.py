@@ -11,9 +11,11 @@ from diki_ray.commands.output import console
 from diki_ray.config import Config
 from diki_ray.report.evaluation_table import comparison, tables
 from diki_ray.runs.evaluate.stored import Asked, evaluate_stored
+from diki_ray.runs.stopping import stoppable
 from diki_ray.runs.stored_run import told_config
 
 
+@stoppable
 def main(arguments: argparse.Namespace) -> int:
     """Evaluate, then print tables or JSON; the exit code."""
     runs, comparisons = evaluate(arguments)

@@ -13,11 +13,13 @@ from diki_ray.config import Config
 from diki_ray.data.inputs import is_collection, parts_of
 from diki_ray.errors import ConfigError
 from diki_ray.prediction.run_predictor import Answer, load_predictor, read_image
+from diki_ray.runs.stopping import stoppable
 from diki_ray.runs.stored_run import told_config
 
 DEFAULT_TEMPLATE = "a photo of a {}."
 
 
+@stoppable
 def main(arguments: argparse.Namespace) -> int:
     """Answer the images, shown or written; the exit code."""
     if arguments.output is not None:

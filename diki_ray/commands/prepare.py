@@ -14,6 +14,7 @@ from diki_ray.config.protocols import protocol
 from diki_ray.data import prepare
 from diki_ray.data.sources import benchmark_folders
 from diki_ray.runs.cluster import connected
+from diki_ray.runs.stopping import stoppable
 
 TASKS_UNDER_WAY_PER_CPU = 2  # one that writes and one that is ready; more would only hold memory
 
@@ -60,6 +61,7 @@ def write(preparation: prepare.Preparation, progress: Progress) -> list[prepare.
     return results
 
 
+@stoppable
 def main(arguments: argparse.Namespace) -> int:
     """Write the shards that are missing and say what there is; the exit code."""
     shown = console()

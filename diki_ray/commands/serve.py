@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
-from diki_ray.serving.server import serving, wait_for_end
+from diki_ray.runs.stopping import stoppable
+from diki_ray.serving.server import serving
 from diki_ray.serving.settings import Settings, parse_settings, token_digest
 
 
+@stoppable
 def main(arguments: dict[str, Any]) -> int:
     """Serve the run until SIGTERM or Ctrl-C; the exit code. arguments: those of `serving` and fields of `Settings`."""
     token = token_digest(arguments.pop("token_file"), arguments.pop("no_token"))
@@ -15,5 +18,5 @@ def main(arguments: dict[str, Any]) -> int:
     settings = parse_settings(token_sha256=token, **fields)
     with serving(settings, **arguments) as url:
         print(f"serving run {settings.run!r} at {url}", flush=True)
-        wait_for_end()
+        threading.Event().wait()
     return 0

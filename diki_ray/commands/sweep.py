@@ -10,10 +10,12 @@ from diki_ray.config.sweep import SweepConfig
 from diki_ray.report.next_steps import typed
 from diki_ray.report.sweep_table import sweep_tables
 from diki_ray.runs.run_cluster import cluster
+from diki_ray.runs.stopping import stoppable
 from diki_ray.runs.sweep.files import CHOSEN, REPORT
 from diki_ray.runs.sweep.sweep import run_sweep
 
 
+@stoppable
 def main(sweep: SweepConfig, config: Config) -> int:
     """Run what has no result yet, choose on validation and show it; the exit code."""
     # A trial that ASHA stops is reclaimed through the dashboard's state API: without it later trials would hang.

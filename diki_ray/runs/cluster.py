@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import ray
+from ray._private import utils as ray_signals
 
 from diki_ray.errors import ConfigError
+from diki_ray.runs import stopping
 from diki_ray.runs.local_cluster import LOOPBACK, keep_token_private, on_loopback
 
 LOCAL = "local"
@@ -48,7 +50,7 @@ def connected(
     if not joined:
         keep_token_private()
     try:
-        with nullcontext() if joined else on_loopback():
+        with _handlers_kept(), nullcontext() if joined else on_loopback():
             ray.init(
                 address=address,
                 num_cpus=None if joined else num_cpus,
@@ -64,6 +66,24 @@ def connected(
         yield joined
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """Ray, started in the block, leaves the handlers of a stoppable command alone; elsewhere it sets its own.
+
+    Ray 2.60 handles SIGTERM in Python, by an exit with code 15, and from connecting on in C++, by a dump of the stack.
+    """
+    if not stopping.heeded():
+        yield
+        return
+    set_handler = ray_signals.set_sigterm_handler
+    ray_signals.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        ray_signals.set_sigterm_handler = set_handler
+        stopping.heed()
 
 
 def _not_started(error: BaseException) -> str:

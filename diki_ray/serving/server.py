@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import signal
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,15 +72,6 @@ def serving(
                 yield f"http://{shown}:{port}"
         finally:
             serve.shutdown()
-
-
-def wait_for_end() -> None:
-    """Returns at SIGINT or SIGTERM."""
-    ended = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ended.set())
-    while not ended.wait(1.0):  # in parts, as a wait without end would not let the handler run on every platform
-        pass
 
 
 def absolute(storage: str) -> str:

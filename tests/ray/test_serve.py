@@ -152,10 +152,11 @@ def test_the_job_says_what_is_wrong_in_one_sentence(
     main = runpy.run_path(str(JOB))["main"]
     monkeypatch.delenv("DIKI_SERVE_TOKEN", raising=False)
     port = server.url.rpartition(":")[2]
+    told = ("--backbone", server.run.config.backbone.name)
     for arguments, said in (
         (("--storage", server.run.storage), "a server needs a token"),
         (("--storage", str(tmp_path), "--no-token"), "has no run 'colours'"),
-        (("--storage", server.run.storage, "--no-token", "--port", port), f"on 127.0.0.1:{port}"),
+        (("--storage", server.run.storage, *told, "--no-token", "--port", port), f"on 127.0.0.1:{port}"),
         (("--storage", server.run.storage, "--no-token", "--max-images", "0"), "max_images: "),
     ):
         monkeypatch.setattr(sys, "argv", ["serve.py", "--run", "colours", *arguments])
@@ -169,6 +170,6 @@ def test_the_job_says_what_is_wrong_in_one_sentence(
 
 def test_it_ends_at_sigterm_and_leaves_the_port_free(server: Server) -> None:
     server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(timeout=60) == 0
+    assert server.process.wait(timeout=60) == 128 + signal.SIGTERM
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", int(server.url.rpartition(":")[2])))

@@ -67,6 +67,10 @@ class Job:
                 self.kill_all()
         return Ended(code, self._stdout.read_text(), self._stderr.read_text())
 
+    def output(self) -> tuple[str, str]:
+        """What it wrote so far to stdout and stderr."""
+        return self._stdout.read_text(), self._stderr.read_text()
+
     def processes(self) -> list[int]:
         """The job's own process and all that it started, in whichever way they were orphaned since."""
         return session_processes(self.process.pid)

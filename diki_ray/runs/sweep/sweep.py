@@ -97,6 +97,7 @@ def _run_trials(
     if missing <= 0:
         return
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's tables and hints, of which verbose=0 leaves some
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # a signal is the command's (runs/stopping.py)
     # A trial reports what ASHA compares while it trains, and what Optuna asks for at its end: never both at once.
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failure is said in a sentence, by the recorder

@@ -96,9 +96,13 @@ def _train_group(config: Config, pending: Sequence[PlannedTask], store: HeldRun)
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    class Trainer(TorchTrainer):
+        def _register_sigint_handler(self, controller: Any) -> None:
+            """Ray's handler would wait for the workers for 30 s, and stay when fit() is over: runs/stopping.py."""
+
     use_gpu = device_of(config) == "cuda"
     attempt = uuid.uuid4().hex[:8]
-    trainer = TorchTrainer(
+    trainer = Trainer(
         train_tasks,
         train_loop_config={"config": config, "tasks": tuple(pending), "store": store, "attempt": attempt},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=config.train.collective_timeout_s),
