@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from diki_ray.errors import ConfigError
 from diki_ray.learning.moments import Moments, Shrinkage
 
 CHUNK_BYTES = 32 * 2**20
@@ -37,7 +38,12 @@ class Gaussians:
         self.mean_covariance = torch.zeros(e, e, dtype=torch.float64)
         for n, m in enumerate(moments):
             covariance = torch.from_numpy(m.covariance(eps, shrinkage))
-            factor = torch.linalg.cholesky(covariance)
+            factor, failed = torch.linalg.cholesky_ex(covariance)
+            if int(failed) or not factor.isfinite().all():
+                raise ConfigError(
+                    f"the covariance of task number {n} is not positive definite: its statistics are damaged, or have "
+                    "fewer images than dimensions; train the task again, or set statistics.shrinkage=oas."
+                )
             self.mean[n] = torch.from_numpy(m.mean)
             self.corners[n, :, :h] = factor[:h, :h]
             self.corners[n, :, h] = 0

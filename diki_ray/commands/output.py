@@ -23,4 +23,9 @@ def console(soft_wrap: bool = False) -> Console:
 
 def print_error(error: Exception) -> None:
     """What went wrong, as one sentence on standard error."""
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {plain(str(error))}", file=sys.stderr)
+
+
+def plain(text: str) -> str:
+    """The text with what would move a terminal's cursor or colour it written out: names are other people's."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)

@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from diki_ray.errors import ConfigError, CorruptError
+from diki_ray.json_text import parsed
+from diki_ray.learning.module_schema import check_header, check_tensors
 from diki_ray.learning.moments import Moments
 from diki_ray.learning.statistics import Statistics
 
@@ -92,12 +94,16 @@ class TaskModule:
         """Raises CorruptError when the blob is not a module."""
         try:
             header, tensors = read_tensors(blob)
+            check_header(header)
+            check_tensors(tensors)
             statistics = None
             if header["format"] == 1:
                 moments = Moments.unpacked(header["count"], tensors["moments/mean"], tensors["moments/scatter_packed"])
             elif header["format"] == FORMAT:
                 statistics = Statistics.from_tensors(_below("statistics", tensors))
                 moments = statistics.moments
+                if len(statistics.counts) != len(header["class_names"]) or moments.count != header["count"]:
+                    raise ValueError("its statistics are of other classes or images than its header says")
             else:
                 raise ValueError(f"format {header['format']} is of a later version; this one reads 1 and {FORMAT}")
             return TaskModule(
@@ -112,7 +118,7 @@ class TaskModule:
                 provenance=header["provenance"],
                 statistics=statistics,
             )
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, TypeError, IndexError) as error:
             raise CorruptError(f"these bytes are not a task module: {error}") from error
 
 
@@ -130,9 +136,9 @@ def read_tensors(blob: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The header and the arrays of a safetensors blob written here."""
     length = int.from_bytes(blob[:8], "little")
     try:
-        metadata = json.loads(blob[8 : 8 + length])["__metadata__"]
-        return json.loads(metadata["diki_ray"]), load(blob)
-    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        metadata = parsed(blob[8 : 8 + length])["__metadata__"]
+        return parsed(metadata["diki_ray"]), load(blob)
+    except (SafetensorError, KeyError, ValueError, TypeError, OverflowError) as error:
         raise CorruptError(f"these bytes are not a safetensors file of diki_ray: {error}") from error
 
 

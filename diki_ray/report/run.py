@@ -7,7 +7,6 @@ policy inside the page allows neither scripts nor anything from elsewhere.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.resources import files
@@ -19,6 +18,7 @@ import yaml
 from diki_ray.config import Config
 from diki_ray.config.protocols import ZERO_SHOT
 from diki_ray.errors import UserError
+from diki_ray.json_text import parsed
 from diki_ray.report import charts
 from diki_ray.report.examples import Pictures, read_pictures
 from diki_ray.report.published import PUBLISHED_METRICS, compare
@@ -44,7 +44,7 @@ def load_results(run: str, storage: str) -> Results:
     """
     if run.endswith(".json"):
         try:
-            results = json.loads(read_bytes(run))
+            results = parsed(read_bytes(run))
         except FileNotFoundError:
             raise UserError(f"there is no file {run}: give the name of a run, or the path of a results.json.") from None
         except ValueError as error:

@@ -60,8 +60,13 @@ def told_config(storage: str, run: str, given: Config | None, arguments: argpars
 def check_backbone(store: RunStore, name: str, digest: str) -> None:
     """Raises ConfigError where the run's results were made with a backbone of other weights."""
     results = store.get_document(DOCUMENT)
-    if results is not None and results["backbone"]["digest"] != digest:
+    if results is None:
+        return
+    made_with = results.get("backbone") if isinstance(results, dict) else None
+    if not isinstance(made_with, dict) or not {"digest", "name"} <= made_with.keys():
+        raise ConfigError(f"the results of run {store.run!r} are not what this version writes: evaluate the run again.")
+    if made_with["digest"] != digest:
         raise ConfigError(
             f"the backbone {name!r} loaded here does not have the weights that run {store.run!r} was made with "
-            f"({results['backbone']['name']}): its modules mean nothing on it."
+            f"({made_with['name']}): its modules mean nothing on it."
         )

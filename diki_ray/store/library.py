@@ -8,10 +8,14 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
 from diki_ray.errors import CorruptError, StorageError, UserError
-from diki_ray.store.log import digest_of, seal, unseal
+from diki_ray.json_text import parsed
+from diki_ray.store.log import canonical, digest_of, seal, unseal
 from diki_ray.store.objects import Objects
 
+_DIGEST = r"[0-9a-f]{64}"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=@,-]{0,199}")
 
 
@@ -19,10 +23,15 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=@,-]{0,199}")
 class Record:
     """What the library knows under one key."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
     key: str
     digest: str
     num_bytes: int
     metadata: dict[str, Any] = field(default_factory=dict)
+
+
+_RECORD: TypeAdapter[Record] = TypeAdapter(Record)
 
 
 class Library:
@@ -43,15 +52,23 @@ class Library:
         if data is None:
             return None
         try:
-            return Record(**unseal(data, key_path(key)))
-        except CorruptError:
+            record = _RECORD.validate_json(canonical(unseal(data, key_path(key))))
+            if record.key != key or not re.fullmatch(_DIGEST, record.digest):
+                raise CorruptError(f"{key_path(key)} is the record of another key, or leads nowhere")
+            return record
+        except (CorruptError, ValidationError):
             self.corrupt += 1
             return None
 
     def find_intact(self, key: str) -> Record | None:
-        """Return the record of a key whose blob is there and has its checksum; None otherwise."""
+        """Return the record of a key whose blob is there, has its checksum and names no other key; None otherwise."""
         record = self.find(key)
-        return record if record is not None and self.intact(record.digest) else None
+        if record is None or (blob := self._whole(record.digest)) is None:
+            return None
+        if own_key(blob) not in (None, key):  # somebody's record leads to a module that was trained from other things
+            self.corrupt += 1
+            return None
+        return record
 
     def read(self, digest: str) -> bytes:
         """Return the blob, verified; CorruptError when its bytes are not those committed, StorageError when gone."""
@@ -69,10 +86,14 @@ class Library:
 
     def intact(self, digest: str) -> bool:
         """Tell whether the blob is there and has its checksum. It is read: a file's name and size prove nothing."""
+        return self._whole(digest) is not None
+
+    def _whole(self, digest: str) -> bytes | None:
         blob = self._objects.get(module_path(digest))
         if blob is not None and digest_of(blob) != digest:
             self.corrupt += 1
-        return blob is not None and digest_of(blob) == digest
+            return None
+        return blob
 
     def commit(self, key: str, blob: bytes, metadata: dict[str, Any]) -> Record:
         """Put a blob under its key; durable when it returns. If another writer was first, its record is returned.
@@ -102,9 +123,19 @@ class Library:
         return record
 
 
+def own_key(blob: bytes) -> str | None:
+    """Return the key that a module's own header says; None where the bytes are no module's."""
+    try:
+        header = parsed(blob[8 : 8 + int.from_bytes(blob[:8], "little")])
+        key = parsed(header["__metadata__"]["diki_ray"])["key"]
+    except (ValueError, KeyError, TypeError, OverflowError):
+        return None
+    return str(key)
+
+
 def module_path(digest: str) -> str:
     """Return where the blob of a digest lies in a storage."""
-    if not re.fullmatch(r"[0-9a-f]{64}", digest):
+    if not re.fullmatch(_DIGEST, digest):
         raise UserError(f"{digest!r} is no module digest (64 hexadecimal digits)")
     return f"library/modules/{digest}.safetensors"
 

@@ -7,36 +7,71 @@ of an older epoch, or of a released lease, counts for nothing.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from diki_ray.errors import CorruptError, StorageError
+from diki_ray.json_text import parsed
 
 FORMAT = 1  # raised when an older diki_ray could misread what a newer one writes
 Kind = Literal["lease", "release", "module", "remove", "rollback"]
+
+
+T = TypeVar("T")
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+"""Of what is read back: no other fields, no number for a text, no NaN."""
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
+_Text = Annotated[str, Field(max_length=4096)]
+_LAST_TIME = 253_402_300_799  # the end of the year 9999, the last that Python's dates know
+_KEY, _DIGEST = r"[A-Za-z0-9][A-Za-z0-9._+=@,-]{0,199}", r"[0-9a-f]{64}"
 
 
 @dataclass(frozen=True)
 class Entry:
     """One line of the log. `task`, `key`, `digest`, `num_bytes` are set for modules; `time` is seconds since 1970."""
 
-    seq: int
+    __pydantic_config__ = _STRICT
+
+    seq: _Count
     kind: Kind
-    epoch: int
-    time: float
-    task: str = ""
-    key: str = ""
-    digest: str = ""
-    num_bytes: int = 0
+    epoch: Annotated[int, Field(ge=-1, lt=2**63)]
+    time: Annotated[float, Field(ge=0, le=_LAST_TIME)]
+    task: _Text = ""
+    key: _Text = ""
+    digest: _Text = ""
+    num_bytes: _Count = 0
     # module: what its trainer said about it; lease: holder and ttl_s; rollback: the modules that remain
     metadata: dict[str, Any] = field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> Self:
+        """What a stored entry must have beside its types; entries made here are not asked."""
+        if self.kind == "lease":
+            _HOLDER.validate_json(canonical(self.metadata.get("holder")))
+            ttl = self.metadata.get("ttl_s")
+            if isinstance(ttl, bool) or not isinstance(ttl, (int, float)) or not 0 <= ttl <= _LAST_TIME:
+                raise ValueError("the lease has no ttl_s in seconds")
+        if self.kind == "module" and not (self.task and re.fullmatch(_KEY, self.key)):
+            raise ValueError("the module has no task or no key")
+        if self.kind == "module" and not re.fullmatch(_DIGEST, self.digest):
+            raise ValueError("the module's digest is none")
+        if self.kind == "rollback":
+            left = _ENTRIES.validate_json(canonical(self.metadata.get("modules")))
+            if any(entry.kind != "module" for entry in left):
+                raise ValueError("the rollback leaves what is no module")
+        return self
 
 
 @dataclass(frozen=True)
 class Holder:
     """Who holds a run: enough for a person to find the process, and for this machine to see that it is dead."""
+
+    __pydantic_config__ = _STRICT
 
     host: str
     machine: str  # boot and process namespace: two containers may share a host name, never this
@@ -55,6 +90,8 @@ class Holder:
 @dataclass(frozen=True)
 class State:
     """What a prefix of the log adds up to."""
+
+    __pydantic_config__ = _STRICT
 
     seq: int = 0
     epoch: int = 0
@@ -138,7 +175,8 @@ def encode_entry(entry: Entry) -> bytes:
 
 
 def decode_entry(data: bytes, where: str) -> Entry:
-    return Entry(**_checked_format(unseal(data, where), where))
+    """Return the entry that `encode_entry` was given; CorruptError for anything that no driver writes."""
+    return _checked(_ENTRY, _checked_format(unseal(data, where), where), where)
 
 
 def encode_state(state: State) -> bytes:
@@ -146,10 +184,8 @@ def encode_state(state: State) -> bytes:
 
 
 def decode_state(data: bytes, where: str) -> State:
-    fields = _checked_format(unseal(data, where), where)
-    lists = {name: tuple(Entry(**entry) for entry in fields[name]) for name in ("modules", "removed")}
-    lease = Entry(**fields["lease"]) if fields["lease"] else None
-    return State(fields["seq"], fields["epoch"], lease, tuple(fields["tokens"]), **lists)
+    """Return the state that `encode_state` was given; CorruptError for anything that no driver writes."""
+    return _checked(_STATE, _checked_format(unseal(data, where), where), where)
 
 
 def seal(content: dict[str, Any]) -> bytes:
@@ -161,11 +197,12 @@ def seal(content: dict[str, Any]) -> bytes:
 def unseal(data: bytes, where: str) -> dict[str, Any]:
     """Return what `seal` was given; CorruptError naming `where` for anything else."""
     try:
-        document = json.loads(data)
+        document = parsed(data)
         content, promised = document["content"], document["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptError(f"{where} is damaged: it is no sealed JSON document ({error})") from error
-    if not isinstance(content, dict) or digest_of(canonical(content)) != promised:
+        sealed = isinstance(content, dict) and digest_of(canonical(content)) == promised
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CorruptError(f"{where} is damaged: it is no sealed JSON document ({brief(error)})") from error
+    if not sealed:
         raise CorruptError(f"{where} is damaged: its checksum does not match its content")
     return content
 
@@ -184,6 +221,27 @@ def _with_module(modules: tuple[Entry, ...], entry: Entry) -> tuple[Entry, ...]:
     if any(module.task == entry.task for module in modules):
         return tuple(entry if module.task == entry.task else module for module in modules)
     return (*modules, entry)
+
+
+_HOLDER: TypeAdapter[Holder] = TypeAdapter(Holder)
+_ENTRIES: TypeAdapter[tuple[Entry, ...]] = TypeAdapter(tuple[Entry, ...])
+_ENTRY: TypeAdapter[Entry] = TypeAdapter(Entry)
+_STATE: TypeAdapter[State] = TypeAdapter(State)
+
+
+def _checked(adapter: TypeAdapter[T], fields: dict[str, Any], where: str) -> T:
+    """The value of a document whose checksum holds: whoever writes a document can also seal it."""
+    try:
+        return adapter.validate_json(canonical(fields))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise CorruptError(f"{where} is no document of a run: {place}: {first['msg']}") from None
+
+
+def brief(error: Exception) -> str:
+    """Return the first line of an error's message, at most 200 characters."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _checked_format(fields: dict[str, Any], where: str) -> dict[str, Any]:

@@ -237,7 +237,7 @@ class RunLog:
         try:
             entry = decode_entry(data, self.path(seq))
         except CorruptError as error:
-            raise self._lost(seq, "does not have its checksum") from error
+            raise self._lost(seq, f"cannot be read ({error})") from error
         if entry.seq != seq:
             raise self._lost(seq, f"is a copy of entry {entry.seq}")
         return entry
@@ -266,7 +266,7 @@ class RunLog:
     def _heard(self, lease: Entry) -> float:
         data = self.objects.get(self._heartbeat(lease.epoch))
         try:
-            return lease.time if data is None else float(unseal(data, "heartbeat")["renewed_at"])
+            return lease.time if data is None else _renewed_at(unseal(data, "heartbeat"))
         except CorruptError:  # worth one interval: the next renewal replaces it
             return lease.time
 
@@ -291,6 +291,13 @@ class RunLog:
             raise LeaseHeldError(
                 f"{holder.describe()} is tidying {self.objects.uri}, no run may start meanwhile: try again in a minute"
             )
+
+
+def _renewed_at(heartbeat: dict[str, Any]) -> float:
+    value = heartbeat.get("renewed_at")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise CorruptError("the heartbeat says no time")
+    return float(value)
 
 
 def _gap(seq: int) -> Entry:

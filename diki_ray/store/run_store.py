@@ -16,6 +16,7 @@ import json
 from typing import Any
 
 from diki_ray.errors import CorruptError, StorageError, UserError
+from diki_ray.json_text import parsed
 from diki_ray.store import upkeep as store_upkeep
 from diki_ray.store.checkpoints import Checkpoints
 from diki_ray.store.interface import ReadableRun
@@ -239,7 +240,9 @@ class RunStore(ReadableRun):
         """
         self.log.refresh()
         self.log.require(epoch)
-        text = document if isinstance(document, str) else json.dumps(document, indent=2, sort_keys=True)
+        text = (
+            document if isinstance(document, str) else json.dumps(document, indent=2, sort_keys=True, allow_nan=False)
+        )
         self.objects.put(self._document(name), text.encode())
 
     def get_document(self, name: str) -> Any:
@@ -248,7 +251,7 @@ class RunStore(ReadableRun):
         if data is None:
             return None
         try:
-            return json.loads(data) if name.endswith(".json") else data.decode()
+            return parsed(data) if name.endswith(".json") else data.decode()
         except ValueError as error:
             raise CorruptError(
                 f"{self.objects.uri}/{self._document(name)} is damaged: {error}; run the job again"

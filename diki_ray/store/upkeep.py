@@ -1,6 +1,5 @@
 """What people do to a store now and then: purge, verify, export, import. Slow is fine here, harm is not."""
 
-import json
 import os
 import re
 import shutil
@@ -14,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from diki_ray.errors import FencedError, LeaseHeldError, StorageError, UserError
+from diki_ray.json_text import parsed
 from diki_ray.regular_files import check_size, limit_of, open_regular
 from diki_ray.store.checkpoints import Checkpoints
-from diki_ray.store.library import Library, key_path, module_path
+from diki_ray.store.library import Library, key_path, module_path, own_key
 from diki_ray.store.log import Holder, holder_of, seal, unseal
 from diki_ray.store.objects import LocalObjects, Objects, checked_path
 from diki_ray.store.process import is_alive, this_process
@@ -27,8 +27,8 @@ _LEFTOVER_AGE_S = 3600.0  # no write of ours takes an hour: an older temporary f
 _BATCH = 100
 _PAGE = "results/report.html"  # may hold scripts, and is made again from results.json
 _TAKEN = re.compile(
-    r"results/(results\.json|config\.yaml|failure\.json|report\.html)|(log|snapshots)/[0-9]+\.json"
-    r"|checkpoints/[^/]+/[0-9]+(\.json|-[0-9a-f]+\.safetensors)"
+    r"results/(results\.json|parts\.json|config\.yaml|failure\.json|report\.html)|(log|snapshots)/[0-9]+\.json"
+    r"|imported\.json|checkpoints/[^/]+/[0-9]+(\.json|-[0-9a-f]+\.safetensors)"
 )
 """Files of a run that an import knows; what else a folder or tar from elsewhere holds in it is refused."""
 
@@ -82,8 +82,7 @@ def verify(log: RunLog, library: Library, checkpoints: Checkpoints) -> tuple[Pro
             library.read(entry.digest)
         except StorageError as error:
             found.append(Problem(module_path(entry.digest), f"module of task {entry.task!r}: {error}"))
-        record = library.find(entry.key)
-        if record is None:
+        if library.find(entry.key) is None and not log.objects.exists(imported_path(log)):
             what = f"key of task {entry.task!r} is gone or damaged: other runs train it again"
             found.append(Problem(key_path(entry.key), what))
     found += [Problem(checkpoints.folder, what) for what in checkpoints.problems()]
@@ -91,6 +90,12 @@ def verify(log: RunLog, library: Library, checkpoints: Checkpoints) -> tuple[Pro
         if info.path.endswith(".json"):
             found += _document_problems(log.objects, info.path)
     return tuple(found)
+
+
+def imported_path(log: RunLog) -> str:
+    """Return where it says that a run was imported: no key leads to its modules, for whoever wrote them may have put
+    anything under any key. They are the run's own, and no other run adopts them."""
+    return f"{log.folder}/imported.json"
 
 
 def export_run(log: RunLog, library: Library, path: str) -> int:
@@ -128,7 +133,7 @@ def _copy_in(source: Objects, target: Objects, run: str, path: str) -> None:
         name = info.path.removeprefix(f"runs/{source_run}/")
         if not _TAKEN.fullmatch(name):
             raise UserError(f"{path} is refused: no run writes {name!r}; delete it there if the rest is to be imported")
-    _copy(source, source_run, target, run, without=_PAGE)
+    _copy(source, source_run, target, run, without=_PAGE, with_keys=False)
 
 
 def _unreferenced(objects: Objects, log: RunLog, library: Library) -> tuple[dict[str, int], list[str]]:
@@ -207,13 +212,20 @@ class _StillOurs:
         return unseal(data, UPKEEP_LOCK) if data is not None else None
 
 
-def _copy(source: Objects, source_run: str, target: Objects, target_run: str, without: str | None = None) -> int:
+def _copy(
+    source: Objects,
+    source_run: str,
+    target: Objects,
+    target_run: str,
+    without: str | None = None,
+    with_keys: bool = True,
+) -> int:
     """Copy blobs and keys, then the run's folders, its log last and in order: stopped anywhere, it is an earlier state.
 
     Under the upkeep lock of the target: a purge there would find blobs that no log refers to yet.
     """
     with _upkeep_lock(target, this_process()) as still_ours:
-        return _copy_locked(source, source_run, target, target_run, still_ours, without)
+        return _copy_locked(source, source_run, target, target_run, still_ours, without, with_keys)
 
 
 def _copy_locked(
@@ -223,6 +235,7 @@ def _copy_locked(
     target_run: str,
     still_ours: "_StillOurs",
     without: str | None,
+    with_keys: bool,
 ) -> int:
     log, there = RunLog(source, source_run), RunLog(target, target_run)
     if log.state.seq == 0:
@@ -235,9 +248,15 @@ def _copy_locked(
     for entry in log.state.modules:
         still_ours()
         blob = Library(source).read(entry.digest)
-        record = library.commit(entry.key, blob, entry.metadata)
-        if record.digest != entry.digest and not library.intact(entry.digest):
-            # The target trained this key itself; its key stays, the imported log still needs its own blob.
+        if own_key(blob) not in (None, entry.key):
+            raise UserError(
+                f"the module of task {entry.task!r} is not the one that its key says: run {source_run!r} was put "
+                "together by hand, and is not copied"
+            )
+        if with_keys:
+            library.commit(entry.key, blob, entry.metadata)
+        if not library.intact(entry.digest):
+            # Of an import, or the target trained this key itself; the log needs its own blob.
             target.put(module_path(entry.digest), blob)
         num_bytes += len(blob)
     for part in ("results", "checkpoints", "snapshots", "log"):
@@ -249,6 +268,8 @@ def _copy_locked(
             if name == without:
                 continue
             num_bytes += _copy_object(source, info.path, target, f"runs/{target_run}/{name}", part == "log")
+    if not with_keys:
+        target.put(imported_path(there), seal({"imported_at": time.time()}))
     if RunLog(target, target_run).state.modules != log.state.modules:
         raise StorageError(f"the copy of run {source_run!r} differs from the original: copy it again")
     return num_bytes
@@ -291,8 +312,9 @@ def _unpack(archive: Path, folder: str) -> None:
 
 def _document_problems(objects: Objects, path: str) -> list[Problem]:
     try:
-        json.loads(objects.get(path) or b"")
-    except ValueError as error:
+        if not isinstance(parsed(objects.get(path) or b""), dict):
+            return [Problem(path, "no JSON object: run the job again, it writes it anew")]
+    except (ValueError, StorageError) as error:
         return [Problem(path, f"no JSON ({error}): run the job again, it writes it anew")]
     return []
 
