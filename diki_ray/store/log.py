@@ -148,6 +148,14 @@ def ttl_of(lease: Entry) -> float:
     return float(lease.metadata["ttl_s"])
 
 
+def renewed_at(heartbeat: dict[str, Any]) -> float:
+    """Return when a heartbeat says that its holder lived, in seconds since 1970; CorruptError when it says nothing."""
+    value = heartbeat.get("renewed_at")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise CorruptError("the heartbeat says no time")
+    return float(value)
+
+
 def seconds_left(lease: Entry | None, renewed_at: float, now: float, holder_is_dead: bool) -> float:
     """Return for how long the run is still held, in seconds; 0 when anyone may take it.
 

@@ -25,6 +25,7 @@ from diki_ray.store.log import (
     follow,
     held_sentence,
     holder_of,
+    renewed_at,
     replay,
     seal,
     seconds_left,
@@ -266,7 +267,7 @@ class RunLog:
     def _heard(self, lease: Entry) -> float:
         data = self.objects.get(self._heartbeat(lease.epoch))
         try:
-            return lease.time if data is None else _renewed_at(unseal(data, "heartbeat"))
+            return lease.time if data is None else renewed_at(unseal(data, "heartbeat"))
         except CorruptError:  # worth one interval: the next renewal replaces it
             return lease.time
 
@@ -291,13 +292,6 @@ class RunLog:
             raise LeaseHeldError(
                 f"{holder.describe()} is tidying {self.objects.uri}, no run may start meanwhile: try again in a minute"
             )
-
-
-def _renewed_at(heartbeat: dict[str, Any]) -> float:
-    value = heartbeat.get("renewed_at")
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise CorruptError("the heartbeat says no time")
-    return float(value)
 
 
 def _gap(seq: int) -> Entry:

@@ -46,9 +46,10 @@ KINDS = [pipe, device, sparse]
 
 @pytest.fixture(autouse=True)
 def soon() -> Iterator[None]:
-    started = time.perf_counter()
+    """Ten seconds of this process's own work: what waits for ever is ended by the suite, and machines are busy."""
+    started = time.process_time()
     yield
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10
 
 
 @pytest.mark.parametrize("kind", KINDS)
