@@ -265,6 +265,10 @@ def test_results_that_no_run_writes_are_a_sentence(
     assert len(told.err.splitlines()) == 1
 
 
+def test_a_whole_run_is_found_whole(served: StoredRun) -> None:
+    assert command("store", ["verify", "--storage", served.storage, "--run", "colours"]) == 0
+
+
 def test_names_move_no_cursor(served: StoredRun, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("report", ["\x1b[2J\x07colours", "--storage", served.storage]) == 2
     assert "\x1b" not in capsys.readouterr().err
