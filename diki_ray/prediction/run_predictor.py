@@ -113,8 +113,23 @@ def predictor_over(
                 f"task {module.task!r} was learnt on a backbone of {len(module.moments.mean)} dimensions and "
                 f"{config.backbone.name!r} has {backbone.embed_dim}: give the configuration it was learnt with."
             )
+    _check_parameters(method, modules)
     predictor = build_predictor(config, method, modules, class_features, COARSE_FROM_TASKS)
     return RunPredictor(predictor, tuple(Candidates.of(backbone, m.class_names, m.templates) for m in modules))
+
+
+def _check_parameters(method: Method, modules: Sequence[TaskModule]) -> None:
+    """Raises ConfigError for a module whose parameters are not those that the method trains, where every task's are
+    alike: no run leaves it, whatever checksum it has."""
+    if method.answering != "routed" or method.sequential:
+        return
+    expected = {name: tuple(p.shape) for name, p in method.initial(torch.Generator(), None).items()}
+    for module in modules:
+        if {name: p.shape for name, p in module.parameters.items()} != expected:
+            raise ConfigError(
+                f"the module of task {module.task!r} does not have the parameters of method {module.method!r} on this "
+                "backbone: give the configuration it was learnt with, or train the task again."
+            )
 
 
 def load_method(store: RunStore, config: Config | None = None) -> tuple[Config, Method]:

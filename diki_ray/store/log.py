@@ -255,5 +255,7 @@ def brief(error: Exception) -> str:
 def _checked_format(fields: dict[str, Any], where: str) -> dict[str, Any]:
     version = fields.pop("format", None)
     if version != FORMAT:
-        raise StorageError(f"{where} has format {version}, this diki_ray reads {FORMAT}: use the version that wrote it")
+        raise StorageError(
+            f"{where} has format {version!r:.50}, this diki_ray reads {FORMAT}: use the version that wrote it"
+        )
     return fields
