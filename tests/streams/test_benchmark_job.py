@@ -7,7 +7,9 @@ from pathlib import Path
 
 from job_process import run_job
 
-SECTIONS = ["training", "evaluation", "ablation", "stream", "routing", "input", "scaling", "memory", "layout"]
+SECTIONS = [
+    *("training", "evaluation", "ablation", "stream", "growth", "routing", "input", "scaling", "memory", "layout"),
+]
 PLOTS = ("classes", "batches", "ablation", "routing")
 
 
