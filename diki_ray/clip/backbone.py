@@ -30,9 +30,9 @@ from diki_ray.clip.packing import TEXTS_A_ROW, packed
 from diki_ray.clip.readout import read_alone, reads_class_token
 from diki_ray.clip.remote_code import no_remote_code, refuse_trusting
 from diki_ray.clip.residual import Residual, Tower
+from diki_ray.config.places import LOCAL
 from diki_ray.errors import ConfigError
 
-LOCAL = "local-dir:"
 EMBEDDED = Path(__file__).parent.parent / "assets" / "tiny_clip" / "create.py"
 
 

@@ -6,8 +6,8 @@ import shlex
 
 import open_clip
 
-from diki_ray.clip.backbone import LOCAL
 from diki_ray.config import BackboneSection, Config
+from diki_ray.config.places import LOCAL
 from diki_ray.errors import ConfigError
 
 

@@ -67,6 +67,10 @@ class TrainSection(Section):
     epochs of a hundred classes are ten times the steps of ten epochs of ten classes."""
     batch_size: ChangesModule[int] = Field(default=128, ge=1)
     """Images in a global batch, over all workers."""
+    changed_data: ChangesAnswers[Literal["retrain", "keep"]] = "retrain"
+    """What becomes of the trained parameters of a task whose images or classes changed since the run learnt it: they
+    are trained anew from all images, or kept as they are. Its sums, and with them routing and the class model, follow
+    the images in both cases."""
     num_parts: Annotated[ChangesModule[int | None], StoredAs("num_workers")] = Field(default=None, ge=1)
     """Parts that a step is computed in, whoever computes them: any number of workers up to it trains the same module,
     bit for bit. Not set: what the run was begun with; for a new run num_workers. Keys and provenance know it as

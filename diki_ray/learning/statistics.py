@@ -98,10 +98,20 @@ class Statistics:
         """All parts together; their order does not matter."""
         return reduce(Statistics.merge, parts)
 
-    def with_classes(self, num_classes: int) -> Statistics:
-        """The same sums with room for classes that came later, of which there are no images yet."""
-        more = num_classes - len(self.counts)
-        return Statistics(np.pad(self.counts, (0, more)), np.pad(self.first, ((0, more), (0, 0))), self.second)
+    def among(self, own: Sequence[str], names: Sequence[str]) -> Statistics:
+        """The same sums with the classes `names` instead of `own`, found by name: classes that came later have no
+        images yet, and one that is left out must have none.
+
+        Raises:
+            DataError: a class that is left out has images.
+        """
+        there = Statistics.empty(len(names), self.first.shape[1])
+        for name, count, first in zip(own, self.counts, self.first, strict=True):
+            if name in names:
+                there.counts[names.index(name)], there.first[names.index(name)] = count, first
+            elif count:
+                raise DataError(f"class {name!r} is left out and still has {count} images.")
+        return Statistics(there.counts, there.first, self.second)
 
     @property
     def count(self) -> int:

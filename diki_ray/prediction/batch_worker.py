@@ -18,12 +18,13 @@ import torch
 
 from diki_ray.answering.class_features import Candidates, Exact, Tabulated
 from diki_ray.config import Config
+from diki_ray.config.places import with_absolute_paths
 from diki_ray.data.images import UndecodableImageError, decode_image
 from diki_ray.data.inputs import from_json
 from diki_ray.errors import ConfigError
 from diki_ray.learning.module import TaskModule
 from diki_ray.prediction.run_predictor import RunPredictor, load_predictor, on_this_machine, predictor_over
-from diki_ray.runs.plan import build_method, device_of, load_backbone, precision_of, with_absolute_paths
+from diki_ray.runs.plan import build_method, device_of, load_backbone, precision_of
 from diki_ray.runs.stored_run import config_of, open_learnt
 
 IMAGES_PER_PASS = 64

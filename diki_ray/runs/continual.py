@@ -22,6 +22,7 @@ from diki_ray.learning.module import TaskModule
 from diki_ray.report.next_steps import next_steps, typed
 from diki_ray.report.results import DOCUMENT, table
 from diki_ray.report.run import REPORT, render
+from diki_ray.runs.changed_data import sentence, with_former_modules
 from diki_ray.runs.evaluate.split import evaluate_run
 from diki_ray.runs.plan import Plan, find_data, load_backbone, make_plan
 from diki_ray.runs.progress import Display, Listener, following
@@ -63,6 +64,7 @@ def _run(config: Config, display: Display, telemetry: Telemetry, tracked: Tracki
     plan = make_plan(config, load_backbone(config), data)
     clock.start("cluster")
     with cluster(config), _store(config) as store:
+        plan = with_former_modules(plan, store)
         telemetry.watch(store, [task.key for task in plan.tasks])
         display.say(f"run {config.run.name!r} on {store.storage}: {len(plan.tasks)} tasks, {protocol_of(plan)}")
         for task in plan.tasks:
@@ -116,6 +118,8 @@ def _learn(plan: Plan, store: HeldRun, display: Display, listeners: Sequence[Lis
     for task in plan.tasks:
         if task.key in committed:
             display.say(f"{task.name}: learnt already")
+        elif changed := sentence(task):
+            display.say(f"{task.name}: {changed}")
     if pending:
         least, most = plan.config.train.min_workers, plan.config.train.most_workers
         workers = f"{'' if least is None else f'{least} to '}{most} worker{'s' if most > 1 else ''}"

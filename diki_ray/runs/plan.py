@@ -6,7 +6,6 @@ Pure but for reading the data sets' indexes; decided before any cluster is touch
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -15,12 +14,14 @@ from typing import Any
 import torch
 
 from diki_ray.clip import backbone as backbones
-from diki_ray.clip.backbone import LOCAL, Backbone
+from diki_ray.clip.backbone import Backbone
 from diki_ray.config import Config
 from diki_ray.config.affects import Affects, settings
+from diki_ray.config.places import absolute
 from diki_ray.config.protocols import protocol
 from diki_ray.config.run import TaskSection
 from diki_ray.data import prepare
+from diki_ray.data.difference import Difference
 from diki_ray.data.index import DatasetIndex
 from diki_ray.data.prepare import Preparation
 from diki_ray.data.sources import benchmark_folders
@@ -29,6 +30,17 @@ from diki_ray.learning.methods import METHODS, Method, Zscl
 from diki_ray.learning.module import module_key, task_seed
 from diki_ray.learning.task_trainer import Recipe
 from diki_ray.runs.reference import reference_digest, reference_of
+
+
+@dataclass(frozen=True)
+class Former:
+    """The module that the run has of a task since before its data changed (runs/changed_data.py)."""
+
+    key: str
+    difference: Difference | None
+    """Where its sums are taken over: what is added to them and taken out."""
+    keeps_parameters: bool
+    """Its trained parameters are the new module's, too."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +56,9 @@ class PlannedTask:
     key: str
     predecessor: str | None
     """The key of the module it starts from, where the method's tasks depend on the earlier ones."""
+    features: str = ""
+    """What decides the bits of the frozen features of its images: equal for tasks whose sums may be added."""
+    former: Former | None = None
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -200,8 +215,8 @@ def find_data(config: Config) -> tuple[Found, ...]:
     for section in tasks_of(config):
         try:
             data = prepare.look(
-                _absolute(section.data),  # workers run in folders of their own
-                _absolute(config.data.root),
+                absolute(section.data),  # workers run in folders of their own
+                absolute(config.data.root),
                 name=section.name,
                 template=section.template,
                 split_protocol=section.split,
@@ -240,38 +255,6 @@ def make_plan(config: Config, backbone: Backbone, data: Sequence[Found] | None =
     return Plan(config, digest, backbone.embed_dim, tuple(tasks))
 
 
-def with_absolute_paths(config: Config, folder: str = "") -> Config:
-    """The configuration for processes that run in folders of their own; paths are from `folder`, by default this
-    process's own."""
-    absolute = partial(_absolute, folder=folder)
-    tree = config.model_dump()
-    tree["run"]["storage"] = absolute(config.run.storage)
-    tree["data"]["root"] = absolute(config.data.root)
-    if config.data.sources is not None:
-        tree["data"]["sources"] = absolute(config.data.sources)
-    name = config.backbone.name
-    if name.endswith(".py"):
-        tree["backbone"]["name"] = absolute(name)
-    elif name.startswith(LOCAL):
-        tree["backbone"]["name"] = LOCAL + absolute(name.removeprefix(LOCAL))
-    for field in ("pretrained", "directory"):
-        value = tree["backbone"][field]
-        if value is not None and os.path.exists(absolute(value)):
-            tree["backbone"][field] = absolute(value)
-    if tree["method"].get("reference") is not None:
-        tree["method"]["reference"] = absolute(tree["method"]["reference"])
-    for task in tree["tasks"]:
-        task["data"] = absolute(task["data"])
-    return Config.model_validate(tree)
-
-
-def _absolute(place: str, folder: str = "") -> str:
-    """A local path in full, `~` included; a URL or `embedded:NAME` as it is."""
-    if "://" in place or place.startswith("embedded:"):
-        return place
-    return os.path.abspath(os.path.join(folder, os.path.expanduser(place)))
-
-
 def _planned(
     config: Config,
     backbone_digest: str,
@@ -292,5 +275,12 @@ def _planned(
         "predecessor": predecessor,
     }
     del depends_on["min_steps"]  # it is in the number of epochs
+    features = module_key(
+        backbone=backbone_digest,
+        precision=str(precision_of(config)),
+        device=device_of(config),
+        batch_size=config.train.batch_size,
+    )
+    seed = task_seed(config.run.seed, data_digest)
     key = module_key(**depends_on)
-    return PlannedTask(name, index, templates, num_epochs, task_seed(config.run.seed, data_digest), key, predecessor)
+    return PlannedTask(name, index, templates, num_epochs, seed, key, predecessor, features)

@@ -107,6 +107,7 @@ def _task(plan: Plan, evaluation: Evaluation, j: int, module: TaskModule, digest
             "digest": digest,
             "num_parameters": sum(p.size for name, p in module.parameters.items() if method.is_trained(name)),
             "num_bytes": len(module.to_bytes()),
+            "parameters_of": module.provenance.get("parameters_of"),
         },
         "num_train": module.moments.count,
         "num_test": len(answers.labels),

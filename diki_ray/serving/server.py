@@ -14,10 +14,10 @@ from ray import serve
 from ray.serve.config import HTTPOptions
 
 from diki_ray.clip.trust import named_backbone
+from diki_ray.config.places import with_absolute_paths
 from diki_ray.errors import ConfigError
 from diki_ray.runs.cluster import connected
 from diki_ray.runs.local_cluster import LOOPBACK
-from diki_ray.runs.plan import with_absolute_paths
 from diki_ray.runs.stored_run import config_of, open_learnt
 from diki_ray.serving.deployment import deploy
 from diki_ray.serving.front import front, listen

@@ -61,6 +61,12 @@ def list_files(folder: str) -> list[str]:
     return [info.path for info in _folder(folder).list("")]
 
 
+def folders(uri: str) -> tuple[str, ...]:
+    """Return the names of the folders directly in a folder; StorageError if it cannot be listed."""
+    objects, name = _located(uri)
+    return objects.folders(name)
+
+
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a file whole or not at all; durable when it returns. StorageError if it cannot be written."""
     objects, name = _located(uri)

@@ -31,6 +31,7 @@ class FakeStore:
         self.run = RunStore(objects, RUN)
         self.epoch = self.run.acquire(this_process("test"), 60.0, take_over=True)
         self.modules, self.load_checkpoint = self.run.modules, self.run.load_checkpoint
+        self.damaged_modules = self.run.damaged_modules
         self.read_module, self.module_by_key = self.run.read_module, self.run.module_by_key
 
     @property

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from diki_ray.config import Config, load
+from diki_ray.config.places import with_absolute_paths
 from diki_ray.errors import ConfigError, DataError
 from diki_ray.learning.methods import METHODS, Diki
-from diki_ray.runs.plan import Plan, load_backbone, make_plan, with_absolute_paths
+from diki_ray.runs.plan import Plan, load_backbone, make_plan
 from diki_ray.runs.train.group import shared_out
 
 DEBUG = Path(__file__).parent.parent.parent / "configs" / "debug.yaml"

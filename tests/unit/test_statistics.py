@@ -57,7 +57,7 @@ def test_what_is_taken_back_was_never_there() -> None:
 
 def test_a_class_more_is_room_for_it() -> None:
     x, y = sample(c=3)
-    assert same(Statistics.of(x, y, 3).with_classes(5), Statistics.of(x, y, 5))
+    assert same(Statistics.of(x, y, 3).among("abc", "abcde"), Statistics.of(x, y, 5))
 
 
 def test_they_are_stored_in_as_few_bytes_as_hold_them_and_come_back_equal() -> None:

@@ -19,6 +19,7 @@ from diki_ray.answering.evaluation import Evaluation
 from diki_ray.answering.routing import NO_TASK
 from diki_ray.answering.rows import BestClasses, Rows, Wanted
 from diki_ray.answering.split_routes import RoutesAfter, SplitRouter
+from diki_ray.config.places import with_absolute_paths
 from diki_ray.errors import DataError
 from diki_ray.learning.module import TaskModule
 from diki_ray.runs.evaluate.cache import AnswerCache, CacheStore, score_keys
@@ -32,7 +33,7 @@ from diki_ray.runs.evaluate.worker import (
     in_this_process,
     skip_budget,
 )
-from diki_ray.runs.plan import Plan, with_absolute_paths
+from diki_ray.runs.plan import Plan
 from diki_ray.store.caches import Cache
 from diki_ray.store.interface import HeldRun
 

@@ -21,9 +21,10 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from diki_ray.config import Config
+from diki_ray.config.places import with_absolute_paths
 from diki_ray.config.sweep import Range, SweepConfig, orders_of, pareto_front, setting_text, varied
 from diki_ray.errors import ConfigError, UserError
-from diki_ray.runs.plan import Plan, load_backbone, make_plan, with_absolute_paths
+from diki_ray.runs.plan import Plan, load_backbone, make_plan
 from diki_ray.runs.sweep.files import write_files
 from diki_ray.runs.sweep.results import SweepResults
 from diki_ray.runs.sweep.trial import digest, judge

@@ -22,6 +22,7 @@ from diki_ray.answering.answers import chances
 from diki_ray.answering.evaluation import Evaluation
 from diki_ray.answering.metrics import Metrics
 from diki_ray.config import Config
+from diki_ray.config.places import with_absolute_paths
 from diki_ray.config.sweep import SweepConfig, varied
 from diki_ray.errors import LeaseHeldError
 from diki_ray.learning.module import TaskModule
@@ -36,7 +37,6 @@ from diki_ray.runs.plan import (
     make_plan,
     precision_of,
     shared_by_keys,
-    with_absolute_paths,
 )
 from diki_ray.runs.progress import following
 from diki_ray.runs.store_client import StoreClient

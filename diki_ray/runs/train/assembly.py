@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import diki_ray
 from diki_ray.clip.residual import Parameters
 from diki_ray.config import Config
 from diki_ray.config.affects import Affects, settings
 from diki_ray.config.run import TrainSection
+from diki_ray.data.difference import Difference
+from diki_ray.data.index import DatasetIndex
 from diki_ray.learning.collective import gather_objects
 from diki_ray.learning.methods import TrainingBatch
 from diki_ray.learning.module import NUM_VALIDATION_FEATURES, TaskModule
@@ -24,13 +27,23 @@ from diki_ray.runs.plan import PlannedTask
 from diki_ray.runs.train.task_data import TaskData
 
 
-def assembled(data: TaskData, trainer: TaskTrainer, recorded: dict[str, Any], num_skipped: int) -> TaskModule:
+def assembled(
+    data: TaskData,
+    trainer: TaskTrainer,
+    recorded: dict[str, Any],
+    num_skipped: int,
+    former: TaskModule | None = None,
+) -> TaskModule:
     """The module of a task whose training has ended; every rank must call it, and each gets the same module.
 
-    recorded: what the observers add to the provenance; num_skipped: samples that could not be used, of all ranks.
+    recorded: what the observers add to the provenance; num_skipped: samples that could not be used, of all ranks;
+    former: the task's module from before its data changed.
     """
     method, task = trainer.method, data.task
-    sums, parameters = statistics(data, trainer)
+    if former is not None and task.former is not None and task.former.difference is not None:
+        sums, parameters = changed_sums(data, former, task.former.difference), trainer.best
+    else:
+        sums, parameters = statistics(data, trainer)
     return TaskModule(
         key=task.key,
         task=task.name,
@@ -66,6 +79,34 @@ def _of_part(data: TaskData, trainer: TaskTrainer, part: int) -> tuple[Statistic
     return class_sums(data, part, add), sums.tensors
 
 
+@torch.no_grad()
+def changed_sums(data: TaskData, former: TaskModule, difference: Difference) -> Statistics:
+    """The sums by class of the training images, from those of the former module and from the images that came or went:
+    the same bits as from all images."""
+    gone = [name for name in former.class_names if name not in data.task.class_names]
+    names = (*data.task.class_names, *gone)
+
+    def sums(index: DatasetIndex, places: np.ndarray) -> Statistics:
+        found = Statistics.empty(len(names), data.backbone.embed_dim)
+        to_names = torch.tensor([names.index(name) for name in index.class_names])
+        for images, labels in data.chosen(index, "train", places):
+            found = found.merge(_sums_of_batch(data, images, to_names[labels.cpu()], len(names))[0])
+        return Statistics.merged([s for part in gather_objects([found]) for s in part])
+
+    added = sums(data.task.index, difference.added)
+    removed = sums(difference.former, difference.removed)
+    total = former.class_statistics.among(former.class_names, names).merge(added).minus(removed)
+    return total.among(names, data.task.class_names)
+
+
+def _sums_of_batch(data: TaskData, images: Tensor, labels: Tensor, num_classes: int) -> tuple[Statistics, Tensor]:
+    """Also the features [b, E]. A batch that is not full is filled with zeros, for an image's features differ in their
+    last bit between batches of different sizes, and sums of other images can only be added to those of the same."""
+    missing = data.config.train.batch_size - len(images) if len(images) else 0
+    features = data.backbone.encode_image(F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing)))[: len(images)]
+    return Statistics.of(features.cpu(), labels.cpu(), num_classes), features
+
+
 def class_sums(
     data: TaskData, part: int, on_batch: Callable[[Tensor, Tensor, Tensor], None] = lambda *batch: None
 ) -> Statistics:
@@ -76,8 +117,8 @@ def class_sums(
     num_classes = len(data.task.class_names)
     found = Statistics.empty(num_classes, data.backbone.embed_dim)
     for images, labels in data.part_of("train", part):
-        features = data.backbone.encode_image(images)
-        found = found.merge(Statistics.of(features.cpu(), labels.cpu(), num_classes))
+        sums, features = _sums_of_batch(data, images, labels, num_classes)
+        found = found.merge(sums)
         on_batch(images, labels, features)
     return found
 
@@ -107,8 +148,11 @@ class Sums:
 def _origin(config: Config, task: PlannedTask) -> dict[str, Any]:
     """What the module was asked to be: data, settings, seed, versions."""
     index = task.index
-    return {
+    former = task.former
+    kept = {"parameters_of": former.key} if former is not None and former.keeps_parameters else {}
+    return kept | {
         "data": {"name": index.name, "digest": index.digest(), "protocol": index.split_protocol},
+        "features": task.features,
         "seed": task.seed,
         "method": settings(config.method, Affects.MODULE),
         "train": _trained_under(config.train, task),

@@ -18,6 +18,7 @@ from diki_ray.clip.backbone import Backbone
 from diki_ray.clip.recomputation import recompute_activations
 from diki_ray.clip.sharded import require_deepspeed, shard
 from diki_ray.config import Config
+from diki_ray.config.places import with_absolute_paths
 from diki_ray.errors import UserError
 from diki_ray.learning.collective import barrier, world_size
 from diki_ray.runs.plan import (
@@ -26,7 +27,6 @@ from diki_ray.runs.plan import (
     device_of,
     load_backbone,
     precision_of,
-    with_absolute_paths,
 )
 from diki_ray.runs.train.faults import injected_faults
 from diki_ray.runs.train.worker import TaskWorker

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from diki_ray.clip.backbone import Backbone
 from diki_ray.config import Config
+from diki_ray.data.index import DatasetIndex
 from diki_ray.data.shards import SkipLedger
 from diki_ray.data.stream import Batch, TrainStream, eval_batches
 from diki_ray.data.to_device import on_device
@@ -61,17 +64,35 @@ class TaskData:
         if self.backbone.in_lockstep and len(batches) * self.num_parts < num_batches:
             yield torch.zeros(0, 3, 1, 1), torch.zeros(0, dtype=torch.long)
 
+    def chosen(self, index: DatasetIndex, split: str, places: NDArray[np.int64]) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images, labels) of this rank's share of the images at these ascending places of a split."""
+        size = self.config.train.batch_size
+        batches = [places[first : first + size] for first in range(0, len(places), size)]
+        own = batches[rank() :: world_size()]
+        for batch in on_device(self._canonical(split, size, samples=own, index=index), self.backbone.device):
+            yield batch.images, batch.labels
+        if self.backbone.in_lockstep and len(own) * world_size() < len(batches):
+            yield torch.zeros(0, 3, 1, 1), torch.zeros(0, dtype=torch.long)
+
     def first_images(self, split: str, number: int) -> Iterator[Tensor]:
         """The first `number` images of a split, in one batch; the same on every rank."""
         return (batch.images for batch in self._canonical(split, number, [0]))
 
-    def _canonical(self, split: str, size: int, batches: range | list[int]) -> Iterator[Batch]:
+    def _canonical(
+        self,
+        split: str,
+        size: int,
+        batches: range | list[int] | None = None,
+        samples: list[NDArray[np.int64]] | None = None,
+        index: DatasetIndex | None = None,
+    ) -> Iterator[Batch]:
         return eval_batches(
-            self.task.index,
+            index or self.task.index,
             split,
             batch_size=size,
             transform=self.backbone.preprocess,
             batches=batches,
+            samples=samples,
             num_threads=self.config.data.num_threads,
             ledger=self._skip_ledger(split),
         )

@@ -59,17 +59,18 @@ class TaskWorker:
         meter = CostMeter(self.method.backbone.device)
         data = TaskData(self.config, task, self.method.backbone)
         observers = Observers([ConsumedSamples(), ProgressReports(self.store), *self.observers])
-        training = Training(task, self._trainer(task))
+        former = self._module(task.former.key) if task.former is not None else None
+        training = Training(task, self._trainer(task, former))
         self._resume(training, observers)
         num_skipped = self._train(training, data, observers) if training.trainer.parameters else 0
-        module = assembled(data, training.trainer, observers.recorded(), num_skipped)
+        module = assembled(data, training.trainer, observers.recorded(), num_skipped, former)
         cost = merged(gather_objects(meter.read()))
         if rank() == 0:
             self._commit(training, module, cost, observers)
         barrier()  # nobody starts the next task before this one is durable: a crash then leaves at most one open
 
-    def _trainer(self, task: PlannedTask) -> TaskTrainer:
-        """The trainer at the beginning of its task."""
+    def _trainer(self, task: PlannedTask, former: TaskModule | None) -> TaskTrainer:
+        """The trainer at the beginning of its task; with the parameters of a former module, at the end of it."""
         generator = torch.Generator().manual_seed(task.seed)
         num_batches = -(-task.index.split("train").num_samples // self.config.train.batch_size)
         return TaskTrainer(
@@ -77,7 +78,9 @@ class TaskWorker:
             self.method.backbone.tokenize(task.class_names, task.templates[0]),
             recipe_of(self.config),
             num_steps=task.num_epochs * num_batches,
-            parameters=self.method.initial(generator, self._predecessor(task)),
+            parameters=_parameters(former)
+            if former is not None and task.former is not None and task.former.keeps_parameters
+            else self.method.initial(generator, self._predecessor(task)),
             seed=task.seed,
             num_parts=self.config.train.parts,
         )
@@ -85,11 +88,11 @@ class TaskWorker:
     def _predecessor(self, task: PlannedTask) -> Parameters | None:
         if task.predecessor is None:
             return None
-        # Of the run's, else of the library's: in a sweep another run may have trained the tasks before.
-        module = TaskModule.from_bytes(self.store.module_by_key(task.predecessor))
-        # By name: safetensors gives tensors in another order in each process, and optimiser states and gradients of
-        # all ranks are matched by it.
-        return {name: torch.from_numpy(np.array(p)) for name, p in sorted(module.parameters.items())}
+        return _parameters(self._module(task.predecessor))
+
+    def _module(self, key: str) -> TaskModule:
+        """Of the run's, else of the library's: in a sweep another run may have trained the tasks before."""
+        return TaskModule.from_bytes(self.store.module_by_key(key))
 
     def _resume(self, training: Training, observers: Observer) -> None:
         """Goes on from the newest good checkpoint, where there is one."""
@@ -167,8 +170,18 @@ class TaskWorker:
             "cost": cost,  # of the attempt that committed it
             "world_sizes": training.trainer.progress.world_sizes,  # who trained it, which changes no bit of it
         }
+        if (former := training.task.former) is not None:
+            metadata |= {"former": former.key, "parameters_kept": former.keeps_parameters}
+            if former.difference is not None:
+                metadata |= {"added": len(former.difference.added), "removed": len(former.difference.removed)}
         blob = module.to_bytes()
         observers.before_commit(training)
         self.store.commit_module(module.key, module.task, blob, metadata)
         observers.after_commit(training)
         self.store.drop_checkpoints(module.key)
+
+
+def _parameters(module: TaskModule) -> Parameters:
+    """By name: safetensors gives tensors in another order in each process, and optimiser states and gradients of all
+    ranks are matched by it."""
+    return {name: torch.from_numpy(np.array(p)) for name, p in sorted(module.parameters.items())}
