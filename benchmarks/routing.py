@@ -1,14 +1,18 @@
-"""Routing among many synthetic tasks beside the image tower's time for the same number of images."""
+"""Routing and the class model among many synthetic tasks, beside the image tower's time for as many images."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from benchmarks.synthetic import SyntheticMoments, synthetic_features
+from benchmarks.synthetic import SyntheticMoments, synthetic_classes, synthetic_features, synthetic_images
 from benchmarks.timing import interleaved, timed
 from benchmarks.world import World
+from diki_ray.answering.class_answers import ClassDensities
+from diki_ray.answering.class_head import FACTOR_BYTES
+from diki_ray.answering.class_model import ClassModel
 from diki_ray.answering.coarse import CoarseGaussians
 from diki_ray.answering.gaussians import Gaussians
 
@@ -52,3 +56,41 @@ def tower_seconds(world: World, batch: int, rounds: int) -> float:
     images = world.images(measured)
     encode = world.backbone.encode_image  # weights need no gradients, so none is kept
     return interleaved(world.device, rounds, tower=lambda: encode(images))["tower"] * batch / measured
+
+
+def class_model(
+    world: World, num_tasks: int, batch: int, rounds: int, tower_s: float, num_classes: int = 20, shots: int = 16
+) -> dict[str, Any]:
+    """Routing, weighing and answering by the class model among tasks of 20 classes of 16 images, all of their classes
+    candidates; tower_s: of the image tower for a batch, measured by `tower_seconds`."""
+    source = SyntheticMoments(num_tasks, world.backbone.embed_dim)
+    tasks = [synthetic_classes(source, t, num_classes, shots) for t in range(num_tasks)]
+    made: list[ClassModel] = []
+    build_s = timed("cpu", lambda: made.append(ClassModel(tasks, factor_bytes=FACTOR_BYTES)))
+    (model,) = made
+    add_s = interleaved("cpu", rounds, add=lambda: ClassModel.with_task(model.without_task(0), tasks[0]))["add"]
+    names = [name for task in tasks for name in task.names]
+    features = synthetic_images(source, batch, num_classes)
+    zero_shot = torch.randn(batch, len(names), generator=torch.Generator().manual_seed(0))
+
+    def answer() -> None:
+        densities = ClassDensities(model, features)
+        densities.log_density()
+        densities.weight()
+        densities.logits(zero_shot, names)
+
+    first_s = timed("cpu", answer)
+    answer_s = interleaved("cpu", rounds, answer=answer)["answer"]
+    return {
+        "tasks": num_tasks,
+        "classes": len(names),
+        "dimensions": world.backbone.embed_dim,
+        "batch": batch,
+        "answer_s": answer_s,
+        "first_answer_s": first_s,
+        "share_of_tower": answer_s / tower_s,
+        "taken_out_and_added_s": add_s,
+        "made_s": build_s,
+        "class_means_mb": 2 * model.means.numel() * 8 / 1e6,
+        "sums_mb": sum(t.statistics.second.nbytes + t.statistics.first.nbytes for t in tasks) / 1e6,
+    }

@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diki_ray.answering.class_model import LearntClasses
 from diki_ray.answering.gaussians import Gaussians
 from diki_ray.learning.moments import Moments
+from diki_ray.learning.statistics import Statistics
 
 NUM_REFLECTIONS = 2
 
@@ -53,6 +55,33 @@ def synthetic_features(gaussians: Gaussians, num_images: int, seed: int = 1) -> 
         noise = torch.from_numpy(rng.normal(size=gaussians.mean.shape[1])).to(gaussians.mean.device)
         rows.append(gaussians.mean[task] + gaussians.factor(task) @ noise)
     return torch.nn.functional.normalize(torch.stack(rows), dim=1).float()
+
+
+def synthetic_classes(source: SyntheticMoments, task: int, num_classes: int, shots: int) -> LearntClasses:
+    """The sums of a task of the source: its classes' means are drawn with half of its covariance, its images about
+    them with the other half."""
+    images, labels = _images(source, task, np.random.default_rng((source.seed, task, 1)), num_classes, shots)
+    names = tuple(f"class {c} of task {task}" for c in range(num_classes))
+    return LearntClasses(f"{task:06d}", names, Statistics.of(images, labels, num_classes))
+
+
+def synthetic_images(source: SyntheticMoments, num_images: int, num_classes: int, seed: int = 1) -> Tensor:
+    """float32 [N, E]: further images of tasks and classes chosen at random."""
+    tasks = np.random.default_rng(seed).integers(len(source), size=num_images).tolist()
+    rng = [np.random.default_rng((source.seed, task, 1)) for task in tasks]
+    rows = [_images(source, t, r, num_classes, 2)[0][-1] for t, r in zip(tasks, rng, strict=True)]
+    return torch.from_numpy(np.stack(rows)).float()
+
+
+def _images(
+    source: SyntheticMoments, task: int, rng: np.random.Generator, num_classes: int, shots: int
+) -> tuple[np.ndarray, np.ndarray]:
+    moments = source[task]
+    factor = np.linalg.cholesky(moments.scatter / (2 * moments.count) + 1e-9 * np.eye(len(moments.mean)))
+    means = moments.mean + rng.normal(size=(num_classes, len(moments.mean))) @ factor.T
+    labels = np.repeat(np.arange(num_classes), shots)
+    images = means[labels] + rng.normal(size=(len(labels), len(moments.mean))) @ factor.T
+    return images / np.linalg.norm(images, axis=1, keepdims=True), labels
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

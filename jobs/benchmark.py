@@ -40,12 +40,15 @@ from benchmarks import (
 from benchmarks.world import MODELS, World
 
 SECTIONS = (
-    *("training", "evaluation", "ablation", "stream", "growth", "routing", "input", "scaling", "memory", "layout"),
+    *("training", "evaluation", "ablation", "stream", "growth", "routing", "class_model"),
+    *("input", "scaling", "memory", "layout"),
     *("compile", "attention"),
 )
 LEFT_OUT = {"cpu": ("compile", "attention"), "cuda": ("scaling",)}
 """By default: compiling takes minutes on a CPU, and the two workers of `scaling` are CPU processes."""
 QUICK = {"classes": [10, 100], "batch": [32], "rounds": 2, "tasks": 4, "routing_tasks": [10, 100]}
+MOST_CLASS_TASKS = 1000
+"""The sums of a task of 512 dimensions take 2 MB."""
 
 
 def main() -> int:
@@ -100,7 +103,7 @@ def measure(a: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> di
     classes, batch = a.classes[min(1, len(a.classes) - 1)], a.batch[len(a.batch) // 2]
     sizes = sorted({(c, batch) for c in a.classes} | {(classes, b) for b in a.batch})
     few = max(1, a.rounds // 3)
-    tower_s = routing.tower_seconds(world, batch, few) if "routing" in a.sections else 0.0
+    tower_s = routing.tower_seconds(world, batch, few) if {"routing", "class_model"} & set(a.sections) else 0.0
     sections: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "training": lambda: [training.training(world, c, b, a.rounds) for c, b in sizes],
         "evaluation": lambda: [evaluation.evaluation(world, c, b, a.rounds) for c, b in sizes],
@@ -110,6 +113,9 @@ def measure(a: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> di
         "stream": lambda: [matrix.matrix(world, a.tasks, a.stream_classes, batch, a.stream_batches, few)],
         "growth": lambda: [growth.growth(world, a.tasks, a.stream_classes, batch * a.stream_batches, few)],
         "routing": lambda: [routing.routing(world, t, batch, few, tower_s) for t in a.routing_tasks],
+        "class_model": lambda: [
+            routing.class_model(world, t, batch, few, tower_s) for t in a.routing_tasks if t <= MOST_CLASS_TASKS
+        ],
         "input": lambda: feeding.input_share(world, classes, a.batch[0], epochs=2),
         "scaling": lambda: [row for b in a.batch for row in processes.scaling(a.model, classes, b, a.rounds)],
         "memory": lambda: processes.memory(a.model, a.device, classes, batch),

@@ -8,7 +8,8 @@ from pathlib import Path
 from job_process import run_job
 
 SECTIONS = [
-    *("training", "evaluation", "ablation", "stream", "growth", "routing", "input", "scaling", "memory", "layout"),
+    *("training", "evaluation", "ablation", "stream", "growth", "routing", "class_model"),
+    *("input", "scaling", "memory", "layout"),
 ]
 PLOTS = ("classes", "batches", "ablation", "routing")
 
@@ -29,6 +30,7 @@ def test_the_benchmark_runs_at_its_smallest_and_writes_a_table_json_and_plots(tm
     assert {r["optimisation"] for r in sections["ablation"]} > {
         *("trim", "shared_beginning", "last_block_for_one_token", "no_frozen_pass", "class_tables")
     }
+    assert [r["classes"] for r in sections["class_model"]] == [100, 1400]
     assert all(0 <= r["idle_share"] <= 1 for r in sections["input"])
     assert sections["scaling"][0]["speedup"] > 0
     assert [(r["of"], r["mb"] > 0, r["port_mb"] > 0) for r in sections["memory"]] == [
