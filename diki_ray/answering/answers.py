@@ -56,6 +56,8 @@ class Answers:
 
 def needed_rows(sample: np.ndarray, routes_after: RoutesAfter, asked: Sequence[Sequence[int]]) -> dict[int, Wanted]:
     """By task the rows that images [N] of these places need to be answered after each of some sequences of tasks."""
+    if routes_after.no_module:
+        return {}
     found: dict[int, list[np.ndarray]] = {}
     seen, before = set(), None
     for learnt in asked:

@@ -38,10 +38,11 @@ class RoutesAfter:
 
     ask: gives the routes after some tasks. It is called once for each set of them, or once for each order of a set
         where its answer says that the order matters.
+    no_module: whatever the routes, no module answers.
     """
 
-    def __init__(self, ask: Callable[[tuple[int, ...]], SplitRoutes]):
-        self._ask = ask
+    def __init__(self, ask: Callable[[tuple[int, ...]], SplitRoutes], no_module: bool = False):
+        self._ask, self.no_module = ask, no_module
         self._known: dict[frozenset[int] | tuple[int, ...], SplitRoutes] = {}
 
     def __call__(self, learnt: Iterable[int]) -> SplitRoutes:
@@ -85,7 +86,7 @@ class SplitRouter:
                 batches = [Scores(learnt, log_density, weight) for log_density, weight in parts]
             return self._joined([b.routes(self.routing) for b in batches], any(self._tied(b) for b in batches))
 
-        return RoutesAfter(ask)
+        return RoutesAfter(ask, no_module=self.answering == "classes")
 
     def _joined(self, routes: Sequence[Routes], ordered: bool) -> SplitRoutes:
         task, weight, text_weight = (torch.cat([vars(r)[n] for r in routes]) for n in ("task", "weight", "text_weight"))

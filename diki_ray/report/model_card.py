@@ -61,8 +61,7 @@ def model_card(content: Mapping[str, Any], num_bytes: int, results: Mapping[str,
         "verified against its sha256 when it is loaded.",
         f"* Backbone: `{_code(backbone['name'])}`, {backbone['embed_dim']} dimensions, digest "
         f"`{backbone['digest'][:16]}…`; not inside, and another one is refused.",
-        f"* Settings: calibration `{config['calibration']['form']}`, shrinkage `{config['statistics']['shrinkage']}`, "
-        f"seed {config['run']['seed']}; `config.yaml` has all of them.",
+        f"* {_how_it_answers(config, method.answering)} Seed {config['run']['seed']}; `config.yaml` has all settings.",
         *(
             f"* Task {_text(h['task'])} was imported: {_text(h['provenance']['imported']['format'])}."
             for h in headers
@@ -77,10 +76,27 @@ def model_card(content: Mapping[str, Any], num_bytes: int, results: Mapping[str,
             if method.answering == "routed"
             else []
         ),
+        "* It holds counts, means and second moments of its training images' features, no images. The mean of a class "
+        "with a single image is that image's features.",
         "* What the backbone has learnt from its pre-training data, biases included, is all still there.",
         "",
     ]
     return "\n".join(parts)
+
+
+def _how_it_answers(config: Mapping[str, Any], answering: str) -> str:
+    if answering == "classes":
+        return "The class model answers, from class counts, class means and second moments; nothing was trained."
+    if answering != "routed":
+        return "Images are not routed."
+    if config["routing"]["density"] == "task":
+        return (
+            f"Images are routed by one Gaussian a task, calibration `{config['calibration']['form']}`, shrinkage "
+            f"`{config['statistics']['shrinkage']}`."
+        )
+    beside = config["class_model"]["beside_modules"]
+    head = f"; its logits are added to a module's own, times {beside:g}" if beside else ""
+    return f"Images are routed and modules weighed by the class model{head}."
 
 
 def _load_line(backbone: BackboneSection) -> str:

@@ -75,7 +75,7 @@ class ImageAnswer(BaseModel):
     task: str | None = Field(description="Whose module answered; null: the frozen model alone.")
     weight: float = Field(description="Integration weight, 0 to 1: how much of the task's module was let in.")
     log_densities: dict[str, float] = Field(
-        description="Of the image under each task's Gaussian, but for tasks ruled out early."
+        description="Of the image under each task (its classes, or one Gaussian), but for tasks ruled out early."
     )
     plain_clip: list[Choice] = Field(description="What the frozen CLIP alone would say: its five best classes.")
 
