@@ -146,3 +146,20 @@ class Method(ABC):
         """`joint` only: logits [B, C] among candidate classes `names` from frozen features [B, E] and zero-shot logits
         [B, C], on the CPU."""
         raise NotImplementedError(f"{self.name} does not answer jointly")
+
+
+class UntrainedMethod(Method):
+    """Nothing is trained, and features are the frozen model's."""
+
+    def initial(self, generator: torch.Generator, predecessor: Parameters | None = None) -> Parameters:
+        return {}
+
+    def image_features(self, images: Tensor, parameters: Parameters, weight: float | Tensor = 1.0) -> Tensor:
+        return self.backbone.encode_image(images)
+
+    def text_features(self, tokens: Tensor, parameters: Parameters, weight: float | Tensor = 1.0) -> Tensor:
+        return self.backbone.encode_text(tokens)
+
+    @staticmethod
+    def is_trained(name: str) -> bool:
+        return False

@@ -7,14 +7,10 @@ images, and its module holds nothing but the sums that every module holds.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
-from diki_ray.clip.residual import Parameters
-from diki_ray.learning.methods.base import Method
+from diki_ray.learning.methods.base import UntrainedMethod
 
 
-class Classes(Method):
+class Classes(UntrainedMethod):
     name = "classes"
     version = 1
     summary = (
@@ -22,12 +18,3 @@ class Classes(Method):
         "likelihood ratio (Brümmer and de Villiers 2010) on the frozen features; nothing is trained"
     )
     answering = "classes"
-
-    def initial(self, generator: torch.Generator, predecessor: Parameters | None = None) -> Parameters:
-        return {}
-
-    def image_features(self, images: Tensor, parameters: Parameters, weight: float | Tensor = 1.0) -> Tensor:
-        return self.backbone.encode_image(images)
-
-    def text_features(self, tokens: Tensor, parameters: Parameters, weight: float | Tensor = 1.0) -> Tensor:
-        return self.backbone.encode_text(tokens)

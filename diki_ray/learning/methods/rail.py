@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from diki_ray.clip.backbone import Backbone
 from diki_ray.clip.residual import Parameters
-from diki_ray.learning.methods.base import Method, TrainingBatch
+from diki_ray.learning.methods.base import TrainingBatch, UntrainedMethod
 from diki_ray.learning.module import TaskModule
 
 
@@ -37,7 +37,7 @@ class Regression(NamedTuple):
     weights: Tensor  # float64 [H, classes]
 
 
-class Rail(Method):
+class Rail(UntrainedMethod):
     name = "rail"
     version = 1
     summary = (
@@ -52,19 +52,6 @@ class Rail(Method):
         generator = torch.Generator().manual_seed(projection_seed)
         uniform = torch.rand(hidden_dim, backbone.embed_dim, generator=generator, dtype=torch.float64) * 2 - 1
         self._projection = uniform / math.sqrt(backbone.embed_dim)
-
-    def initial(self, generator: torch.Generator, predecessor: Parameters | None = None) -> Parameters:
-        return {}
-
-    @staticmethod
-    def is_trained(name: str) -> bool:
-        return False
-
-    def image_features(self, images: Tensor, parameters: Parameters, weight: float | Tensor = 1.0) -> Tensor:
-        return self.backbone.encode_image(images)
-
-    def text_features(self, tokens: Tensor, parameters: Parameters, weight: float | Tensor = 1.0) -> Tensor:
-        return self.backbone.encode_text(tokens)
 
     def expanded(self, features: Tensor) -> Tensor:
         """φ: float64 [B, H] on the CPU from features [B, E]."""

@@ -5,14 +5,10 @@ Its row is what every other method is to be read against; its modules hold the s
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
-from diki_ray.clip.residual import Parameters
-from diki_ray.learning.methods.base import Method
+from diki_ray.learning.methods.base import UntrainedMethod
 
 
-class ZeroShot(Method):
+class ZeroShot(UntrainedMethod):
     name = "zero_shot"
     version = 1
     summary = (
@@ -20,12 +16,3 @@ class ZeroShot(Method):
         "model answers"
     )
     answering = "frozen"
-
-    def initial(self, generator: torch.Generator, predecessor: Parameters | None = None) -> Parameters:
-        return {}
-
-    def image_features(self, images: Tensor, parameters: Parameters, weight: float | Tensor = 1.0) -> Tensor:
-        return self.backbone.encode_image(images)
-
-    def text_features(self, tokens: Tensor, parameters: Parameters, weight: float | Tensor = 1.0) -> Tensor:
-        return self.backbone.encode_text(tokens)
