@@ -2,7 +2,7 @@
 # make check        environment, lint, types, unit tests: no cluster, at most 3 minutes on two idle cores
 # make test         the same and every other test that is not marked long: at most 12 minutes
 # make cluster      the files under cluster/ alone; needs kubectl and Prometheus' tools, and says loudly what it left out
-# make chaos      every test of recovery, of sweeps, of several nodes and of shared-out weights, long ones too; about half an hour
+# make chaos       every test of recovery, of sweeps, of several nodes, of shared-out weights and of the benchmark, long ones too
 # make soak         KILLS (50) random kills over a long stream: bit-equal results and nothing left behind
 # make gpu         parity and benchmark on a CUDA card; says loudly when there is none
 # make browser      report.html and the server's page in a real Chromium, where there is one; screenshots in build/
@@ -52,7 +52,7 @@ audit: env
 
 .PHONY: chaos soak
 chaos: env-test
-	$(BIN)/python -m pytest -m "long or not long" --durations=0 tests/chaos $(patsubst %,tests/ray/test_%.py,many_nodes submission sweep)
+	$(BIN)/python -m pytest -m "long or not long" --durations=0 tests/chaos tests/streams/test_benchmark_job.py $(patsubst %,tests/ray/test_%.py,many_nodes submission sweep)
 
 .PHONY: docs tutorial
 docs: env

@@ -89,6 +89,7 @@ def test_the_driver_and_then_the_whole_cluster_killed_change_nothing(tmp_path: P
         killed.assert_nothing_is_left()
 
 
+@pytest.mark.long
 def test_another_number_of_workers_from_the_middle_of_an_epoch_on_changes_nothing(
     tmp_path: Path, undisturbed: Run
 ) -> None:
@@ -109,6 +110,7 @@ def test_another_number_of_workers_from_the_middle_of_an_epoch_on_changes_nothin
     assert world_sizes == [[[0, 2], [4, 1]], [[0, 1], [1, 2]]]
 
 
+@pytest.mark.long
 def test_a_rank_not_finite_or_hanging_is_dealt_with_and_a_second_driver_refused(
     tmp_path: Path, undisturbed: Run
 ) -> None:

@@ -1,10 +1,12 @@
-"""The benchmark runs at its smallest, all of it."""
+"""The benchmark runs at its smallest."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import pytest
 from job_process import run_job
 
 SECTIONS = [
@@ -14,23 +16,37 @@ SECTIONS = [
 PLOTS = ("classes", "batches", "ablation", "routing")
 
 
-def test_the_benchmark_runs_at_its_smallest_and_writes_a_table_json_and_plots(tmp_path: Path) -> None:
-    """It stops by itself when port and platform compute different losses or answers."""
+def measured(tmp_path: Path, *more: object) -> tuple[dict[str, Any], str]:
+    """The sections of the benchmark at its smallest, and what it printed. It stops by itself when port and platform
+    compute different losses or answers."""
     sizes = ["--classes", "4", "--batch", "8", "16", "--rounds", "1", "--tasks", "3", "--stream-classes", "3"]
-    more = ["--routing-tasks", "5", "70", "--threads", "1", "--output", tmp_path]
-    done = run_job("benchmark", "--model", "debug", "--device", "cpu", *sizes, *more)
-    written = json.loads((tmp_path / "debug.json").read_text())
-    sections = written["sections"]
-    assert list(sections) == SECTIONS
+    fixed = ["--routing-tasks", "5", "70", "--threads", "1", "--output", tmp_path]
+    done = run_job("benchmark", "--model", "debug", "--device", "cpu", *sizes, *fixed, *more)
+    sections = json.loads((tmp_path / "debug.json").read_text())["sections"]
     assert all(title in done.stdout for title in sections)
+    return sections, (tmp_path / "debug.md").read_text()
+
+
+def test_the_benchmark_at_its_smallest_writes_a_table_json_and_plots(tmp_path: Path) -> None:
+    few = ["training", "evaluation", "routing", "class_model"]
+    sections, page = measured(tmp_path, "--sections", *few)
+    assert list(sections) == few
     for row in sections["training"]:
         assert 0 < row["text_share"] < 1
         assert row["fraction_of_matrix_throughput"] > 0
     assert {r["same_route"] for r in sections["routing"]} == {1.0}
+    assert [r["classes"] for r in sections["class_model"]] == [100, 1400]
+    assert {p.name for p in tmp_path.glob("*.svg")} == {f"debug_{n}.svg" for n in PLOTS if n != "ablation"}
+    assert page.count("| classes | batch | images per s |") == 2
+
+
+@pytest.mark.long
+def test_all_of_the_benchmark_at_its_smallest(tmp_path: Path) -> None:
+    sections, page = measured(tmp_path)
+    assert list(sections) == SECTIONS
     assert {r["optimisation"] for r in sections["ablation"]} > {
         *("trim", "shared_beginning", "last_block_for_one_token", "no_frozen_pass", "class_tables")
     }
-    assert [r["classes"] for r in sections["class_model"]] == [100, 1400]
     assert all(0 <= r["idle_share"] <= 1 for r in sections["input"])
     assert sections["scaling"][0]["speedup"] > 0
     assert [(r["of"], r["mb"] > 0, r["port_mb"] > 0) for r in sections["memory"]] == [
@@ -38,6 +54,4 @@ def test_the_benchmark_runs_at_its_smallest_and_writes_a_table_json_and_plots(tm
         ("evaluation", True, True),
     ]
     assert {p.name for p in tmp_path.glob("*.svg")} == {f"debug_{n}.svg" for n in PLOTS}
-    page = (tmp_path / "debug.md").read_text()
     assert all(f"### debug: {section}\n" in page for section in SECTIONS)
-    assert page.count("| classes | batch | images per s |") == 2
