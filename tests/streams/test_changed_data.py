@@ -7,14 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_store import FakeStore
-from learning import learnt, tiny_plan
+import torch
+import torch.distributed as dist
+from fake_store import RUN, FakeStore
+from learning import learnt, tiny_plan, worker_of
 from PIL import Image
+from processes import one_thread, run_ranks
 
 from diki_ray.data import stream
 from diki_ray.learning.module import TaskModule
 from diki_ray.runs.changed_data import sentence, with_former_modules
 from diki_ray.runs.plan import Plan
+from diki_ray.store.run_store import RunStore
 
 CLASSES = {"method": {"name": "classes"}}
 
@@ -129,3 +133,28 @@ def test_trained_parameters_are_kept_or_trained_anew_as_the_configuration_says(
     fresh = learnt(plan_of(pets, method=method)).blobs[anew.key]
     assert anew.to_bytes() == fresh
     assert np.array_equal(kept.class_statistics.second, anew.class_statistics.second)
+
+
+TWO_PARTS = {"num_parts": 2}
+
+
+def one_of_two(rank: int, pets: str) -> None:
+    torch.set_num_threads(1)
+    folder = Path(pets).parent / "storage"
+    store = FakeStore(folder) if rank == 0 else RunStore.open(str(folder), RUN)
+    plan = with_former_modules(plan_of(Path(pets), **CLASSES, train=TWO_PARTS), store)  # type: ignore[arg-type]
+    dist.init_process_group("gloo", f"file://{pets}/group", world_size=2, rank=rank)
+    worker_of(plan, store).learn(plan.tasks[0])
+    dist.destroy_process_group()
+
+
+def test_two_workers_share_what_is_new(pets: Path) -> None:
+    with one_thread():
+        learnt(plan_of(pets, **CLASSES, train=TWO_PARTS), FakeStore(pets.parent / "storage"))
+        draw(pets, "cat", range(20, 60))
+        plan_of(pets, **CLASSES)  # prepares, before two do at once
+        run_ranks(one_of_two, str(pets), num_ranks=2)
+        [entry] = RunStore.open(str(pets.parent / "storage"), RUN).modules()
+        assert entry.metadata["added"] > 8  # more than a batch
+        fresh = learnt(plan_of(pets, **CLASSES, train=TWO_PARTS)).run.modules()
+    assert entry.digest == fresh[0].digest
