@@ -37,3 +37,12 @@ def load(
     from diki_ray.prediction.bundle import load_bundle
 
     return load_bundle(path, device=device, backbone=backbone, pretrained=pretrained, directory=directory)
+
+
+def __getattr__(name: str) -> Any:
+    """`from diki_ray import ContinualModel`: a class whose module is imported only then, for the same reason."""
+    if name == "ContinualModel":
+        from diki_ray.prediction.continual_model import ContinualModel
+
+        return ContinualModel
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
