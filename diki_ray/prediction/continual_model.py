@@ -27,18 +27,12 @@ from diki_ray.prediction.bundle import Model, export_bundle
 from diki_ray.prediction.run_predictor import RunPredictor, load_method, predictor_over, read_modules
 from diki_ray.report.results import DOCUMENT
 from diki_ray.runs import in_process, steps
-from diki_ray.runs.plan import (
-    Plan,
-    fitted,
-    is_sequential,
-    load_backbone,
-    make_plan,
-    shared_by_keys,
-)
+from diki_ray.runs.changed_data import with_former_modules
+from diki_ray.runs.plan import Plan, fitted, is_sequential, load_backbone, make_plan, shared_by_keys
 from diki_ray.runs.progress import Display
 from diki_ray.runs.stored_run import check_backbone, config_of, named_tasks, open_learnt
 from diki_ray.store.files import join
-from diki_ray.store.interface import ReadableRun
+from diki_ray.store.interface import HeldRun, ReadableRun
 from diki_ray.store.objects import Objects
 from diki_ray.store.run_store import CONFIG_DOCUMENT, RunStore
 
@@ -136,7 +130,7 @@ class ContinualModel:
             settings=Settings(shots, config.run.seed),
         )
         display = Display(Console(quiet=self._quiet))
-        with self._place.held(self._settings) as store:
+        with self._place.held(config) as store:
             config = steps.with_parts_of_the_run(self._config(store))
             if config.protocol != "own":
                 raise ConfigError(f"run {self.run!r} has the tasks of {config.protocol}: learn yours in another run.")
@@ -179,11 +173,14 @@ class ContinualModel:
         """
         open_learnt(self.storage, self.run)
         display, started = Display(Console(quiet=self._quiet)), time.monotonic()
-        with self._place.held(self._settings) as store:
+        with self._place.held(self.config) as store:
             config = steps.with_parts_of_the_run(self._config(store))
             plan = self._plan(config, config.tasks, store)
             for task in plan.pending([entry.key for entry in store.modules()]):
-                raise DataError(f"the module of task {task.name!r} was not learnt from the data at {task.index.uri}.")
+                raise DataError(
+                    f"the module of task {task.name!r} was not learnt from the data at {task.index.uri}: put those "
+                    "back, or remove the task and learn it again."
+                )
             results = steps.unchanged_results(plan, store) or steps.evaluate(
                 plan,
                 store,
@@ -204,7 +201,8 @@ class ContinualModel:
         """
         with in_process.held(self._settings) as store:
             store.remove_task(task)
-            store.put_document(CONFIG_DOCUMENT, self._config(store).to_yaml())
+            if (config := self._config(store)).tasks:
+                store.put_document(CONFIG_DOCUMENT, config.to_yaml())
 
     def save(self, folder: str | Path) -> None:
         """Writes all that was learnt into a folder, which `diki_ray.load` opens without the storage."""
@@ -230,9 +228,10 @@ class ContinualModel:
             return self._settings
         learnt = {entry.task for entry in store.modules()}
         tasks = tuple(task for task in named_tasks(stored) if task.name in learnt)
-        here = {"run": self._settings.run, "cluster": self._settings.cluster}
-        base = self._settings if self._is_configured else stored.model_copy(update=here)
-        return base.model_copy(update={"tasks": tasks})
+        if self._is_configured:
+            return self._settings.model_copy(update={"tasks": tasks})
+        run = self._settings.run.model_copy(update={"seed": stored.run.seed})
+        return stored.model_copy(update={"tasks": tasks, "run": run, "cluster": self._settings.cluster})
 
     def _stored_config(self) -> Config | None:
         run = RunStore.open(self.storage, self.run)
@@ -240,14 +239,14 @@ class ContinualModel:
             return None
         return config_of(run, backbone=self._settings.backbone if self._is_configured else None)
 
-    def _plan(self, config: Config, tasks: Iterable[TaskSection], store: ReadableRun) -> Plan:
+    def _plan(self, config: Config, tasks: Iterable[TaskSection], store: HeldRun) -> Plan:
         """The plan of some tasks.
 
         Raises:
             ConfigError: the run was learnt on another backbone or with other settings.
         """
         backbone, stored = load_backbone(config), self._stored_config()
-        plan = make_plan(config.model_copy(update={"tasks": tuple(tasks)}), backbone)
+        plan = with_former_modules(make_plan(config.model_copy(update={"tasks": tuple(tasks)}), backbone), store)
         check_backbone(RunStore.open(self.storage, self.run), backbone.name, plan.backbone_digest)
         if stored is not None and store.modules():
             before = fitted(steps.with_parts_of_the_run(stored), backbone)
