@@ -11,7 +11,7 @@ uses those before it and none after it; Ray is imported from `runs` on:
 * `data`: data sets, shards, streams
 * `report`: pages, tables and cards of what was computed
 * `runs`: a run on Ray: plan, training, evaluation, sweeps
-* `prediction`: answers of a stored run; `serving`: the same over HTTP
+* `prediction`: a stored run in Python, and its answers in batches; `serving`: answers over HTTP
 * `commands`: what people type
 """
 
