@@ -176,10 +176,10 @@ class ContinualModel:
         with self._place.held(self.config) as store:
             config = steps.with_parts_of_the_run(self._config(store))
             plan = self._plan(config, config.tasks, store)
-            for task in plan.pending([entry.key for entry in store.modules()]):
+            if other := plan.pending([entry.key for entry in store.modules()]):
                 raise DataError(
-                    f"the module of task {task.name!r} was not learnt from the data at {task.index.uri}: put those "
-                    "back, or remove the task and learn it again."
+                    f"the module of task {other[0].name!r} was not learnt from the data at {other[0].index.uri}: put "
+                    "those back, or remove the task and learn it again."
                 )
             results = steps.unchanged_results(plan, store) or steps.evaluate(
                 plan,
