@@ -135,14 +135,14 @@ def _learn(plan: Plan, store: HeldRun, display: Display, listeners: Sequence[Lis
 def _evaluated(
     plan: Plan, store: HeldRun, display: Display, telemetry: Telemetry, clock: _Clock, trained: list[str]
 ) -> dict[str, Any]:
-    def on_progress(done: int, total: int) -> None:
+    def on_progress(what: str, done: int, total: int) -> None:
         for listener in (display, telemetry):
-            listener.on_event({"kind": "evaluated", "done": done, "total": total})
+            listener.on_event({"kind": "evaluated", "what": what, "done": done, "total": total})
 
     display.say("evaluating …")
     with display.bars:
         evaluation = evaluate_run(plan, store, on_progress)
-    display.say("writing results and report …")
+    display.say("computing the accuracy matrix, then results and report …")
     entries = {entry.key: entry for entry in store.modules()}
     digests = [entries[task.key].digest for task in plan.tasks]
     results = build_results(

@@ -23,7 +23,7 @@ ZSCL_SPLIT_SEED = 42
 """With which ZSCL's code cuts 80 % for training where torchvision has no split."""
 
 
-_TORCHVISION_FOLDERS: Mapping[str, str] = {
+TORCHVISION_FOLDERS: Mapping[str, str] = {
     "DTD": "dtd",
     "FGVCAircraft": "fgvc-aircraft-2013b",
     "Food101": "food-101",
@@ -47,7 +47,7 @@ def benchmark_dataset(folder: Path, name: str, variant: Variant) -> RawDataset:
 def suits(folder: Path, variant: Variant) -> bool:
     """Whether the folder has what decides this variant's splits, by a look at names alone."""
     if variant.layout == "torchvision":
-        own = _TORCHVISION_FOLDERS[variant.options["torchvision"]]
+        own = TORCHVISION_FOLDERS[variant.options["torchvision"]]
         return folder.name == own or (folder / own).is_dir()
     wanted = {
         "split_file": [variant.options.get("split_file", "")],
