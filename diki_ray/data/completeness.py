@@ -36,7 +36,7 @@ def shortcomings(index: DatasetIndex) -> list[str]:
     """What this data set lacks, a phrase each; empty for a whole one."""
     about = index.provenance
     found = [
-        f"{_counted(index, split, sizes['found'])} {sizes['found']:,} images, the published split {sizes['published']:,}"
+        f"{_counted(index, split, sizes['found'])} images, the published split {sizes['published']:,}"
         for split, sizes in about.get("sizes_that_differ", {}).items()
     ]
     found += [f"left out: {count} × {reason}" for reason, count in about.get("left_out", {}).items()]
@@ -50,9 +50,9 @@ def shortcomings(index: DatasetIndex) -> list[str]:
 
 
 def _counted(index: DatasetIndex, split: str, found: int) -> str:
-    """What was compared with the published number, where that is not what the prepared split holds."""
+    """The number that was compared with the published one; what it is of, where the prepared split has another."""
     if split not in index.splits or found == index.splits[split].num_samples:
-        return f"{split} has"
+        return f"{split} has {found:,}"
     if index.provenance.get("settings", {}).get("shots") is not None:
-        return f"{split}, before shots were drawn, has"
-    return f"{split} and val together have"
+        return f"{split}, before shots were drawn, has {found:,}"
+    return f"{split} and val together have {found:,}"

@@ -24,7 +24,7 @@ from diki_ray.report.results import DOCUMENT, table
 from diki_ray.report.run import REPORT, render
 from diki_ray.runs.changed_data import sentence, with_former_modules
 from diki_ray.runs.evaluate.split import evaluate_run
-from diki_ray.runs.plan import Plan, find_data, load_backbone, make_plan
+from diki_ray.runs.plan import Plan, plan_of
 from diki_ray.runs.progress import Display, Listener, following
 from diki_ray.runs.results import build_results, is_of_configuration, protocol_id, protocol_of
 from diki_ray.runs.run_cluster import cluster
@@ -60,8 +60,7 @@ def _run(config: Config, display: Display, telemetry: Telemetry, tracked: Tracki
     clock = _Clock(telemetry)
     clock.start("plan")
     config = _with_parts_of_the_run(config)
-    data = find_data(config)  # before weights are fetched, which can take minutes
-    plan = make_plan(config, load_backbone(config), data)
+    plan = plan_of(config)
     clock.start("cluster")
     with cluster(config), _store(config) as store:
         plan = with_former_modules(plan, store)

@@ -13,11 +13,11 @@ from diki_ray.runs.plan import Plan, PlannedTask
 from diki_ray.runs.results import protocol_of
 
 
-def prepared(root: Path, known: dict[str, int], settings: Settings = Settings()) -> prepare.DatasetIndex:
+def prepared(root: Path, known: dict[str, int], shots: int | None = None) -> prepare.DatasetIndex:
     """A few images of an embedded task as if they had been published in these numbers; one test image is damaged."""
     raw = embedded_dataset("digits", "digits")
     raw = replace(raw, splits={s: items[:12] for s, items in raw.splits.items()}, known_sizes=known)
-    preparation = Preparation(str(root / "set"), raw, settings, ("a {}.",), "0" * 64, "made up")
+    preparation = Preparation(str(root / "set"), raw, Settings(shots), ("a {}.",), "0" * 64, "made up")
     results = [prepare.write_job(job) for job in preparation.jobs]
     hurt = next(r for r in results if r.split == "test")
     results[results.index(hurt)] = replace(hurt, skipped=(("a.jpg", "truncated image"),))
@@ -55,7 +55,7 @@ def test_numbers_that_are_not_those_of_the_prepared_split_say_what_they_count(tm
     """Where published without validation, ours is held out of the training images; and shots are drawn of all."""
     index = prepared(tmp_path, {"train": 3680, "test": 11})
     assert "train and val together have 24 images, the published split 3,680" in shortcomings(index)
-    index = prepared(tmp_path / "shots", {"train": 2944, "val": 12, "test": 11}, Settings(shots=1))
+    index = prepared(tmp_path / "shots", {"train": 2944, "val": 12, "test": 11}, shots=1)
     assert index.splits["train"].num_samples < 12
     assert "train, before shots were drawn, has 12 images, the published split 2,944" in shortcomings(index)
 

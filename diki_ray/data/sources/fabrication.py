@@ -162,11 +162,12 @@ def _cars(folder: Path, name: str, variant: Variant) -> None:
 
 
 def _sun(folder: Path, name: str, variant: Variant) -> None:
-    places = [f"/{'abc'[label % 3]}/{c}" for label, c in enumerate(_class_names(name, variant))]
-    _write(folder / "ClassName.txt", "".join(f"{place}\n" for place in places))
-    for place in places:
+    names = [f"{c}/outdoor" if label % 2 else c for label, c in enumerate(_class_names(name, variant))]
+    places = [f"{'abc'[label % 3]}/{c}" for label, c in enumerate(names)]
+    _write(folder / "ClassName.txt", "".join(f"/{place}\n" for place in places))
+    for label, place in enumerate(places):
         for n in range(sum(IMAGES_PER_CLASS.values())):
-            _write_image(folder / place[1:] / f"sun_{Path(place).name}_{n}.jpg")
+            _write_image(folder / place / f"sun_{label}_{n}.jpg")
 
 
 _LAYOUTS: Mapping[str, Callable[[Path, str, Variant], None]] = {

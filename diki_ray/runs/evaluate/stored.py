@@ -17,7 +17,7 @@ from diki_ray.errors import ConfigError
 from diki_ray.learning.module import TaskModule
 from diki_ray.runs.evaluate.cache import NoCache
 from diki_ray.runs.evaluate.split import evaluate_here
-from diki_ray.runs.plan import Plan, PlannedTask, is_sequential, load_backbone, make_plan
+from diki_ray.runs.plan import Plan, PlannedTask, find_data, is_sequential, load_backbone, make_plan
 from diki_ray.runs.progress import OnProgress
 from diki_ray.runs.results import protocol_of
 from diki_ray.runs.stored_run import check_backbone, config_of, open_learnt
@@ -54,8 +54,9 @@ def evaluate_stored(
     """
     store = open_learnt(storage, run)
     config = _configured(config_of(store, config), storage, run, asked)
+    data = find_data(config)
     backbone = load_backbone(config)
-    whole = make_plan(config, backbone)
+    whole = make_plan(config, backbone, data)
     check_backbone(store, backbone.name, whole.backbone_digest)
     plan, digests, notes = _learnt(store, whole)
     order = _order([t.name for t in plan.tasks], asked.order, run)

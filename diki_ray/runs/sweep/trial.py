@@ -34,7 +34,7 @@ from diki_ray.runs.plan import (
     device_of,
     is_sequential,
     load_backbone,
-    make_plan,
+    plan_of,
     precision_of,
     shared_by_keys,
 )
@@ -89,7 +89,7 @@ def judge(
     for seed in sweep.seeds:
         clock = time.monotonic()
         seeded = with_absolute_paths(varied(config, {**setting, "run.seed": seed}), folder)
-        plan = make_plan(seeded, load_backbone(seeded))
+        plan = plan_of(seeded)
         for ordered_plan, its_orders in _plans(plan, orders):
             digests = modules_of(ordered_plan, epochs)
             seconds["train"] += time.monotonic() - clock

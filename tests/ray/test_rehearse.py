@@ -1,0 +1,74 @@
+"""Benchmarks rehearsed: each configuration that we ship on fabricated data, through the whole job."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from diki_ray.commands.rehearse import MARK
+from diki_ray.config.protocols import protocol, protocols
+
+FAMILIES = ("mtil-fs16-8/coop", "xtail-1/coop")
+"""One that is answered among a set's own classes, and one among all."""
+LONG = sorted({f"{name}/{split}" for name in protocols() for split in ("coop", "zscl")} - set(FAMILIES))
+
+
+class Ended(NamedTuple):
+    code: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all of them are rehearsed: what has the same data has the same modules."""
+    return tmp_path_factory.mktemp("rehearsals")
+
+
+def rehearse(benchmark: str, place: Path, job: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    code, said, error = job("rehearse", benchmark, "--storage", place / "storage", "train.cpus_per_worker=0.5")
+    assert code == 0, said + error
+    name, _, split = benchmark.partition("/")
+    results_of = place / "storage" / "rehearsal" / "runs" / benchmark.replace("/", "-") / "results"
+    known, results = protocol(name), json.loads((results_of / "results.json").read_text())
+    assert results["protocol"] == f"{benchmark}/image+incomplete"
+    assert [task["name"] for task in results["tasks"]] == list(known.order)
+    assert len(results["accuracy"]) == len(known.order)
+    assert f"Rehearsed: {len(known.order)} data sets in the layout of {benchmark}" in said
+    assert "the accuracies mean nothing" in said
+    assert f"continual --config {name.replace('-', '_')} protocol={benchmark} --storage {place}/storage " in said
+    assert (place / "rehearsal" / split / MARK).is_file()
+    # Beside published figures it does not stand.
+    assert "not as many images as the published split has" in (results_of / "report.html").read_text()
+
+
+@pytest.mark.parametrize("benchmark", FAMILIES)
+def test_a_benchmark_of_each_family_is_rehearsed(
+    benchmark: str, place: Path, job: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, local_cluster: str
+) -> None:
+    rehearse(benchmark, place, job, monkeypatch)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("benchmark", LONG)
+def test_every_benchmark_is_rehearsed(
+    benchmark: str, place: Path, job: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, local_cluster: str
+) -> None:
+    rehearse(benchmark, place, job, monkeypatch)
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(
+    tmp_path: Path, job: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    mine = tmp_path / "rehearsal" / "coop" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    code, _, error = job("rehearse", "mtil-1/coop", "--storage", tmp_path / "storage")
+    assert (code, list(mine.parent.iterdir())) == (2, [mine])
+    assert "is not a rehearsal's" in error
