@@ -37,9 +37,9 @@ def fill_class_means(
     }
     if not lacking:
         return []
-    data = find_data(config)
+    found = find_data(config)
     backbone = load_backbone(config)
-    plan = make_plan(config, backbone, data)
+    plan = make_plan(config, backbone, found)
     check_backbone(store, backbone.name, plan.backbone_digest)
     backbone.to(device_of(config), precision_of(config))
     for name, module in lacking.items():
