@@ -12,6 +12,7 @@ from diki_ray.data.sources.fabrication import fabricate
 from diki_ray.errors import ConfigError
 from diki_ray.report.next_steps import typed
 from diki_ray.runs.continual import run_continual
+from diki_ray.runs.plan import device_of
 from diki_ray.runs.stopping import stoppable
 
 MARK = "FABRICATED.txt"
@@ -24,7 +25,8 @@ def main(config: Config) -> int:
     shown, sources = console(), Path(str(config.data.sources))
     name, _, split = config.protocol.partition("/")
     names = protocol(name).order
-    shown.print(f"fabricating {len(names)} data sets in {sources} …", highlight=False, soft_wrap=True)
+    said = f"fabricating {len(names)} data sets in {sources}; the run calls each of them incomplete, which it is …"
+    shown.print(said, highlight=False, soft_wrap=True)
     fabricate_all(names, split, sources)
     results = run_continual(config, shown)
     shown.print(tried(config, results), highlight=False, markup=False, soft_wrap=True)
@@ -54,8 +56,8 @@ def tried(config: Config, results: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"Rehearsed: {num_tasks} data sets in the layout of {config.protocol}, prepared in {config.data.root};",
-            f"  {len(results['trained'])} modules trained now by {train.most_workers} workers ({train.strategy}, "
-            f"{train.device}); {num_test:,} test images evaluated by {config.evaluate.num_workers} workers;",
+            f"  {len(results['trained'])} modules trained ({train.strategy} on {device_of(config)}, workers: "
+            f"{train.most_workers}); {num_test:,} test images evaluated (workers: {config.evaluate.num_workers});",
             f"  modules, results and report in {config.run.storage}.",
             "The images are noise and the model is the tiny embedded one: the accuracies mean nothing.",
             "Not tried: your data, the weights of the real backbone, and the memory and time that it takes.",

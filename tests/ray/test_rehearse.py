@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from s3_server import s3_bucket
 
 from diki_ray.commands.rehearse import MARK
 from diki_ray.config.protocols import protocol, protocols
 
+ROOT = Path(__file__).parents[2]
 FAMILIES = ("mtil-fs16-8/coop", "xtail-1/coop")
 """One that is answered among a set's own classes, and one among all."""
 LONG = sorted({f"{name}/{split}" for name in protocols() for split in ("coop", "zscl")} - set(FAMILIES))
@@ -60,6 +65,25 @@ def test_every_benchmark_is_rehearsed(
     benchmark: str, place: Path, job: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, local_cluster: str
 ) -> None:
     rehearse(benchmark, place, job, monkeypatch)
+
+
+@pytest.mark.long
+def test_a_bucket_is_tried_by_a_rehearsal(tmp_path: Path) -> None:
+    """As a user types it where nothing is: a process and a cluster of its own, and nothing local but the sources."""
+    with s3_bucket() as bucket:
+        done = subprocess.run(
+            [sys.executable, ROOT / "jobs/rehearse.py", "mtil-fs16-8/coop", "--storage", "s3://runs/team"],
+            cwd=tmp_path,
+            env=os.environ | bucket.environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "modules, results and report in s3://runs/team/rehearsal." in done.stdout
+        keys = [found["Key"] for found in bucket.client.list_objects_v2(Bucket="runs")["Contents"]]
+    assert "team/rehearsal/runs/mtil-fs16-8-coop/results/results.json" in keys
+    assert any(key.startswith("team/rehearsal/prepared/SUN397-") for key in keys)
+    assert [path.name for path in tmp_path.iterdir()] == ["rehearsal"]
 
 
 def test_a_folder_with_something_else_in_it_is_left_alone(
