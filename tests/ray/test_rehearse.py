@@ -16,6 +16,7 @@ from s3_server import s3_bucket
 from diki_ray.commands.rehearse import MARK
 from diki_ray.config.protocols import protocol, protocols
 
+pytestmark = pytest.mark.timeout(600)
 ROOT = Path(__file__).parents[2]
 FAMILIES = ("mtil-fs16-8/coop", "xtail-1/coop")
 """One that is answered among a set's own classes, and one among all."""
