@@ -112,6 +112,27 @@ def sweep(
 
 
 @app.command()
+def rehearse(
+    protocol: Annotated[str, typer.Argument(metavar="PROTOCOL", help="A benchmark with its split: mtil-1/coop.")],
+    overrides: Overrides = None,
+    storage: Storage = None,
+) -> None:
+    """Rehearse a benchmark without its data, on the cluster and the storage where it is to run.
+
+    Fabricates the benchmark's data sets, a few images of noise for each class, in ./rehearsal, in the layout of the
+    split, and runs the benchmark's own configuration on them with the embedded CLIP for one epoch. Takes minutes. Its
+    accuracies mean nothing.
+    """
+    from diki_ray.commands.places import rehearsed
+
+    given = [f"run.storage={storage}"] if storage else []
+    loaded = rehearsed(protocol, [*given, *(overrides or ())])
+    from diki_ray.commands import rehearse as command
+
+    raise typer.Exit(command.main(loaded))
+
+
+@app.command()
 def prepare(
     sources: Annotated[list[str] | None, typer.Argument(metavar="[SOURCE]...")] = None,
     root: Annotated[str, typer.Option(help="Where data sets go: a folder or s3://, gs://, az://.")] = DEFAULT_PREPARED,

@@ -44,6 +44,6 @@ def evaluate(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], list[
     return [report(e) for e in (first, *others)], [compare(first, other) for other in others]
 
 
-def say(done: int, total: int) -> None:
+def say(what: str, done: int, total: int) -> None:
     if total:
-        print(f"{done} of {total} batches of test images …", file=sys.stderr, flush=True)  # stdout may be JSON
+        print(f"{done} of {total} {what} …", file=sys.stderr, flush=True)  # stdout may be JSON

@@ -10,7 +10,7 @@ from diki_ray.config import Config
 from diki_ray.config.protocols import protocol
 from diki_ray.report.next_steps import typed
 from diki_ray.runs.import_checkpoint import NamedTask, import_checkpoint, read_checkpoint, read_tasks
-from diki_ray.runs.plan import load_backbone, make_plan
+from diki_ray.runs.plan import plan_of
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -40,5 +40,5 @@ def named(arguments: argparse.Namespace) -> tuple[Config, tuple[NamedTask, ...]]
         space = protocol(arguments.protocol.partition("/")[0]).label_space
         tree = {"run": run, "backbone": backbone, "protocol": arguments.protocol, "evaluate": {"label_space": space}}
         config = configs.parse(tree | {"data": {"sources": arguments.sources}})
-    plan = make_plan(config, load_backbone(config))
+    plan = plan_of(config)
     return config, tuple(NamedTask(t.name, t.class_names, t.templates) for t in plan.tasks)

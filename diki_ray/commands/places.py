@@ -17,6 +17,8 @@ import diki_ray
 STORAGE, RUN = "DIKI_STORAGE", "DIKI_RUN"
 DEFAULT_STORAGE, DEFAULT_PREPARED = "storage", "prepared"
 _FORMER_DEFAULT = "runs"
+REHEARSAL = "rehearsal"
+"""The folder here that fabricated data sets go to, and the one in the storage for everything else of a rehearsal."""
 
 
 def storage_of(given: str | None) -> str:
@@ -62,6 +64,34 @@ def configured_sweep(file: str, overrides: Sequence[str], storage: str | None) -
 
     sweep, config = load_sweep(config_file(file), overrides)
     return sweep, _placed(config, storage, None)
+
+
+def rehearsed(protocol: str, overrides: Sequence[str]) -> Any:
+    """The configuration of ours for a protocol, such as mtil-1/coop, as it is rehearsed: fabricated data, the embedded
+    CLIP, one epoch, everything below `rehearsal` in the storage.
+
+    Raises:
+        ConfigError: as `load`. DataError: there is no such protocol.
+    """
+    from diki_ray import config
+    from diki_ray.config.protocols import protocol as known
+
+    name, _, split = protocol.partition("/")
+    split = split or known(name).own_split
+    small = (f"protocol={name}/{split}", f"run.name={name}-{split}", "backbone={name: embedded, pretrained: null}")
+    loaded = config.load(
+        config_file(known(name).name.replace("-", "_")),
+        [*small, "train.epochs=1", "evaluate.text_grid=2", *overrides, f"data.sources={REHEARSAL}/{split}"],
+    )
+    placed = _placed(loaded, None, None)
+    storage = f"{placed.run.storage.rstrip('/')}/{REHEARSAL}"
+    data = {} if "root" in loaded.data.model_fields_set else {"root": f"{storage}/prepared"}
+    return placed.model_copy(
+        update={
+            "run": placed.run.model_copy(update={"storage": storage}),
+            "data": placed.data.model_copy(update=data),
+        }
+    )
 
 
 def _placed(config: Any, storage: str | None, run: str | None) -> Any:

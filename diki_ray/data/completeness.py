@@ -36,7 +36,7 @@ def shortcomings(index: DatasetIndex) -> list[str]:
     """What this data set lacks, a phrase each; empty for a whole one."""
     about = index.provenance
     found = [
-        f"{split} has {sizes['found']:,} images, the published split {sizes['published']:,}"
+        f"{_counted(index, split, sizes['found'])} images, the published split {sizes['published']:,}"
         for split, sizes in about.get("sizes_that_differ", {}).items()
     ]
     found += [f"left out: {count} × {reason}" for reason, count in about.get("left_out", {}).items()]
@@ -47,3 +47,12 @@ def shortcomings(index: DatasetIndex) -> list[str]:
             names = ", ".join(lost[:MAX_NAMES]) + (" …" if len(lost) > MAX_NAMES else "")
             found.append(f"{len(lost)} classes have no {split.name} image: {names}")
     return found
+
+
+def _counted(index: DatasetIndex, split: str, found: int) -> str:
+    """The number that was compared with the published one; what it is of, where the prepared split has another."""
+    if split not in index.splits or found == index.splits[split].num_samples:
+        return f"{split} has {found:,}"
+    if index.provenance.get("settings", {}).get("shots") is not None:
+        return f"{split}, before shots were drawn, has {found:,}"
+    return f"{split} and val together have {found:,}"

@@ -20,7 +20,7 @@ from diki_ray.report.run import REPORT, render
 from diki_ray.runs import steps
 from diki_ray.runs.changed_data import with_former_modules
 from diki_ray.runs.on_ray import ON_RAY
-from diki_ray.runs.plan import find_data, load_backbone, make_plan
+from diki_ray.runs.plan import plan_of
 from diki_ray.runs.progress import Display
 from diki_ray.runs.results import protocol_id, protocol_of
 from diki_ray.runs.telemetry import Telemetry, exporting
@@ -48,8 +48,7 @@ def _run(config: Config, display: Display, telemetry: Telemetry, tracked: Tracki
     clock = _Clock(telemetry)
     clock.start("plan")
     config = steps.with_parts_of_the_run(config)
-    data = find_data(config)  # before weights are fetched, which can take minutes
-    plan = make_plan(config, load_backbone(config), data)
+    plan = plan_of(config)
     clock.start("cluster")
     with ON_RAY.held(config) as store:
         plan = with_former_modules(plan, store)

@@ -11,7 +11,7 @@ from diki_ray.config import Config
 from diki_ray.errors import ConfigError
 from diki_ray.learning.module import TaskModule
 from diki_ray.learning.statistics import Statistics
-from diki_ray.runs.plan import PlannedTask, device_of, load_backbone, make_plan, precision_of
+from diki_ray.runs.plan import PlannedTask, device_of, find_data, load_backbone, make_plan, precision_of
 from diki_ray.runs.stored_run import check_backbone
 from diki_ray.runs.train.assembly import class_sums
 from diki_ray.runs.train.task_data import TaskData
@@ -37,8 +37,9 @@ def fill_class_means(
     }
     if not lacking:
         return []
+    found = find_data(config)
     backbone = load_backbone(config)
-    plan = make_plan(config, backbone)
+    plan = make_plan(config, backbone, found)
     check_backbone(store, backbone.name, plan.backbone_digest)
     backbone.to(device_of(config), precision_of(config))
     for name, module in lacking.items():

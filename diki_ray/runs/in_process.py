@@ -10,8 +10,9 @@ import torch
 from diki_ray.answering.evaluation import Evaluation
 from diki_ray.config import Config
 from diki_ray.errors import ConfigError
-from diki_ray.runs.evaluate.split import Progress, digests_of, evaluate_here
+from diki_ray.runs.evaluate.split import digests_of, evaluate_here
 from diki_ray.runs.plan import Plan, PlannedTask, device_of
+from diki_ray.runs.progress import OnProgress
 from diki_ray.runs.steps import Workplace
 from diki_ray.runs.train.worker import learn_all
 from diki_ray.store.caches import Cache
@@ -36,7 +37,7 @@ def train(config: Config, pending: Sequence[PlannedTask], store: HeldRun) -> Non
         learn_all(pending, config, store, device_of(config))
 
 
-def evaluate(plan: Plan, store: HeldRun, on_progress: Progress) -> Evaluation:
+def evaluate(plan: Plan, store: HeldRun, on_progress: OnProgress) -> Evaluation:
     """Evaluates the test sets of a plan whose modules are committed, along its stream.
 
     Raises:

@@ -164,16 +164,10 @@ def tasks_of(config: Config) -> tuple[TaskSection, ...]:
         return config.tasks
     name, _, split = config.protocol.partition("/")
     known = protocol(name)
-    split = "zscl" if split == "zscl" else "coop"
     folders = benchmark_folders(known.order, config.data.sources, split)
+    common = {"template": known.template, "shots": known.shots, "split": split}
     return tuple(
-        TaskSection(
-            data=folder,
-            name=dataset,
-            template=known.template,
-            shots=known.shots,
-            split="zscl" if split == "zscl" else "coop",
-        )
+        TaskSection.model_validate(common | {"data": folder, "name": dataset})
         for dataset, folder in zip(known.order, folders, strict=True)
     )
 
@@ -229,6 +223,12 @@ def find_data(config: Config) -> tuple[Found, ...]:
     if missing:
         raise DataError("\n".join(missing))
     return tuple(found)
+
+
+def plan_of(config: Config) -> Plan:
+    """`make_plan` on the configured backbone, whose weights can take minutes: data is looked for before them."""
+    data = find_data(config)
+    return make_plan(config, load_backbone(config), data)
 
 
 def make_plan(config: Config, backbone: Backbone, data: Sequence[Found] | None = None) -> Plan:

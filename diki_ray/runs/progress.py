@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Protocol
@@ -16,6 +16,14 @@ from diki_ray.errors import UserError
 from diki_ray.store.interface import HeldRun
 
 POLL_S = 0.5
+SAY_AFTER_S = 30.0
+"""Progress that is slower than a quarter in this time is said when it comes."""
+
+BATCHES = "batches of test images"
+SCORES = "modules' scores among the class names"
+TOGETHER = "sets of tasks that answer together"
+OnProgress = Callable[[str, int, int], None]
+"""Called with (what is counted, one of the above; how many of them are done; how many there are)."""
 
 
 class Listener(Protocol):
@@ -42,7 +50,7 @@ class Display:
         self._bar: dict[str, Any] = {}
         self._tasks: Sequence[str] = ()
         self._begun: dict[str, tuple[float, int]] = {}
-        self._last_percent = -1
+        self._said = (-1, 0.0)
 
     def expect(self, tasks: Sequence[str]) -> None:
         """The tasks that will be trained, in order."""
@@ -55,7 +63,7 @@ class Display:
         if event["kind"] in ("step", "epoch"):
             self._training(event)
         elif event["kind"] == "evaluated":
-            self._evaluation(event["done"], event["total"])
+            self._evaluation(event["what"], event["done"], event["total"])
 
     def _training(self, event: dict[str, Any]) -> None:
         task = event["task"]
@@ -86,16 +94,29 @@ class Display:
         ]
         return "  ".join(parts)
 
-    def _evaluation(self, done: int, total: int) -> None:
-        if "evaluation" not in self._bar:
-            self._bar["evaluation"] = self.bars.add_task("evaluation", total=total, note="batches")
-        self.bars.update(self._bar["evaluation"], completed=done)
-        percent = 100 * done // max(total, 1)
-        if percent // 25 > self._last_percent // 25:
-            self.say(f"evaluation  {done}/{total} batches")
-            self._last_percent = percent
-        if done == total:
-            self.say("all images are answered; scores among the class names and the accuracy matrix follow …")
+    def _evaluation(self, what: str, done: int, total: int) -> None:
+        if not total:
+            return
+        if what not in self._bar:
+            self._bar[what] = self.bars.add_task("evaluation", total=total, note=what)
+            self._said = (-1, 0.0)
+        self.bars.update(self._bar[what], completed=done)
+        (quarter, at), now = self._said, time.monotonic()
+        if 4 * done // total > quarter or now - at >= SAY_AFTER_S:
+            self.say(f"evaluation  {done}/{total} {what}")
+            self._said = (4 * done // total, now)
+
+
+def counted(
+    results: Iterator[tuple[int, Any]], sizes: Sequence[int], what: str, on_progress: OnProgress
+) -> Iterator[tuple[int, Any]]:
+    """The results of pieces of work as they come, counted. sizes: what each piece counts for."""
+    done = 0
+    on_progress(what, done, sum(sizes))
+    for number, result in results:
+        done += sizes[number]
+        on_progress(what, done, sum(sizes))
+        yield number, result
 
 
 @contextmanager

@@ -18,9 +18,9 @@ from diki_ray.learning.module import TaskModule
 from diki_ray.report.results import DOCUMENT
 from diki_ray.report.run import REPORT, render
 from diki_ray.runs import changed_data
-from diki_ray.runs.evaluate.split import Progress, digests_of
+from diki_ray.runs.evaluate.split import digests_of
 from diki_ray.runs.plan import Plan, PlannedTask
-from diki_ray.runs.progress import Display, Listener, following
+from diki_ray.runs.progress import Display, Listener, OnProgress, following
 from diki_ray.runs.results import build_results, is_of_configuration
 from diki_ray.store.interface import HeldRun
 from diki_ray.store.run_store import CONFIG_DOCUMENT, RunStore
@@ -37,7 +37,7 @@ class Workplace:
     """Holds the run of a configuration for a block."""
     train: Callable[[Config, Sequence[PlannedTask], HeldRun], None]
     """Trains tasks and commits each module."""
-    evaluate: Callable[[Plan, HeldRun, Progress], Evaluation]
+    evaluate: Callable[[Plan, HeldRun, OnProgress], Evaluation]
     """Evaluates the test sets of a plan whose modules are committed, along its stream."""
     workers: Callable[[Config], str]
     """Says of a configuration who trains, as in `with 2 workers`."""
@@ -105,14 +105,14 @@ def evaluate(
     seconds: of each phase so far; trained: the tasks that had to be trained; command: what was typed.
     """
 
-    def on_progress(done: int, total: int) -> None:
+    def on_progress(what: str, done: int, total: int) -> None:
         for listener in listeners:
-            listener.on_event({"kind": "evaluated", "done": done, "total": total})
+            listener.on_event({"kind": "evaluated", "what": what, "done": done, "total": total})
 
     display.say("evaluating …")
     with display.bars:
         evaluation = place.evaluate(plan, store, on_progress)
-    display.say("writing results and report …")
+    display.say("computing the accuracy matrix, then results and report …")
     digests = digests_of(plan, store)
     results = build_results(
         plan,

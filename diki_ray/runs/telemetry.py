@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Info, sta
 
 from diki_ray.config import Config
 from diki_ray.errors import ConfigError, StorageError
+from diki_ray.runs.progress import BATCHES
 from diki_ray.store.interface import HeldRun
 
 MAX_PAIRED_TASKS = 32
@@ -100,7 +101,8 @@ class Telemetry:
         """What a worker or the evaluator reports (`progress.Listener`)."""
         self.last_progress.set_to_current_time()
         if event["kind"] == "evaluated":
-            self.evaluated.set(event["done"] / max(event["total"], 1))
+            if event["what"] == BATCHES:
+                self.evaluated.set(event["done"] / max(event["total"], 1))
             return
         task = event["task"]
         self.loss.labels(task).set(event["loss"])

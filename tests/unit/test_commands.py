@@ -11,7 +11,8 @@ import yaml
 
 from diki_ray.commands.app import run
 from diki_ray.commands.old_spellings import rewritten
-from diki_ray.commands.places import config_file, configured, one_run, server_limits, storage_of
+from diki_ray.commands.places import config_file, configured, one_run, rehearsed, server_limits, storage_of
+from diki_ray.config.protocols import protocols
 
 HEAVY = ("torch", "ray", "open_clip", "matplotlib", "plotly", "sklearn")
 QUICK = (
@@ -27,6 +28,9 @@ QUICK = (
     (["continual", "--config", "none.yaml"], "none.yaml"),
     (["continual", "--config", "quickstart", "train.epoch=3"], "train.epoch: there is no such field"),
     (["sweep", "--config", "none.yaml"], "none.yaml"),
+    (["rehearse", "mtil-9/coop"], "there is no protocol 'mtil-9'"),
+    (["rehearse", "mtil-1/zhou"], "write NAME/coop or NAME/zscl"),
+    (["rehearse", "mtil-1", "run.seed=x"], "run.seed"),
 )
 
 
@@ -97,6 +101,22 @@ def test_our_configurations_are_found_by_name_from_anywhere(tmp_path: Path, monk
     assert config_file("no_such") == "no_such"
     (tmp_path / "quickstart").write_text("")
     assert config_file("quickstart") == "quickstart"  # a file of one's own comes first
+
+
+@pytest.mark.parametrize("name", list(protocols()))
+def test_every_benchmark_has_a_configuration_that_can_be_rehearsed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DIKI_STORAGE", raising=False)
+    real = configured(name.replace("-", "_"), (), None, None)
+    small = rehearsed(name, ["run.storage=s3://bucket/team"])
+    assert small.protocol == real.protocol
+    assert small.run.name == small.protocol.replace("/", "-")
+    assert (small.run.storage, small.data.root) == ("s3://bucket/team/rehearsal", "s3://bucket/team/rehearsal/prepared")
+    assert (small.backbone.name, small.backbone.pretrained) == ("embedded", None)
+    assert small.evaluate.model_copy(update={"text_grid": 33}) == real.evaluate
+    assert small.train.model_copy(update={"epochs": 10}) == real.train
+    assert rehearsed(name, ["train.epochs=2", "data.root=/elsewhere"]).data.root == "/elsewhere"
+    # Real data is never written over.
+    assert rehearsed(f"{name}/zscl", ["data.sources=/data/mtil"]).data.sources == "rehearsal/zscl"
 
 
 def test_a_servers_limits_are_read_with_their_types() -> None:

@@ -13,11 +13,11 @@ from diki_ray.runs.plan import Plan, PlannedTask
 from diki_ray.runs.results import protocol_of
 
 
-def prepared(root: Path, known: dict[str, int]) -> prepare.DatasetIndex:
+def prepared(root: Path, known: dict[str, int], shots: int | None = None) -> prepare.DatasetIndex:
     """A few images of an embedded task as if they had been published in these numbers; one test image is damaged."""
     raw = embedded_dataset("digits", "digits")
     raw = replace(raw, splits={s: items[:12] for s, items in raw.splits.items()}, known_sizes=known)
-    preparation = Preparation(str(root / "set"), raw, Settings(), ("a {}.",), "0" * 64, "made up")
+    preparation = Preparation(str(root / "set"), raw, Settings(shots), ("a {}.",), "0" * 64, "made up")
     results = [prepare.write_job(job) for job in preparation.jobs]
     hurt = next(r for r in results if r.split == "test")
     results[results.index(hurt)] = replace(hurt, skipped=(("a.jpg", "truncated image"),))
@@ -49,6 +49,15 @@ def test_a_damaged_test_image_and_a_half_downloaded_split_are_said_and_mark_the_
     assert protocol_with(index, "mtil-1/coop") == "mtil-1/coop/image+incomplete"
     assert "train has 12 images" in "\n".join(prepare.summary(index))
     json.dumps(index.provenance)  # it is stored
+
+
+def test_numbers_that_are_not_those_of_the_prepared_split_say_what_they_count(tmp_path: Path) -> None:
+    """Where published without validation, ours is held out of the training images; and shots are drawn of all."""
+    index = prepared(tmp_path, {"train": 3680, "test": 11})
+    assert "train and val together have 24 images, the published split 3,680" in shortcomings(index)
+    index = prepared(tmp_path / "shots", {"train": 2944, "val": 12, "test": 11}, shots=1)
+    assert index.splits["train"].num_samples < 12
+    assert "train, before shots were drawn, has 12 images, the published split 2,944" in shortcomings(index)
 
 
 def test_classes_without_a_test_image_are_named(tmp_path: Path) -> None:

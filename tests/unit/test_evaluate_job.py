@@ -33,6 +33,7 @@ from diki_ray.runs.evaluate.cache import NoCache
 from diki_ray.runs.evaluate.split import evaluate_here
 from diki_ray.runs.evaluate.stored import Asked, evaluate_stored
 from diki_ray.runs.plan import Plan, build_method, load_backbone, make_plan
+from diki_ray.runs.progress import BATCHES, SCORES
 from diki_ray.runs.results import build_results
 from diki_ray.store.process import this_process
 from diki_ray.store.run_store import RunStore
@@ -278,6 +279,17 @@ def test_another_calibration_reads_images_again_and_keeps_no_row_twice(
     np.testing.assert_array_equal(results[2].accuracy(), results[0].accuracy())
     rows = [{t: len(r) for t, r in a.rows.items()} for e in results for a in e.test_sets]
     assert rows[:3] == rows[6:]
+
+
+def test_what_is_computed_after_the_last_batch_is_counted_too(stored: Stored) -> None:
+    store, told = RunStore.open(stored.storage, "three"), list[tuple[str, int, int]]()
+    digests = [entry.digest for entry in store.modules()]
+    evaluate_here(
+        stored.plan, digests, store.read_module, [range(3)], "test", NoCache(), lambda *event: told.append(event)
+    )
+    assert list(dict.fromkeys(what for what, _, _ in told)) == [BATCHES, SCORES]
+    modules = [(done, total) for what, done, total in told if what == SCORES]
+    assert modules == [(done, 4) for done in range(5)]  # three and the frozen model
 
 
 def _asked(plan: Plan, **evaluate: Any) -> Plan:

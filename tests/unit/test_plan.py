@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from diki_ray.config import Config, load
 from diki_ray.config.places import with_absolute_paths
 from diki_ray.errors import ConfigError, DataError
 from diki_ray.learning.methods import METHODS, Diki
-from diki_ray.runs.plan import Plan, load_backbone, make_plan
+from diki_ray.runs.continual import run_continual
+from diki_ray.runs.plan import Plan, load_backbone, make_plan, plan_of
 from diki_ray.runs.train.group import shared_out
 
 DEBUG = Path(__file__).parent.parent.parent / "configs" / "debug.yaml"
@@ -64,6 +66,19 @@ def test_all_missing_data_is_named_and_nothing_is_prepared(tmp_path: Path) -> No
     with pytest.raises(DataError, match=r"(?s)/a'.*/b'"):
         make_plan(Config.model_validate(tree), BACKBONE)
     assert not (tmp_path / "prepared").exists()
+
+
+def test_data_is_looked_for_before_weights_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a backbone whose weights would be fetched: neither they nor a cluster are touched where data is missing."""
+    config = load(DEBUG, [f"run.storage={tmp_path}/s", f"tasks=[{{data: {tmp_path}/none}}]", "backbone.name=ViT-B-16"])
+    loaded = list[str]()
+    monkeypatch.setattr("diki_ray.clip.backbone.load", lambda name, *rest: loaded.append(name) or BACKBONE)
+    with pytest.raises(DataError, match="none"):
+        run_continual(config, Console(quiet=True))
+    assert loaded == []
+    there = load(DEBUG, [f"data.root={tmp_path}/prepared", "tasks=[{data: embedded:digits}]", "backbone.name=ViT-B-16"])
+    assert [task.name for task in plan_of(there).tasks] == ["digits"]
+    assert loaded == ["ViT-B-16"]
 
 
 def test_local_paths_are_made_absolute_and_nothing_else(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from sample_results import sample_results
 
 from diki_ray.config import Config, parse
 from diki_ray.errors import ConfigError, StorageError
+from diki_ray.runs.progress import BATCHES, SCORES
 from diki_ray.runs.telemetry import MAX_PAIRED_TASKS, Telemetry, exporting
 from diki_ray.store.interface import HeldRun
 
@@ -159,7 +160,8 @@ def test_events_become_values() -> None:
     telemetry = Telemetry(config(), "own/image")
     telemetry.on_event(step("digits", 5, num_nonfinite=1))
     telemetry.on_event(step("digits", 10, kind="epoch", validation_accuracy=0.75, num_nonfinite=3, best_epoch=0))
-    telemetry.on_event({"kind": "evaluated", "done": 3, "total": 4})
+    telemetry.on_event({"kind": "evaluated", "what": BATCHES, "done": 3, "total": 4})
+    telemetry.on_event({"kind": "evaluated", "what": SCORES, "done": 0, "total": 4})
     assert read(telemetry, "diki_train_progress_ratio", task="digits") == 1
     assert read(telemetry, "diki_train_images_per_second", task="digits") == 100
     assert read(telemetry, "diki_train_epochs_total", task="digits") == 1

@@ -48,7 +48,7 @@ def a_run(root: Path, *trackers: str, results: bool = True) -> dict[str, Any]:
         tracked.on_event(
             event("epoch", 10, loss=0.5, accuracy=0.75, images_per_s=100.0, num_nonfinite=0, validation_accuracy=0.625)
         )
-        tracked.on_event({"kind": "evaluated", "done": 1, "total": 2})
+        tracked.on_event({"kind": "evaluated", "what": "batches of test images", "done": 1, "total": 2})
         if results:
             tracked.on_results(document)
     return document

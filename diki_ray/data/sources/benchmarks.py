@@ -23,7 +23,7 @@ ZSCL_SPLIT_SEED = 42
 """With which ZSCL's code cuts 80 % for training where torchvision has no split."""
 
 
-_TORCHVISION_FOLDERS: Mapping[str, str] = {
+TORCHVISION_FOLDERS: Mapping[str, str] = {
     "DTD": "dtd",
     "FGVCAircraft": "fgvc-aircraft-2013b",
     "Food101": "food-101",
@@ -47,7 +47,7 @@ def benchmark_dataset(folder: Path, name: str, variant: Variant) -> RawDataset:
 def suits(folder: Path, variant: Variant) -> bool:
     """Whether the folder has what decides this variant's splits, by a look at names alone."""
     if variant.layout == "torchvision":
-        own = _TORCHVISION_FOLDERS[variant.options["torchvision"]]
+        own = TORCHVISION_FOLDERS[variant.options["torchvision"]]
         return folder.name == own or (folder / own).is_dir()
     wanted = {
         "split_file": [variant.options.get("split_file", "")],
@@ -80,9 +80,13 @@ def split_file_dataset(
         raise DataError(f"{split_file}: labels are not 0 … {len(names) - 1} without gaps")
     root = image_folder.relative_to(folder).as_posix()
     prefix = "" if root == "." else f"{root}/"
+    tops = {path.partition("/")[0] for split in rows.values() for path, _, _ in split} - {"", ".", ".."}
+    # Today's archive of Stanford Cars unpacks to cars_train/cars_train.
+    deeper = {top: f"{top}/" for top in tops if (image_folder / top / top).is_dir()}
     splits, skipped = {}, Counter[str]()
     for split, split_rows in rows.items():
-        splits[split], missing = items_of(folder, [(prefix + path, label) for path, label, _ in split_rows])
+        placed = [(f"{prefix}{deeper.get(p.partition('/')[0], '')}{p}", label) for p, label, _ in split_rows]
+        splits[split], missing = items_of(folder, placed)
         skipped.update(missing)
     return RawDataset(
         name=name,
@@ -99,9 +103,8 @@ def split_file_dataset(
 def _image_folder(folder: Path, variant: Variant) -> Path:
     for candidate in variant.options["image_folders"]:
         if (folder / candidate).is_dir():
-            return Path(
-                os.path.normpath(folder / candidate)
-            )  # "AnnualCrop/..": the folder itself, if it has that class
+            # "AnnualCrop/.." is the folder itself, if it has that class.
+            return Path(os.path.normpath(folder / candidate))
     raise DataError(f"{folder} has none of the image folders {variant.options['image_folders']}")
 
 

@@ -86,7 +86,7 @@ def choose(raw: RawDataset, *, shots: int | None = None, seed: int = 0) -> Choic
     sizes = {split: len(items) for split, items in splits.items()}
     if not splits["train"]:
         raise DataError(f"{raw.name}: there are no training images ({raw.layout}; left out: {dict(+skipped)})")
-    notes += _warnings(raw, splits)
+    notes += _shared(splits)
     if shots is not None:
         splits["train"] = draw_shots(splits["train"], shots, seed)
         splits["val"] = draw_shots(splits["val"], min(shots, MAX_VAL_SHOTS), seed)
@@ -106,17 +106,12 @@ def _check_labels(raw: RawDataset, items: Sequence[RawItem]) -> None:
             raise DataError(f"{raw.name}: {item.ref!r} has label {item.label}, but there are {count} classes")
 
 
-def _warnings(raw: RawDataset, splits: Mapping[str, Sequence[RawItem]]) -> list[str]:
+def _shared(splits: Mapping[str, Sequence[RawItem]]) -> list[str]:
     found = []
     refs = {split: {item.ref for item in items} for split, items in splits.items()}
     for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
         if shared := len(refs[a] & refs[b]):
             found.append(f"{shared} images are both in {a} and in {b}")
-    for split, items in splits.items():
-        missing = sorted(set(range(len(raw.class_names))) - {item.label for item in items})
-        if missing:
-            names = ", ".join(raw.class_names[label] for label in missing[:5])
-            found.append(f"{len(missing)} classes have no {split} image: {names}{' …' if len(missing) > 5 else ''}")
     return found
 
 

@@ -12,9 +12,10 @@ from diki_ray.answering.evaluation import Evaluation
 from diki_ray.config import Config
 from diki_ray.config.places import with_absolute_paths
 from diki_ray.errors import UserError
-from diki_ray.runs.evaluate.split import Progress, SplitEvaluation, digests_of, prefixes
+from diki_ray.runs.evaluate.split import SplitEvaluation, digests_of, prefixes
 from diki_ray.runs.evaluate.worker import EvaluationWorker, Work
 from diki_ray.runs.plan import Plan, device_of
+from diki_ray.runs.progress import OnProgress
 from diki_ray.store.caches import Cache
 from diki_ray.store.interface import HeldRun
 
@@ -56,7 +57,7 @@ class RayWorkers:
             ray.kill(worker)
 
 
-def evaluate_run(plan: Plan, store: HeldRun, on_progress: Progress) -> Evaluation:
+def evaluate_run(plan: Plan, store: HeldRun, on_progress: OnProgress) -> Evaluation:
     """The test sets of a plan whose modules are committed, along its stream, by workers on Ray.
 
     Raises:

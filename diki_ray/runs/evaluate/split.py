@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,11 +31,10 @@ from diki_ray.runs.evaluate.worker import (
     skip_budget,
 )
 from diki_ray.runs.plan import Plan
+from diki_ray.runs.progress import BATCHES, SCORES, TOGETHER, OnProgress, counted
 from diki_ray.store.interface import ReadableRun
 
 BATCHES_PER_PIECE = 2
-Progress = Callable[[int, int], None]
-"""Called with (batches of images that are looked at, in all)."""
 
 
 def digests_of(plan: Plan, store: ReadableRun) -> list[str]:
@@ -52,7 +50,7 @@ def evaluate_here(
     orders: Sequence[Sequence[int]],
     split: str,
     cache: CacheStore,
-    on_progress: Progress = lambda done, total: None,
+    on_progress: OnProgress = lambda what, done, total: None,
 ) -> Evaluation:
     """A split along some orders of the plan's tasks, in this process. digests: those of the tasks' modules.
 
@@ -90,10 +88,10 @@ class SplitEvaluation:
         self.key_of = score_keys(plan)
         self.by_set = answers_by_set(plan.config)
 
-    def by(self, workers: Workers, on_progress: Progress) -> Evaluation:
+    def by(self, workers: Workers, on_progress: OnProgress) -> Evaluation:
         """Has workers do what is missing."""
         self._read_images(workers, on_progress)
-        error = self._score(workers)
+        error = self._score(workers, on_progress)
         answers = self._answers()
         for cache, found in zip(self.caches, answers, strict=True):
             cache.save(found)
@@ -103,19 +101,14 @@ class SplitEvaluation:
     def _answers(self) -> list[Answers]:
         return [known for known in self.known if known is not None]
 
-    def _read_images(self, workers: Workers, on_progress: Progress) -> None:
+    def _read_images(self, workers: Workers, on_progress: OnProgress) -> None:
         new = [(j, batches) for j, known in enumerate(self.known) if known is None for batches in self._batches(j)]
         routes = [None if known is None else self._routes(known) for known in self.known]
         missing = [piece for j, after in enumerate(routes) if after for piece in self._missing(j, after)]
         work: list[Work] = [partial(EvaluationWorker.new_batches, task=j, batches=batches) for j, batches in new]
         work += [partial(EvaluationWorker.more_rows, task=j, wanted=wanted) for j, wanted in missing]
         sizes = [len(batches) for _, batches in new] + [1] * len(missing)
-        done, found = 0, dict[int, Any]()
-        on_progress(done, sum(sizes))
-        for number, result in workers(work):
-            found[number] = result
-            done += sizes[number]
-            on_progress(done, sum(sizes))
+        found = dict(counted(workers(work), sizes, BATCHES, on_progress))
         for j in dict.fromkeys(j for j, _ in new):
             self.known[j] = self._joined(j, [b for n, (k, _) in enumerate(new) if k == j for b in found[n]])
         self._add([(j, found[len(new) + n]) for n, (j, _) in enumerate(missing)])
@@ -192,7 +185,7 @@ class SplitEvaluation:
         assert known is not None
         return known
 
-    def _score(self, workers: Workers) -> float:
+    def _score(self, workers: Workers, on_progress: OnProgress) -> float:
         """BestClasses what is used and not scored yet; the largest error of the class features that answers rest on."""
         used = [self._used(j) for j in range(len(self.known))]
         pieces: dict[int, list[tuple[int, ToScore]]] = {}
@@ -205,12 +198,12 @@ class SplitEvaluation:
             partial(EvaluationWorker.score, module=t, pieces=[p for _, p in found], errors=self._errors(t))
             for t, found in by_module
         ]
-        for number, scored in workers(work):
+        for number, scored in counted(workers(work), [1] * len(work), SCORES, on_progress):
             task, found = by_module[number]
             for (j, piece), scores in zip(found, scored, strict=True):
                 self._set_scores(j, task, piece, scores)
         if self.by_set:
-            self._answer_by_set(workers)
+            self._answer_by_set(workers, on_progress)
         for j, rows_of in enumerate(used):
             known = self._answers_of(j).rows
             for task, at in rows_of.items():
@@ -261,7 +254,7 @@ class SplitEvaluation:
             scores[key] = (scores.get(key) or BestClasses.unknown(len(rows))).with_rows(piece.rows, new)
         self._answers_of(j).rows[task] = Rows(rows.wanted, rows.feature, scores)
 
-    def _answer_by_set(self, workers: Workers) -> None:
+    def _answer_by_set(self, workers: Workers, on_progress: OnProgress) -> None:
         """The answers after each set of tasks, where they depend on the whole set, from features alone."""
         sets = list(dict.fromkeys(frozenset(learnt) for learnt in self.asked if learnt))
         work: list[Work] = [
@@ -272,7 +265,7 @@ class SplitEvaluation:
             )
             for learnt in sets
         ]
-        for number, found in workers(work):
+        for number, found in counted(workers(work), [1] * len(work), TOGETHER, on_progress):
             for a, scores in zip(self._answers(), found, strict=True):
                 a.joint[sets[number]] = scores
 

@@ -16,9 +16,10 @@ from diki_ray.config.protocols import protocol
 from diki_ray.errors import ConfigError
 from diki_ray.learning.module import TaskModule
 from diki_ray.runs.evaluate.cache import NoCache
-from diki_ray.runs.evaluate.split import Progress, evaluate_here
-from diki_ray.runs.plan import Plan, PlannedTask, is_sequential, load_backbone, make_plan
-from diki_ray.runs.results import protocol_id
+from diki_ray.runs.evaluate.split import evaluate_here
+from diki_ray.runs.plan import Plan, PlannedTask, find_data, is_sequential, load_backbone, make_plan
+from diki_ray.runs.progress import OnProgress
+from diki_ray.runs.results import protocol_of
 from diki_ray.runs.stored_run import check_backbone, config_of, open_learnt
 from diki_ray.store.caches import Cache
 from diki_ray.store.run_store import RunStore
@@ -42,19 +43,20 @@ def evaluate_stored(
     run: str,
     asked: Asked,
     config: Config | None = None,
-    on_progress: Progress = lambda done, total: None,
+    on_progress: OnProgress = lambda what, done, total: None,
 ) -> Along:
     """The answers of a stored run as they are asked for.
 
-    config: the run's own by default. on_progress: see `Progress`.
+    config: the run's own by default. on_progress: see `OnProgress`.
 
     Raises:
         ConfigError: no such run or task, no configuration, another backbone. DataError: a test set that cannot be read.
     """
     store = open_learnt(storage, run)
     config = _configured(config_of(store, config), storage, run, asked)
+    data = find_data(config)
     backbone = load_backbone(config)
-    whole = make_plan(config, backbone)
+    whole = make_plan(config, backbone, data)
     check_backbone(store, backbone.name, whole.backbone_digest)
     plan, digests, notes = _learnt(store, whole)
     order = _order([t.name for t in plan.tasks], asked.order, run)
@@ -68,7 +70,7 @@ def evaluate_stored(
     evaluation = evaluate_here(plan, digests, store.read_module, [order], asked.split, cache, on_progress)
     names = [t.name for t in plan.tasks]
     settings = {
-        "protocol": _protocol(config, asked, len(order) == len(whole.tasks)),
+        "protocol": _protocol(plan, asked, len(order) == len(whole.tasks)),
         "routing": config.evaluate.routing,
         "label_space": config.evaluate.label_space,
         "split": asked.split,
@@ -94,14 +96,14 @@ def _configured(config: Config, storage: str, run: str, asked: Asked) -> Config:
     )
 
 
-def _protocol(config: Config, asked: Asked, whole: bool) -> str | None:
+def _protocol(plan: Plan, asked: Asked, whole: bool) -> str | None:
     """The full id that the numbers may be compared under; None where they are of something else."""
-    name = config.protocol.partition("/")[0]
+    config, name = plan.config, plan.config.protocol.partition("/")[0]
     if asked.split != "test" or not whole or asked.order is not None:
         return None
     if name != "own" and config.evaluate.label_space != protocol(name).label_space:
         return None
-    return protocol_id(config)
+    return protocol_of(plan)
 
 
 def _learnt(store: RunStore, whole: Plan) -> tuple[Plan, list[str], list[str]]:

@@ -24,7 +24,7 @@ from diki_ray.config import Config
 from diki_ray.config.places import with_absolute_paths
 from diki_ray.config.sweep import Range, SweepConfig, orders_of, pareto_front, setting_text, varied
 from diki_ray.errors import ConfigError, UserError
-from diki_ray.runs.plan import Plan, load_backbone, make_plan
+from diki_ray.runs.plan import Plan, plan_of
 from diki_ray.runs.sweep.files import write_files
 from diki_ray.runs.sweep.results import SweepResults
 from diki_ray.runs.sweep.trial import digest, judge
@@ -41,7 +41,7 @@ def run_sweep(sweep: SweepConfig, config: Config, say: Callable[[str], None] = p
     """
     started = time.monotonic()
     config = with_absolute_paths(config)
-    plan = make_plan(config, load_backbone(config))  # what is wrong with it is said before any trial starts
+    plan = plan_of(config)  # what is wrong with it is said before any trial starts
     orders = orders_of(sweep.orders, [t.name for t in plan.tasks])
     results = SweepResults(config.run.storage, sweep.name, question_of(sweep, plan, orders))
     before = results.num_modules()

@@ -31,8 +31,7 @@ from diki_ray.runs.plan import (
     PlannedTask,
     device_of,
     is_sequential,
-    load_backbone,
-    make_plan,
+    plan_of,
     shared_by_keys,
 )
 from diki_ray.runs.progress import following
@@ -86,7 +85,7 @@ def judge(
     for seed in sweep.seeds:
         clock = time.monotonic()
         seeded = with_absolute_paths(varied(config, {**setting, "run.seed": seed}), folder)
-        plan = make_plan(seeded, load_backbone(seeded))
+        plan = plan_of(seeded)
         for ordered_plan, its_orders in _plans(plan, orders):
             digests = modules_of(ordered_plan, epochs)
             seconds["train"] += time.monotonic() - clock

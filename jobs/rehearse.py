@@ -1,0 +1,11 @@
+"""`diki-ray rehearse` as a file, which is what a Ray job submission takes."""
+
+import sys
+from functools import partial
+
+from diki_ray.commands.app import run
+
+main = partial(run, "rehearse")
+
+if __name__ == "__main__":
+    sys.exit(main())
