@@ -21,6 +21,7 @@ from torch import Tensor
 
 import diki_ray
 from diki_ray.answering.class_features import Candidates
+from diki_ray.errors import CorruptError
 from diki_ray.serving.decoding import Decoder
 from diki_ray.serving.engine import Question, answer_questions
 from diki_ray.serving.guard import BodyTooLarge, Guard, too_large
@@ -242,6 +243,11 @@ def _handle_errors(app: FastAPI, service: Service) -> None:
         headers = {"Retry-After": "1"} if refusal.status == 503 else None
         return JSONResponse({"error": str(refusal)}, refusal.status, headers)
 
+    @app.exception_handler(CorruptError)
+    async def corrupt(request: Request, error: CorruptError) -> JSONResponse:
+        service.metrics.refused.labels("not finite").inc()
+        return JSONResponse({"error": str(error)}, 500)
+
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
         return JSONResponse({"error": str(error.detail)}, error.status_code, error.headers)
@@ -262,6 +268,7 @@ _PROBLEMS = {
     413: "The body is too large.",
     415: "Neither JSON nor a multipart form.",
     422: "Wrong fields, or an image that cannot be used.",
+    500: "What was learnt gives no finite numbers.",
     503: "Too many images wait already.",
     504: "No answer in time.",
 }

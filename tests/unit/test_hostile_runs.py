@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stored_run import StoredRun, picture
+from fastapi.testclient import TestClient
+from stored_run import StoredRun, as_json, picture, picture_file
 
 from diki_ray.commands.app import run as command
 from diki_ray.errors import CorruptError, StorageError, UserError
@@ -19,6 +20,8 @@ from diki_ray.learning.module import TaskModule, read_tensors, write_tensors
 from diki_ray.prediction.run_predictor import predictor_over, read_modules
 from diki_ray.runs.plan import build_method
 from diki_ray.runs.verification import problems_of
+from diki_ray.serving.app import Service, build_app
+from diki_ray.serving.settings import Settings
 from diki_ray.store.library import key_path, module_path
 from diki_ray.store.log import digest_of, seal, unseal
 from diki_ray.store.process import this_process
@@ -201,6 +204,42 @@ def test_statistics_that_are_no_gaussian_are_refused_when_answers_are_asked_for(
     store = with_module(served, opposed)
     with pytest.raises(UserError, match="not positive definite"):
         predictor_over(served.config, build_method(served.config, served.backbone), read_modules(store), None)
+
+
+@pytest.fixture
+def overflowing(served: StoredRun) -> StoredRun:
+    """A run whose module has finite numbers only, of which each answer is NaN."""
+
+    def huge(_: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+        for name in tensors:
+            if name.startswith("parameters/"):
+                tensors[name][:] = 3e38
+
+    with_module(served, huge)
+    return served
+
+
+def test_no_image_is_answered_with_what_is_not_finite(
+    overflowing: StoredRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = tmp_path / "image.png"
+    image.write_bytes(picture_file("warm", 1))
+    where = ["--storage", overflowing.storage, "--run", "colours", "--backbone", overflowing.config.backbone.name]
+    assert command("predict", [str(image), "--json", *where]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("error: the logits of an image are not finite numbers")
+
+
+def test_a_server_says_that_what_it_serves_is_not_finite(overflowing: StoredRun) -> None:
+    settings = Settings(storage=overflowing.storage, run="colours", backbone=overflowing.config.backbone.name)
+    service = Service(settings)
+    with TestClient(build_app(service)) as client:
+        refused = client.post("/predict", json=as_json(picture_file("warm", 1)))
+        assert refused.status_code == 500
+        assert "not finite" in refused.json()["error"]
+        assert client.get("/healthz").status_code == 200
+    service.close()
 
 
 # A stranger's run
