@@ -35,7 +35,7 @@ def evaluate(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], list[
 
     def evaluated(run: str, given: Config | None) -> Along:
         told = told_config(arguments.storage, run, given, arguments)
-        return evaluate_stored(arguments.storage, run, asked, told, say)
+        return evaluate_stored(arguments.storage, run, asked, told, say, named_data=given is not None)
 
     first, *others = (
         evaluated(run, None if n else arguments.config) for n, run in enumerate((arguments.run, *arguments.compare))

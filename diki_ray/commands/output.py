@@ -68,9 +68,7 @@ def _descriptor(number: int) -> int:
 def _text(descriptor: int, encoding: str, line_buffering: bool = False, write_through: bool = False) -> TextIO:
     raw = _UntilNobodyReads(descriptor, "w", closefd=False)
     # A character of several bytes may be cut where the encoding of the terminal is none of Unicode's.
-    return io.TextIOWrapper(
-        io.BufferedWriter(raw), encoding, "backslashreplace", None, line_buffering, write_through
-    )
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding, "backslashreplace", None, line_buffering, write_through)
 
 
 def finish_output() -> OSError | None:

@@ -111,7 +111,8 @@ def fill(args: argparse.Namespace) -> Report:
     told = named_backbone(args.backbone, args.pretrained, args.directory)
     with _held(args) as (store, epoch):
         config = config_of(store, args.config, told)
-        filled = fill_class_means(store, epoch, config, lambda task: print(f"{plain(task)} …", file=sys.stderr))
+        named = args.config is not None
+        filled = fill_class_means(store, epoch, config, lambda task: print(f"{plain(task)} …", file=sys.stderr), named)
     text = f"{len(filled)} module(s) have class means now" if filled else "every module has class means already"
     return {"filled": filled, "text": f"{text}; routing.density=classes answers by them."}
 

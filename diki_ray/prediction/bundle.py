@@ -31,6 +31,7 @@ from diki_ray.learning.module import TaskModule, read_tensors, write_tensors
 from diki_ray.prediction.run_predictor import RunPredictor, predictor_over, read_image
 from diki_ray.report.model_card import load_arguments, model_card
 from diki_ray.report.results import DOCUMENT
+from diki_ray.report.results_schema import check_results
 from diki_ray.runs.plan import build_method, device_of, load_backbone, precision_of
 from diki_ray.runs.stored_run import check_backbone, config_of, open_learnt
 from diki_ray.store.files import join, read_bytes, write_bytes
@@ -70,7 +71,8 @@ def export_bundle(storage: str, run: str, folder: str, config: Config | None = N
         "modules": headers,
     }
     blob = write_tensors(content, tensors)
-    card = model_card(content, len(blob), store.get_document(DOCUMENT))
+    results = store.get_document(DOCUMENT)
+    card = model_card(content, len(blob), results and check_results(results, f"{DOCUMENT} of run {run!r}"))
     for name, data in ((BUNDLE, blob), (CARD, card.encode()), (CONFIG, config.to_yaml().encode())):
         write_bytes(join(folder, name), data)
     return len(blob)

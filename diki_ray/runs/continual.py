@@ -13,14 +13,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
 from diki_ray.config import Config
+from diki_ray.config.yaml_text import read_tree
 from diki_ray.data.completeness import shortcomings
+from diki_ray.errors import CorruptError
 from diki_ray.learning.module import TaskModule
 from diki_ray.report.next_steps import next_steps, typed
 from diki_ray.report.results import DOCUMENT, table
+from diki_ray.report.results_schema import check_results
 from diki_ray.report.run import REPORT, render
 from diki_ray.runs.changed_data import sentence, with_former_modules
 from diki_ray.runs.evaluate.split import evaluate_run
@@ -32,11 +34,9 @@ from diki_ray.runs.store_client import StoreClient
 from diki_ray.runs.telemetry import Telemetry, exporting
 from diki_ray.runs.tracking import Tracking, tracking
 from diki_ray.runs.train.group import train
+from diki_ray.runs.verification import PARTS, check_parts
 from diki_ray.store.interface import HeldRun
 from diki_ray.store.run_store import CONFIG_DOCUMENT, RunStore
-
-PARTS = "parts.json"
-"""The document that says in how many parts the steps of the run are computed, written before anything is trained."""
 
 
 def run_continual(config: Config, console: Console, config_file: str | None = None) -> dict[str, Any]:
@@ -98,9 +98,12 @@ def _with_parts_of_the_run(config: Config) -> Config:
     begun, evaluated = run.get_document(PARTS), run.get_document(CONFIG_DOCUMENT)
     parts = config.train.num_workers
     if begun is not None:
-        parts = begun["num_parts"]
+        parts = check_parts(begun, PARTS)
     elif evaluated is not None:
-        parts = yaml.safe_load(evaluated)["train"]["num_workers"]
+        train = read_tree(evaluated, CONFIG_DOCUMENT).get("train")  # of a version whose fields may be others
+        parts = check_parts(
+            {"num_parts": train.get("num_workers") if isinstance(train, dict) else None}, CONFIG_DOCUMENT
+        )
     return config.model_copy(update={"train": config.train.model_copy(update={"num_parts": parts})})
 
 
@@ -171,9 +174,12 @@ def _command() -> str:
 
 def _unchanged_results(plan: Plan, store: HeldRun) -> dict[str, Any] | None:
     """The stored results, if they are of this configuration and of the modules that are in the run now."""
-    results = store.get_document(DOCUMENT)
-    if results is None or not is_of_configuration(results, plan.config):
-        return None
+    try:
+        results = store.get_document(DOCUMENT)
+        if results is None or not is_of_configuration(check_results(results, DOCUMENT), plan.config):
+            return None
+    except CorruptError:
+        return None  # they are made again
     digests = {entry.key: entry.digest for entry in store.modules()}
     same = [t["module"] for t in results["tasks"]]
     now = [digests[task.key] for task in plan.tasks]

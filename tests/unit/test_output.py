@@ -1,4 +1,4 @@
-"""What is printed, and where to: readers that go, streams that are closed or full, encodings, names that move cursors."""
+"""What is printed, and where to: readers that go, streams closed or full, encodings, names that move cursors."""
 
 from __future__ import annotations
 
