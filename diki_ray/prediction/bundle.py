@@ -15,9 +15,10 @@ import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from PIL import Image, ImageOps
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import diki_ray
 from diki_ray.answering.class_features import Exact
@@ -161,8 +162,7 @@ def load_bundle(
         content, tensors = read_tensors(read_bytes(place))
     except FileNotFoundError:
         raise DataError(f"there is no bundle {place}; jobs/export.py makes one of a run.") from None
-    if content.get("format") != FORMAT or "modules" not in content:
-        raise CorruptError(f"{place} is no bundle of format {FORMAT}: export the run again with this version.")
+    _check_content(content, place)
     config = parse_stored(content["config"], source=place)
     told = named_backbone(backbone, pretrained, directory)
     if told is None:
@@ -179,6 +179,43 @@ def load_bundle(
     loaded.to(device_of(config), precision_of(config))
     modules = [_module(place, number, m, tensors) for number, m in enumerate(content["modules"])]
     return Model(content["run"], predictor_over(config, build_method(config, loaded), modules, Exact()))
+
+
+class _Header(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    header: dict[str, Any]
+
+
+class _Backbone(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    name: Annotated[str, Field(max_length=4096)]
+    digest: str
+
+
+class _Content(BaseModel):
+    """Of a bundle; what a module's own header may be is asked where it is read."""
+
+    model_config = ConfigDict(strict=True)
+
+    format: Literal[1]
+    run: Annotated[str, Field(max_length=4096)]
+    config: dict[str, Any]
+    backbone: _Backbone
+    modules: list[_Header]
+
+
+def _check_content(content: Any, place: str) -> None:
+    try:
+        _Content.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))[:200]
+        raise CorruptError(
+            f"{place} is no bundle of format {FORMAT} ({field}: {first['msg']}): export the run again."
+        ) from None
 
 
 def _module(place: str, number: int, stored: dict[str, Any], tensors: dict[str, Any]) -> TaskModule:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ import pytest
 import torch
 from stored_run import Change, StoredRun, fill, picture, rewritten
 
+import diki_ray
 from diki_ray.commands.app import run as command
+from diki_ray.config import parse
+from diki_ray.config.yaml_text import read_tree
 from diki_ray.errors import CorruptError
-from diki_ray.learning.module import write_tensors
+from diki_ray.learning.module import read_tensors, write_tensors
 from diki_ray.learning.task_trainer import Recipe, TaskTrainer
 from diki_ray.runs.continual import _with_parts_of_the_run
-from diki_ray.runs.plan import build_method
+from diki_ray.runs.plan import build_method, find_data
 from diki_ray.runs.verification import problems_of
 from diki_ray.store.process import this_process
 from diki_ray.store.run_store import RunStore
@@ -46,6 +50,7 @@ RESULTS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a uri as a number": lambda r: r["tasks"][0]["data"].update(uri=5),
     "a histogram of nothing": lambda r: r["tasks"][0]["weights"]["learnt"].update(counts=[]),
     "an epoch that there is not": lambda r: r["tasks"][0].update(best_epoch=10**6),
+    "half a character": lambda r: r["tasks"][0].update(name="\udc00"),
     "a name of megabytes": lambda r: r["tasks"][0].update(name="x" * 2**21),
     "an error of text features in words": lambda r: r["notes"].update(text_feature_error="small"),
 }
@@ -62,7 +67,7 @@ def test_results_with_fields_that_no_run_writes_are_refused_and_found(
     page = tmp_path / "page.html"
     assert command("report", ["colours", "--storage", served.storage, "--output", str(page)]) == 2
     told = capsys.readouterr().err
-    assert told.startswith("error: the results of colours are")
+    assert told.startswith("error: ")
     assert len(told) < 1000
     assert not page.exists()
     where = ["--storage", served.storage, "--run", "colours"]
@@ -79,6 +84,38 @@ def test_parts_that_no_run_writes_are_found(served: StoredRun, parts: str) -> No
     assert problem.path == "runs/colours/results/parts.json"
     with pytest.raises(CorruptError, match="num_parts"):
         _with_parts_of_the_run(served.config)
+
+
+# Bundles
+
+BUNDLES: dict[str, Change] = {
+    "a list as format": lambda h, t: h.update(format=[]),
+    "no modules": lambda h, t: h.pop("modules"),
+    "modules as a word": lambda h, t: h.update(modules="all"),
+    "a module as a number": lambda h, t: h.update(modules=[7]),
+    "a digest as a list": lambda h, t: h["modules"][0].update(digest=[]),
+    "a header as a list": lambda h, t: h["modules"][0].update(header=[]),
+    "no configuration": lambda h, t: h.pop("config"),
+    "a configuration as a list": lambda h, t: h.update(config=[]),
+    "a backbone as a list": lambda h, t: h.update(backbone=[]),
+    "a digest of the backbone's as a number": lambda h, t: h["backbone"].update(digest=5),
+    "a run as a number": lambda h, t: h.update(run=5),
+}
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_no_bundle_that_no_export_writes_is_loaded(served: StoredRun, tmp_path: Path, name: str) -> None:
+    backbone = served.config.backbone.name
+    folder = tmp_path / "bundle"
+    where = ["--storage", served.storage, "--run", "colours", "--backbone", backbone]
+    assert command("export", [str(folder), *where]) == 0
+    file = folder / "bundle.safetensors"
+    header, tensors = read_tensors(file.read_bytes())
+    BUNDLES[name](header, tensors)
+    file.write_bytes(write_tensors(header, tensors))
+    with pytest.raises(CorruptError, match="is no bundle of format 1") as refused:
+        diki_ray.load(folder, backbone=backbone)
+    assert len(str(refused.value)) < 1000
 
 
 # Checkpoints
@@ -179,3 +216,48 @@ def test_a_whole_run_is_found_whole(served: StoredRun) -> None:
 def test_names_move_no_cursor(served: StoredRun, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("report", ["\x1b[2J\x07colours", "--storage", served.storage]) == 2
     assert "\x1b" not in capsys.readouterr().err
+
+
+# Paths of a stored configuration
+
+
+def images(folder: Path) -> Path:
+    for split, task, n in ((s, t, n) for s in ("train", "test") for t in ("warm", "cold") for n in range(4)):
+        (folder / split / task).mkdir(parents=True, exist_ok=True)
+        picture(task, n).save(folder / split / task / f"{n}.png")
+    return folder
+
+
+def names_their_folder(served: StoredRun, folder: Path) -> str:
+    """The stored configuration names a folder of pictures that are nobody's business, and where to write them."""
+    tree = served.config.model_dump(mode="json")
+    tree["tasks"] = [{"data": str(images(folder / "private")), "name": "warm"}]
+    tree["data"]["root"] = str(folder / "theirs")
+    text = parse(tree).to_yaml()
+    Path(served.storage, "runs/colours/results/config.yaml").write_text(text)
+    return text
+
+
+def test_evaluation_copies_no_files_that_storage_names(
+    served: StoredRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names_their_folder(served, tmp_path)
+    where = ["--storage", served.storage, "--run", "colours", "--backbone", served.config.backbone.name]
+    assert command("evaluate", where) == 2
+    told = capsys.readouterr().err
+    assert "read at your own word alone" in told
+    assert str(tmp_path / "private") in told
+    assert not (tmp_path / "theirs").exists()
+
+
+def test_of_an_imported_run_no_path_is_looked_at(
+    served: StoredRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names_their_folder(served, tmp_path)
+    find_data(parse(read_tree(Path(served.storage, "runs/colours/results/config.yaml").read_bytes(), "theirs")))
+    home = tmp_path / "home"
+    RunStore.import_(str(home), "mine", served.storage)
+    shutil.rmtree(tmp_path / "private")  # that it is gone would be an error of its own, were it looked at
+    where = ["--storage", str(home), "--run", "mine", "--backbone", served.config.backbone.name]
+    assert command("evaluate", where) == 2
+    assert "read at your own word alone" in capsys.readouterr().err
