@@ -26,7 +26,7 @@ class _UntilNobodyReads(io.FileIO):
     """A descriptor that goes on as the null device once it cannot be written to: a reader like `head` has gone, the
     terminal was closed, its disk is full."""
 
-    def write(self, data: Any) -> int | None:
+    def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
         except BlockingIOError:

@@ -184,7 +184,7 @@ class TestClocks:
         ahead, first = held(objects)
         kept.append(ahead.commit_module(first, "k-0", "ahead", b"ahead"))
         offset_h = 0.0
-        with pytest.raises(LeaseHeldError, match="run.take_over=true"):
+        with pytest.raises(LeaseHeldError, match=r"run\.take_over=true"):
             held(objects)
         behind, second = held(objects, take_over=True)
         kept.append(behind.commit_module(second, "k-1", "now", b"now"))
