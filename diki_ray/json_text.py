@@ -10,12 +10,16 @@ def parsed(data: bytes | str) -> Any:
     """The value that a JSON text stands for.
 
     Raises:
-        ValueError: it is no JSON, nested too deeply, or has NaN or Infinity, which are none.
+        ValueError: it is no JSON, nested too deeply, or has NaN, Infinity or half a character, which are none.
     """
     try:
-        return json.loads(data, parse_constant=_refuse)
+        value = json.loads(data, parse_constant=_refuse)
+        # Half of a pair, as in "\\udc00", is no text: it could be read, and written nowhere.
+        if (b"\\u" if isinstance(data, bytes) else "\\u") in data:  # type: ignore[operator]
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    return value
 
 
 def _refuse(name: str) -> NoReturn:

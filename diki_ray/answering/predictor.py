@@ -19,6 +19,7 @@ from diki_ray.answering.class_head import ClassHead
 from diki_ray.answering.routing import NO_TASK, ROUTED, Router, Routes, Routing, Scores, unrouted
 from diki_ray.clip.backbone import Backbone
 from diki_ray.clip.residual import Parameters
+from diki_ray.errors import CorruptError
 from diki_ray.learning.methods.base import Method
 from diki_ray.learning.module import TaskModule
 
@@ -62,13 +63,24 @@ class Predictor:
 
     @torch.no_grad()
     def frozen_features(self, images: Tensor) -> Tensor:
-        """Returns [B, E] float32 on the CPU. They decide the route, and are the answer where nothing learnt applies."""
-        return self.backbone.encode_image(images).cpu()
+        """Returns [B, E] float32 on the CPU. They decide the route, and are the answer where nothing learnt applies.
+
+        Raises:
+            CorruptError: some are not finite, as where the backbone's weights are damaged.
+        """
+        return _finite(self.backbone.encode_image(images).cpu(), "frozen features")
 
     def scores(self, features: Tensor, learnt: Sequence[int] | None = None) -> Scores:
         """Returns the densities of frozen features [B, E] under each of the tasks `learnt`, in that order, and the
-        weights at which each task would answer. All modules are learnt by default."""
+        weights at which each task would answer. All modules are learnt by default.
+
+        Raises:
+            CorruptError: a density or weight is not finite; a density may be minus infinity, where it was ruled out.
+        """
         scores = self.router.scores(features, range(len(self.modules)) if learnt is None else learnt)
+        ruled_out = scores.log_density == -torch.inf
+        _finite(scores.log_density.masked_fill(ruled_out, 0.0), "log densities")
+        _finite(scores.weight, "integration weights")
         if self.method.answering in ROUTED:
             return scores
         return replace(scores, weight=torch.full_like(scores.weight, self.method.answering == "latest"))
@@ -126,7 +138,20 @@ class Predictor:
         """Returns [B, all candidates] as the method answers once `learnt` are learnt (all modules by default).
 
         features are those that `image_features` gave, and routes those that `routes` gave for the same tasks learnt.
+
+        Raises:
+            CorruptError: some are not finite.
         """
+        return _finite(self._answer_logits(features, frozen, routes, candidates, learnt), "logits")
+
+    def _answer_logits(
+        self,
+        features: Tensor,
+        frozen: Tensor,
+        routes: Routes,
+        candidates: Sequence[Candidates],
+        learnt: Sequence[int] | None,
+    ) -> Tensor:
         logits = torch.cat([self.logits_of_features(features, routes, c) for c in candidates], dim=1)
         names = [name for c in candidates for name in c.names]
         learnt = range(len(self.modules)) if learnt is None else learnt
@@ -183,3 +208,13 @@ class Predictor:
             index = index.to(device)
             parameters = {n: torch.stack([p[n] for p in chosen])[index] for n in chosen[0] if n.startswith("image.")}
         return self.method.image_features(images, parameters, weight.float().to(device)).cpu()
+
+
+def _finite(values: Tensor, what: str) -> Tensor:
+    """The values; CorruptError where one is NaN or infinite, which nothing learnt and no image gives."""
+    if not torch.isfinite(values).all():
+        raise CorruptError(
+            f"the {what} of an image are not finite numbers, so there is no answer: a module or the backbone's weights "
+            "hold what no training leaves. `diki-ray store verify` reads the modules of a run."
+        )
+    return values

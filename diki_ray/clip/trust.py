@@ -46,7 +46,7 @@ def refuse_what_runs(backbone: BackboneSection, source: str, options: str | None
 def backbone_options(backbone: BackboneSection) -> str:
     """The jobs' options that name this backbone, as they are typed."""
     named = {"--backbone": backbone.name, "--pretrained": backbone.pretrained, "--directory": backbone.directory}
-    return " ".join(f"{option} {_shown(value)}" for option, value in named.items() if value is not None)
+    return " ".join(f"{option} {shlex.quote(value)}" for option, value in named.items() if value is not None)
 
 
 def _shown(value: str) -> str:

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from diki_ray.commands import old_spellings
-from diki_ray.commands.output import prepare_output, print_error
+from diki_ray.commands.output import finish_output, prepare_output, print_error
 from diki_ray.commands.places import DEFAULT_PREPARED, one_run, storage_of
 from diki_ray.commands.store_app import store_app
 from diki_ray.errors import UserError
@@ -60,6 +60,14 @@ def run(command: str | None = None, arguments: Sequence[str] | None = None) -> i
     prepare_output()
     typed = list(sys.argv[1:] if arguments is None else arguments)
     typed = old_spellings.rewritten([command, *typed] if command else typed)
+    code = _code_of(typed)
+    if (lost := finish_output()) is not None:
+        print_error(UserError(f"standard output or error could not be written ({lost}); the command itself went on."))
+        return code or 2
+    return code
+
+
+def _code_of(typed: list[str]) -> int:
     try:
         app(typed, prog_name="diki-ray")
     except SystemExit as end:

@@ -1,13 +1,12 @@
 """`diki-ray evaluate`: what a run has learnt, evaluated in any way, in this process."""
 
 import argparse
-import json
 import sys
 from typing import Any
 
 from diki_ray.answering.comparison import compare
 from diki_ray.answering.figures import Along, report
-from diki_ray.commands.output import console
+from diki_ray.commands.output import console, print_json
 from diki_ray.config import Config
 from diki_ray.report.evaluation_table import comparison, tables
 from diki_ray.runs.evaluate.stored import Asked, evaluate_stored
@@ -20,7 +19,7 @@ def main(arguments: argparse.Namespace) -> int:
     """Evaluate, then print tables or JSON; the exit code."""
     runs, comparisons = evaluate(arguments)
     if arguments.json:
-        print(json.dumps({"runs": runs, "comparisons": comparisons}, indent=2, ensure_ascii=False))
+        print_json({"runs": runs, "comparisons": comparisons})
         return 0
     for document in runs:
         console().print(*tables(document, arguments.classes), sep="\n")
@@ -36,7 +35,7 @@ def evaluate(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], list[
 
     def evaluated(run: str, given: Config | None) -> Along:
         told = told_config(arguments.storage, run, given, arguments)
-        return evaluate_stored(arguments.storage, run, asked, told, say)
+        return evaluate_stored(arguments.storage, run, asked, told, say, named_data=given is not None)
 
     first, *others = (
         evaluated(run, None if n else arguments.config) for n, run in enumerate((arguments.run, *arguments.compare))

@@ -5,6 +5,7 @@ import shlex
 
 from diki_ray import config as configs
 from diki_ray.clip.trust import backbone_options, needs_word
+from diki_ray.commands.output import print_text
 from diki_ray.commands.places import config_file
 from diki_ray.config import Config
 from diki_ray.config.protocols import protocol
@@ -21,8 +22,8 @@ def main(arguments: argparse.Namespace) -> int:
     where = f"--storage {shlex.quote(arguments.storage)} --run {shlex.quote(arguments.run)}"
     if needs_word(config.backbone):
         where += f" {backbone_options(config.backbone)}"
-    print(f"run {arguments.run!r}: {len(entries)} tasks imported ({', '.join(e.task for e in entries)}).")
-    print(f"Published figures are voted by batch: {typed()} evaluate {where} --routing batch")
+    print_text(f"run {arguments.run!r}: {len(entries)} tasks imported ({', '.join(e.task for e in entries)}).")
+    print_text(f"Published figures are voted by batch: {typed()} evaluate {where} --routing batch")
     return 0
 
 

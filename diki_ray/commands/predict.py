@@ -1,14 +1,12 @@
 """`diki-ray predict`: images answered with what a run has learnt."""
 
 import argparse
-import json
 from dataclasses import asdict
-from functools import partial
 
 from rich.table import Table
 from rich.text import Text
 
-from diki_ray.commands.output import console
+from diki_ray.commands.output import console, print_json, print_text
 from diki_ray.config import Config
 from diki_ray.data.inputs import is_collection, parts_of
 from diki_ray.errors import ConfigError
@@ -28,7 +26,7 @@ def main(arguments: argparse.Namespace) -> int:
     answers = predict(arguments)
     if arguments.json:
         named = zip(arguments.images, answers, strict=True)
-        print(json.dumps([{"image": image} | asdict(a) for image, a in named], indent=2, ensure_ascii=False))
+        print_json([{"image": image} | asdict(a) for image, a in named])
     else:
         show(arguments.images, answers)
     return 0
@@ -66,7 +64,7 @@ def predict_all(arguments: argparse.Namespace) -> None:
     parts = parts_of(arguments.images)
     learnt = Learnt.of(*run_of(arguments), classes_of(arguments), arguments.template or DEFAULT_TEMPLATE)
     workers = Workers(arguments.num_workers, arguments.cpus_per_worker, arguments.gpus_per_worker, arguments.address)
-    answer_all(learnt, parts, arguments.output, workers, arguments.max_skipped, partial(print, flush=True))
+    answer_all(learnt, parts, arguments.output, workers, arguments.max_skipped, print_text)
 
 
 def show(images: list[str], answers: list[Answer]) -> None:

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import ray
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress
+from rich.progress import MofNCompleteColumn, Progress, TextColumn
 
 from diki_ray.commands.output import console
 from diki_ray.config.protocols import protocol
@@ -41,7 +41,7 @@ def plans(arguments: argparse.Namespace, console: Console) -> Iterator[prepare.P
         if found is None:
             yield preparation
         else:
-            console.print("\n".join(["already prepared:", *prepare.summary(found)]), highlight=False)
+            console.print("\n".join(["already prepared:", *prepare.summary(found)]), highlight=False, markup=False)
 
 
 def write(preparation: prepare.Preparation, progress: Progress) -> list[prepare.ShardResult]:
@@ -66,7 +66,8 @@ def main(arguments: argparse.Namespace) -> int:
     """Write the shards that are missing and say what there is; the exit code."""
     shown = console()
     wanted = list(plans(arguments, shown))
-    progress = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=shown)
+    name, (_, *columns) = TextColumn("{task.description}", markup=False), Progress.get_default_columns()
+    progress = Progress(name, *columns, MofNCompleteColumn(), console=shown)
     with connected(num_cpus=arguments.num_cpus) if wanted else nullcontext(), progress:
         for preparation in wanted:
             begun = time.monotonic()

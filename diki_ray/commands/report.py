@@ -6,6 +6,7 @@ import argparse
 
 from jinja2 import TemplateError
 
+from diki_ray.commands.output import print_text
 from diki_ray.errors import UserError
 from diki_ray.report.run import load_results, render
 from diki_ray.store.files import write_bytes
@@ -26,5 +27,5 @@ def main(arguments: argparse.Namespace) -> int:
             f"{brief(error)}): evaluate the run again."
         ) from error
     write_bytes(arguments.output, page.encode())
-    print(f"{arguments.output}: {len(page.encode()):,} bytes")
+    print_text(f"{arguments.output}: {len(page.encode()):,} bytes")
     return 0

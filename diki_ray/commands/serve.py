@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+from diki_ray.commands.output import print_text
 from diki_ray.runs.stopping import stoppable
 from diki_ray.serving.server import serving
 from diki_ray.serving.settings import Settings, parse_settings, token_digest
@@ -17,6 +18,6 @@ def main(arguments: dict[str, Any]) -> int:
     fields = {name: arguments.pop(name) for name in Settings.model_fields if name in arguments}
     settings = parse_settings(token_sha256=token, **fields)
     with serving(settings, **arguments) as url:
-        print(f"serving run {settings.run!r} at {url}", flush=True)
+        print_text(f"serving run {settings.run!r} at {url}")
         threading.Event().wait()
     return 0

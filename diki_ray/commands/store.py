@@ -1,7 +1,6 @@
 """`diki-ray store`: a run's store looked at, checked, moved and trimmed."""
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -10,8 +9,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
-from diki_ray.commands.output import console
+from diki_ray.commands.output import console, plain, print_json
 from diki_ray.errors import LeaseHeldError, UserError
 from diki_ray.report.next_steps import typed
 from diki_ray.store.log import holder_of
@@ -111,7 +111,8 @@ def fill(args: argparse.Namespace) -> Report:
     told = named_backbone(args.backbone, args.pretrained, args.directory)
     with _held(args) as (store, epoch):
         config = config_of(store, args.config, told)
-        filled = fill_class_means(store, epoch, config, lambda task: print(f"{task} …", file=sys.stderr))
+        named = args.config is not None
+        filled = fill_class_means(store, epoch, config, lambda task: print(f"{plain(task)} …", file=sys.stderr), named)
     text = f"{len(filled)} module(s) have class means now" if filled else "every module has class means already"
     return {"filled": filled, "text": f"{text}; routing.density=classes answers by them."}
 
@@ -124,7 +125,7 @@ def main(action: Callable[[argparse.Namespace], Report], args: argparse.Namespac
         raise UserError(f"{error} (for this command: --take-over)") from None
     exit_code = report.pop("exit_code", 0)
     if args.json:
-        print(json.dumps({name: value for name, value in report.items() if name != "text"}, indent=2))
+        print_json({name: value for name, value in report.items() if name != "text"})
     else:
         _print(report)
     return int(exit_code)
@@ -189,9 +190,8 @@ def _print(report: Report) -> None:
     shown.print(report["text"], markup=False, highlight=False)
 
 
-def _cell(name: str, cell: Any) -> str:
+def _cell(name: str, cell: Any) -> Text:
     if isinstance(cell, int):
-        return f"{cell:,}"
-    return (
-        str(cell)[:12] if name in ("key", "digest") else str(cell)
-    )  # enough to tell them apart; --json has them whole
+        return Text(f"{cell:,}")
+    # Of a digest enough to tell it from others; --json has it whole.
+    return Text(str(cell)[:12] if name in ("key", "digest") else str(cell))

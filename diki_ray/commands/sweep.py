@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from diki_ray.commands.output import console
+from diki_ray.commands.output import console, print_text
 from diki_ray.config import Config
 from diki_ray.config.sweep import SweepConfig
 from diki_ray.report.next_steps import typed
@@ -24,6 +24,6 @@ def main(sweep: SweepConfig, config: Config) -> int:
     for table in sweep_tables(document):
         console().print(table)
     folder = document["folder"]
-    print(f"report: {folder}/{REPORT}; run the chosen setting: ", end="")
-    print(f"{typed()} continual --config {shlex.quote(f'{folder}/{CHOSEN}')}")
+    chosen = f"{typed()} continual --config {shlex.quote(f'{folder}/{CHOSEN}')}"
+    print_text(f"report: {folder}/{REPORT}; run the chosen setting: {chosen}")
     return 0

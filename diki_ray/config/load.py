@@ -5,6 +5,7 @@ An unknown key, a wrong type or a value out of range is an error that names the 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,6 +89,12 @@ def _index_hint(overrides: Sequence[str]) -> str:
 
 def parse(tree: Any, source: str = "configuration") -> Config:
     """Raises ConfigError naming every field that is wrong, its value, and what is allowed."""
+    try:
+        json.dumps(tree, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{source}: {error.object[error.start - 50 : error.end]!a} is no UTF-8.") from None
+    except (ValueError, TypeError, RecursionError):
+        pass  # no tree of text; said below
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diki_ray.clip.residual import Parameters
 from diki_ray.errors import UserError
+from diki_ray.learning.checkpoint_schema import check_checkpoint
 from diki_ray.learning.collective import gather_rows, own_parts, world_size
 from diki_ray.learning.methods.base import Method, Step
 from diki_ray.learning.parts import StepInParts, class_features
@@ -243,7 +244,12 @@ class TaskTrainer:
         return header, arrays
 
     def load_state(self, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-        """Continues from `state()` of the same task."""
+        """Continues from `state()` of the same task.
+
+        Raises:
+            CorruptError: it is none.
+        """
+        check_checkpoint(header, arrays, {name: tuple(p.shape) for name, p in self.all_parameters.items()})
         with torch.no_grad():
             for name, p in self.all_parameters.items():
                 p.copy_(torch.from_numpy(arrays[f"parameters/{name}"].copy()))

@@ -14,9 +14,10 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import diki_ray
 from diki_ray.answering.class_features import Exact
@@ -30,6 +31,7 @@ from diki_ray.learning.module import TaskModule, read_tensors, write_tensors
 from diki_ray.prediction.run_predictor import RunPredictor, predictor_over, read_image
 from diki_ray.report.model_card import load_arguments, model_card
 from diki_ray.report.results import DOCUMENT
+from diki_ray.report.results_schema import check_results
 from diki_ray.runs.plan import build_method, device_of, load_backbone, precision_of
 from diki_ray.runs.stored_run import check_backbone, config_of, open_learnt
 from diki_ray.store.files import join, read_bytes, write_bytes
@@ -68,7 +70,8 @@ def export_bundle(storage: str, run: str, folder: str, config: Config | None = N
         "modules": headers,
     }
     blob = write_tensors(content, tensors)
-    card = model_card(content, len(blob), store.get_document(DOCUMENT))
+    results = store.get_document(DOCUMENT)
+    card = model_card(content, len(blob), results and check_results(results, f"{DOCUMENT} of run {run!r}"))
     for name, data in ((BUNDLE, blob), (CARD, card.encode()), (CONFIG, config.to_yaml().encode())):
         write_bytes(join(folder, name), data)
     return len(blob)
@@ -148,8 +151,7 @@ def load_bundle(
         content, tensors = read_tensors(read_bytes(place))
     except FileNotFoundError:
         raise DataError(f"there is no bundle {place}; jobs/export.py makes one of a run.") from None
-    if content.get("format") != FORMAT or "modules" not in content:
-        raise CorruptError(f"{place} is no bundle of format {FORMAT}: export the run again with this version.")
+    _check_content(content, place)
     config = parse_stored(content["config"], source=place)
     told = named_backbone(backbone, pretrained, directory)
     if told is None:
@@ -166,6 +168,43 @@ def load_bundle(
     loaded.to(device_of(config), precision_of(config))
     modules = [_module(place, number, m, tensors) for number, m in enumerate(content["modules"])]
     return Model(content["run"], predictor_over(config, build_method(config, loaded), modules, Exact()))
+
+
+class _Header(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    header: dict[str, Any]
+
+
+class _Backbone(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    name: Annotated[str, Field(max_length=4096)]
+    digest: str
+
+
+class _Content(BaseModel):
+    """Of a bundle; what a module's own header may be is asked where it is read."""
+
+    model_config = ConfigDict(strict=True)
+
+    format: Literal[1]
+    run: Annotated[str, Field(max_length=4096)]
+    config: dict[str, Any]
+    backbone: _Backbone
+    modules: list[_Header]
+
+
+def _check_content(content: Any, place: str) -> None:
+    try:
+        _Content.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))[:200]
+        raise CorruptError(
+            f"{place} is no bundle of format {FORMAT} ({field}: {first['msg']}): export the run again."
+        ) from None
 
 
 def _module(place: str, number: int, stored: dict[str, Any], tensors: dict[str, Any]) -> TaskModule:

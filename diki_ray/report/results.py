@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 FORMAT = 1
 DOCUMENT = "results.json"
@@ -14,17 +15,18 @@ DOCUMENT = "results.json"
 def table(results: dict[str, Any]) -> Table:
     """The accuracy matrix in percent: chance and zero-shot above it, the metrics per task below."""
     names = [t["name"] for t in results["tasks"]]
-    out = Table(title=f"{results['run']}: accuracy on each test set, %  ({results['protocol']})", title_justify="left")
+    title = f"{results['run']}: accuracy on each test set, %  ({results['protocol']})"
+    out = Table(title=Text(title), title_justify="left")
     out.add_column("after learning")
     for name in (*names, "mean"):
-        out.add_column(name, justify="right")
+        out.add_column(Text(name), justify="right")
 
     def row(
         label: str, values: Sequence[float | None], mean: float | None = None, style: str = "", end: bool = False
     ) -> None:
         defined = [v for v in values if v is not None]
         mean = sum(defined) / len(defined) if mean is None and defined else mean
-        out.add_row(label, *(_percent(v) for v in values), _percent(mean), style=style, end_section=end)
+        out.add_row(Text(label), *(_percent(v) for v in values), _percent(mean), style=style, end_section=end)
 
     row("(random chance)", [t["chance"] for t in results["tasks"]], style="dim")
     row("nothing: zero-shot", results["zero_shot"], end=True)

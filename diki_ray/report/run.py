@@ -23,6 +23,7 @@ from diki_ray.report import charts
 from diki_ray.report.examples import Pictures, read_pictures
 from diki_ray.report.published import PUBLISHED_METRICS, compare
 from diki_ray.report.results import DOCUMENT, FORMAT
+from diki_ray.report.results_schema import check_results
 from diki_ray.store.files import read_bytes
 from diki_ray.store.run_store import RunStore
 
@@ -60,7 +61,7 @@ def load_results(run: str, storage: str) -> Results:
     found = results.get("format") if isinstance(results, dict) else None
     if found != FORMAT:
         raise UserError(f"the results of {run} have format {found}, this version reads {FORMAT}: run the job again.")
-    return results
+    return check_results(results, f"the results of {run}")
 
 
 def render(runs: Sequence[Results], pictures: Callable[[Mapping[str, Any]], Pictures] = read_pictures) -> str:

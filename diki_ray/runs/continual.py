@@ -82,8 +82,10 @@ def _command() -> str:
     """What was typed, or the same by the command of this package."""
     program = Path(sys.argv[0]).name
     if program in ("diki-ray", "__main__.py"):
-        return f"{typed()} {shlex.join(sys.argv[1:])}"
-    return shlex.join(["python", *sys.argv])
+        command = f"{typed()} {shlex.join(sys.argv[1:])}"
+    else:
+        command = shlex.join(["python", *sys.argv])
+    return command.encode(errors="backslashreplace").decode()  # an argument may be no UTF-8, which documents are
 
 
 class _Clock:

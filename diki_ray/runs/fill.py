@@ -12,7 +12,7 @@ from diki_ray.errors import ConfigError
 from diki_ray.learning.module import TaskModule
 from diki_ray.learning.statistics import Statistics
 from diki_ray.runs.plan import PlannedTask, device_of, find_data, load_backbone, make_plan, precision_of
-from diki_ray.runs.stored_run import check_backbone
+from diki_ray.runs.stored_run import check_backbone, find_stored_data
 from diki_ray.runs.train.assembly import class_sums
 from diki_ray.runs.train.task_data import TaskData
 from diki_ray.store.run_store import RunStore
@@ -20,12 +20,17 @@ from diki_ray.store.run_store import RunStore
 
 @torch.no_grad()
 def fill_class_means(
-    store: RunStore, epoch: int, config: Config, on_task: Callable[[str], None] = lambda task: None
+    store: RunStore,
+    epoch: int,
+    config: Config,
+    on_task: Callable[[str], None] = lambda task: None,
+    named_data: bool = True,
 ) -> list[str]:
     """Gives each module of a run that lacks them its sums by class, and returns the names of these tasks. The prompts,
     the key and everything else of a module stay. What is filled in is committed task by task, so a second call goes on.
 
     config: the one the run was learnt with. on_task: called with the name of each task before its images are read.
+    named_data: as `evaluate_stored` has it.
 
     Raises:
         ConfigError: the backbone or a task's data are not those of the run. DataError: images cannot be read.
@@ -37,7 +42,7 @@ def fill_class_means(
     }
     if not lacking:
         return []
-    found = find_data(config)
+    found = find_data(config) if named_data else find_stored_data(store, config)
     backbone = load_backbone(config)
     plan = make_plan(config, backbone, found)
     check_backbone(store, backbone.name, plan.backbone_digest)

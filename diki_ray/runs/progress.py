@@ -38,7 +38,7 @@ class Display:
     def __init__(self, console: Console):
         self.console = console
         self.bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
@@ -57,7 +57,7 @@ class Display:
         self._tasks = tasks
 
     def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def on_event(self, event: dict[str, Any]) -> None:
         if event["kind"] in ("step", "epoch"):

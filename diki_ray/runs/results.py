@@ -17,6 +17,7 @@ from diki_ray.answering.answers import chances
 from diki_ray.answering.evaluation import Evaluation
 from diki_ray.answering.metrics import Metrics, matrix_document, number
 from diki_ray.config import Config, parse_stored
+from diki_ray.config.places import absolute
 from diki_ray.data.completeness import is_incomplete, shortcomings
 from diki_ray.errors import ConfigError
 from diki_ray.learning.methods import METHODS
@@ -96,7 +97,7 @@ def _task(plan: Plan, evaluation: Evaluation, j: int, module: TaskModule, digest
         "templates": list(planned.templates),
         "chance": chances(plan.config.evaluate.label_space, [len(t.class_names) for t in plan.tasks])[j],
         "data": {
-            "uri": planned.index.uri,
+            "uri": _as_configured(planned.index.uri, plan.config, j),
             "digest": planned.index.digest(),
             "protocol": planned.index.split_protocol,
             "sizes_that_differ": planned.index.provenance.get("sizes_that_differ", {}),
@@ -126,6 +127,16 @@ def _task(plan: Plan, evaluation: Evaluation, j: int, module: TaskModule, digest
         },
         "examples": _examples(plan, evaluation, j),
     }
+
+
+def _as_configured(uri: str, config: Config, j: int) -> str:
+    """The place of task j's prepared data as the configuration writes it: results are handed on, and in full a path
+    says how the folders of this machine are called."""
+    for written in (config.data.root, *(task.data for task in config.tasks[j : j + 1])):
+        place = absolute(written)
+        if uri == place or uri.startswith(place.rstrip("/") + "/"):
+            return written.rstrip("/") + uri[len(place.rstrip("/")) :]
+    return uri
 
 
 def _examples(plan: Plan, evaluation: Evaluation, j: int) -> list[dict[str, Any]]:

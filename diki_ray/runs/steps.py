@@ -9,24 +9,23 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from diki_ray.answering.evaluation import Evaluation
 from diki_ray.config import Config
+from diki_ray.config.yaml_text import read_tree
 from diki_ray.data.completeness import shortcomings
+from diki_ray.errors import CorruptError
 from diki_ray.learning.module import TaskModule
 from diki_ray.report.results import DOCUMENT
+from diki_ray.report.results_schema import check_results
 from diki_ray.report.run import REPORT, render
 from diki_ray.runs import changed_data
 from diki_ray.runs.evaluate.split import digests_of
 from diki_ray.runs.plan import Plan, PlannedTask
 from diki_ray.runs.progress import Display, Listener, OnProgress, following
 from diki_ray.runs.results import build_results, is_of_configuration
+from diki_ray.runs.verification import PARTS, check_parts
 from diki_ray.store.interface import HeldRun
 from diki_ray.store.run_store import CONFIG_DOCUMENT, RunStore
-
-PARTS = "parts.json"
-"""The document that says in how many parts the steps of the run are computed, written before anything is trained."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +51,12 @@ def with_parts_of_the_run(config: Config) -> Config:
     begun, evaluated = run.get_document(PARTS), run.get_document(CONFIG_DOCUMENT)
     parts = config.train.num_workers
     if begun is not None:
-        parts = begun["num_parts"]
+        parts = check_parts(begun, PARTS)
     elif evaluated is not None:
-        parts = yaml.safe_load(evaluated)["train"]["num_workers"]
+        train = read_tree(evaluated, CONFIG_DOCUMENT).get("train")  # of a version whose fields may be others
+        parts = check_parts(
+            {"num_parts": train.get("num_workers") if isinstance(train, dict) else None}, CONFIG_DOCUMENT
+        )
     return config.model_copy(update={"train": config.train.model_copy(update={"num_parts": parts})})
 
 
@@ -132,9 +134,12 @@ def evaluate(
 
 def unchanged_results(plan: Plan, store: HeldRun) -> dict[str, Any] | None:
     """The stored results, if they are of this configuration and of the modules that are in the run now."""
-    results = store.get_document(DOCUMENT)
-    if results is None or not is_of_configuration(results, plan.config):
-        return None
+    try:
+        results = store.get_document(DOCUMENT)
+        if results is None or not is_of_configuration(check_results(results, DOCUMENT), plan.config):
+            return None
+    except CorruptError:
+        return None  # they are made again
     same = [t["module"] for t in results["tasks"]]
     data = [task.index.digest() for task in plan.tasks]
     if [m["digest"] for m in same] != digests_of(plan, store) or [

@@ -9,10 +9,13 @@ from diki_ray.config import BackboneSection, Config, parse_stored
 from diki_ray.config.run import TaskSection
 from diki_ray.config.yaml_text import read_tree
 from diki_ray.data.index import DatasetIndex
+from diki_ray.data.prepare import Preparation, find_finished
+from diki_ray.data.sources import EMBEDDED
 from diki_ray.errors import ConfigError
 from diki_ray.report.results import DOCUMENT
-from diki_ray.runs.plan import find_data
+from diki_ray.runs.plan import Found, find_data
 from diki_ray.store.run_store import CONFIG_DOCUMENT, RunStore
+from diki_ray.store.upkeep import imported_path
 
 
 def open_learnt(storage: str, run: str) -> RunStore:
@@ -51,6 +54,35 @@ def config_of(store: RunStore, given: Config | None = None, backbone: BackboneSe
         if backbone is None:
             refuse_what_runs(given.backbone, f"the stored configuration of run {store.run!r}")
     return given if backbone is None else with_backbone(given, backbone)
+
+
+def find_stored_data(store: RunStore, config: Config) -> tuple[Found, ...]:
+    """The data sets of a stored configuration, which are used as far as they are prepared: storage chooses no files
+    that this process copies, and no folder that it writes to. Of an imported run, whose paths are those of another
+    machine, no folder or file is looked at but the prepared embedded tasks.
+
+    Raises:
+        ConfigError: one that the caller has to name. DataError: one that is not there.
+    """
+    found: tuple[Found, ...] = ()
+    unnamed = _paths_of(config) if store.objects.exists(imported_path(store.log)) else []
+    if not unnamed:
+        found = find_data(config)
+        unnamed = [s.data for s, data in found if isinstance(data, Preparation) and find_finished(data) is None]
+    if unnamed:
+        raise ConfigError(
+            f"the stored configuration of run {store.run!r} names data that are not prepared here, or of the machine "
+            f"that it was imported from ({', '.join(unnamed)[:500]}); they are read at your own word alone: give a "
+            f"configuration that names them with --config (the run's own is {store.log.folder}/results/"
+            f"{CONFIG_DOCUMENT} of its storage: look at its paths first)."
+        )
+    return found
+
+
+def _paths_of(config: Config) -> list[str]:
+    """What a configuration reads beside the embedded tasks."""
+    places = [task.data for task in config.tasks if not task.data.startswith(EMBEDDED)]
+    return places + [str(p) for p in (config.data.sources, getattr(config.method, "reference", None)) if p is not None]
 
 
 def told_config(storage: str, run: str, given: Config | None, arguments: argparse.Namespace) -> Config | None:

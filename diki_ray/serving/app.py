@@ -21,6 +21,7 @@ from torch import Tensor
 
 import diki_ray
 from diki_ray.answering.class_features import Candidates
+from diki_ray.errors import CorruptError
 from diki_ray.serving.decoding import Decoder
 from diki_ray.serving.engine import Question, answer_questions
 from diki_ray.serving.guard import BodyTooLarge, Guard, too_large
@@ -32,7 +33,6 @@ from diki_ray.serving.schema import (
     Asked,
     Health,
     ImageAnswer,
-    PredictRequest,
     PredictResponse,
     Problem,
     TaskInfo,
@@ -40,7 +40,7 @@ from diki_ray.serving.schema import (
 )
 from diki_ray.serving.settings import Settings
 from diki_ray.serving.snapshot import Snapshot, Snapshots
-from diki_ray.serving.uploads import Refusal, from_form, from_json, to_pixels
+from diki_ray.serving.uploads import Refusal, from_form, from_json, request_body, to_pixels
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +186,7 @@ def build_app(service: Service, metrics_of_all: MetricsOfAll | None = None) -> A
         summary="Answer images, among the classes learnt or among classes given.",
         response_model=PredictResponse,
         responses=refusals | {status: {"model": Problem, "description": what} for status, what in _PROBLEMS.items()},
-        openapi_extra={"requestBody": _request_body(service.settings)},
+        openapi_extra={"requestBody": request_body(service.settings)},
     )
     async def predict(request: Request) -> Response:
         response = await _predict(service, request)
@@ -218,6 +218,8 @@ async def _predict(service: Service, request: Request) -> PredictResponse:
         raise Refusal(504, f"there was no answer within {settings.request_timeout_s:g} s.", "late") from None
     except Busy:
         raise Refusal(503, "too many images wait already: try again in a second.", "busy") from None
+    except CorruptError as error:
+        raise Refusal(500, str(error), "not finite") from error
 
 
 async def _read(service: Service, request: Request) -> tuple[list[bytes], Asked]:
@@ -262,26 +264,10 @@ _PROBLEMS = {
     413: "The body is too large.",
     415: "Neither JSON nor a multipart form.",
     422: "Wrong fields, or an image that cannot be used.",
+    500: "What was learnt gives no finite numbers.",
     503: "Too many images wait already.",
     504: "No answer in time.",
 }
-
-
-def _request_body(settings: Settings) -> dict[str, Any]:
-    file = {"type": "string", "contentMediaType": "application/octet-stream"}
-    form = Asked.model_json_schema()
-    form["properties"] = {
-        "image": {"type": "array", "items": file, "minItems": 1, "maxItems": settings.max_images},
-        **form["properties"],
-    }
-    form["required"] = ["image"]
-    return {
-        "required": True,
-        "content": {
-            "multipart/form-data": {"schema": form},
-            "application/json": {"schema": PredictRequest.model_json_schema()},
-        },
-    }
 
 
 def _ask_for_token(app: FastAPI) -> None:

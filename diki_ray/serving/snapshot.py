@@ -24,6 +24,7 @@ from diki_ray.errors import StorageError, UserError
 from diki_ray.learning.module import TaskModule
 from diki_ray.prediction.run_predictor import load_method
 from diki_ray.report.results import DOCUMENT
+from diki_ray.report.results_schema import check_results
 from diki_ray.runs.stored_run import config_of, open_learnt
 from diki_ray.serving.settings import Settings
 
@@ -162,7 +163,8 @@ class Snapshots:
 
     def _measured_error(self) -> float | None:
         try:
-            notes = (self._store.get_document(DOCUMENT) or {}).get("notes") or {}
+            results = self._store.get_document(DOCUMENT)
+            notes = {} if results is None else check_results(results, DOCUMENT)["notes"]
         except StorageError:  # a document for people: nothing is answered from it
             return None
         return notes.get("text_feature_error") if notes.get("text_grid") == self.settings.text_grid else None

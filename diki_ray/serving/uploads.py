@@ -130,3 +130,21 @@ def _sentence(found: Sequence[Any]) -> str:
 def _place(location: tuple[int | str, ...]) -> str:
     place = ".".join(str(part)[:60] for part in location)
     return f"{place}: " if place else ""
+
+
+def request_body(settings: Settings) -> dict[str, Any]:
+    """Returns what the OpenAPI document says of both forms of a request."""
+    file = {"type": "string", "contentMediaType": "application/octet-stream"}
+    form = Asked.model_json_schema()
+    form["properties"] = {
+        "image": {"type": "array", "items": file, "minItems": 1, "maxItems": settings.max_images},
+        **form["properties"],
+    }
+    form["required"] = ["image"]
+    return {
+        "required": True,
+        "content": {
+            "multipart/form-data": {"schema": form},
+            "application/json": {"schema": PredictRequest.model_json_schema()},
+        },
+    }

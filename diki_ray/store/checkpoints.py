@@ -6,6 +6,8 @@ runs/<run>/checkpoints/<key>/<step>.json                   written last: sha256,
 The blob's name holds its digest so that saving a step again can't damage the one that is there.
 """
 
+import re
+from collections.abc import Iterator
 from typing import Any
 
 from diki_ray.errors import CorruptError
@@ -14,6 +16,7 @@ from diki_ray.store.log import digest_of, seal, unseal
 from diki_ray.store.objects import Objects
 
 _KEPT = 2
+_BLOB = r"\d{8,12}-[0-9a-f]{16}\.safetensors"
 
 
 class Checkpoints:
@@ -59,9 +62,9 @@ class Checkpoints:
         return found
 
     def _read(self, key: str, path: str) -> tuple[int, bytes, dict[str, Any]]:
-        about = unseal(self._objects.get(path) or b"", path)
+        about = _checked(unseal(self._objects.get(path) or b"", path), path)
         blob = self._objects.get(f"{self._of(key)}/{about['blob']}")
-        if blob is None or digest_of(blob) != about["sha256"]:
+        if blob is None or digest_of(blob) != about.get("sha256"):
             state = "missing" if blob is None else "damaged"
             raise CorruptError(f"{path}: its blob {about['blob']} is {state}; the checkpoint before it is used")
         return about["step"], blob, about["metadata"]
@@ -80,5 +83,24 @@ class Checkpoints:
     def _descriptions(self, key: str) -> list[str]:
         return [info.path for info in self._objects.list(self._of(key)) if info.path.endswith(".json")]
 
+    def wholes(self) -> Iterator[tuple[str, bytes]]:
+        """Yield the path and the bytes of each whole checkpoint of the run."""
+        for key in self._objects.folders(self.folder):
+            for path in self._descriptions(key):
+                try:
+                    yield path, self._read(key, path)[1]
+                except CorruptError:
+                    continue  # one of `problems`
+
     def _of(self, key: str) -> str:
         return f"{self.folder}/{checked_name(key, 'module key')}"
+
+
+def _checked(about: dict[str, Any], path: str) -> dict[str, Any]:
+    """The description; CorruptError for one that no training writes, whose blob may lie anywhere."""
+    step, blob, metadata = about.get("step"), about.get("blob"), about.get("metadata")
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0 or not isinstance(metadata, dict):
+        raise CorruptError(f"{path}: it has no step or no metadata; the checkpoint before it is used")
+    if not isinstance(blob, str) or not re.fullmatch(_BLOB, blob):
+        raise CorruptError(f"{path}: it names no blob of a checkpoint's; the checkpoint before it is used")
+    return about

@@ -144,3 +144,23 @@ def test_the_browser_has_nothing_to_complain_about_and_asks_nobody_else(page: Pa
     refused = [told for told in page.complaints() if "401" not in told]
     assert refused == []
     assert all(address.startswith((url, "blob:", "data:", "about:")) for address in page.requested())
+
+
+def test_what_is_put_into_the_page_all_the_same_is_stopped_by_its_policy(page: Page, url: str) -> None:
+    page.open(url, 1200, dark=False)
+    page.see(
+        f"""(() => {{
+        window.stopped = [];
+        document.addEventListener('securitypolicyviolation', (e) => window.stopped.push(e.effectiveDirective));
+        const script = document.createElement('script');
+        script.textContent = 'window.hostileRan = true';
+        const place = document.createElement('div');
+        place.innerHTML = `{HOSTILE}<iframe src="data:text/html,x"></iframe><img src="http://127.0.0.1:9/x">`;
+        document.body.append(place, script);
+        fetch('http://127.0.0.1:9/').catch(() => 0);
+        }})()"""
+    )
+    page.wait_for("window.stopped.length >= 5", 20)
+    assert page.see("window.hostileRan === undefined")
+    stopped = set(page.see("window.stopped"))
+    assert {"script-src-elem", "script-src-attr", "img-src", "connect-src", "frame-src"} <= stopped

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from PIL import Image
+from sample_results import sample_results
 from stored_run import StoredRun, picture
 from tiny_backbone import write_tiny_backbone
 
@@ -46,17 +47,17 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def results_of(backbone: str, digests: list[str]) -> dict[str, Any]:
-    metrics = {name: {"mean": 0.5} for name in ("transfer", "average", "forgetting")}
-    return {
-        "backbone": {"digest": backbone, "name": "tiny"},
-        "protocol": "own/image",
-        "config": {"evaluate": {"label_space": "task"}},
-        "tasks": [
-            {"name": name, "chance": 0.25, "module": {"digest": d}} for name, d in zip(CLASSES, digests, strict=True)
-        ],
-        "zero_shot": [0.3, 0.4],
-        "metrics": metrics | {"last": {"mean": 0.8, "per_task": [0.75, 0.85]}},
-    }
+    results = sample_results(list(CLASSES), "two", epochs=1)
+    results["backbone"] |= {"digest": backbone, "name": "tiny"}
+    results["config"]["evaluate"]["label_space"] = "task"
+    for task, digest in zip(results["tasks"], digests, strict=True):
+        task["chance"] = 0.25
+        task["module"]["digest"] = digest
+    results["zero_shot"] = [0.3, 0.4]
+    for name in ("transfer", "average", "forgetting"):
+        results["metrics"][name]["mean"] = 0.5
+    results["metrics"]["last"] = {"mean": 0.8, "per_task": [0.75, 0.85]}
+    return results
 
 
 def mine(storage: Path) -> str:

@@ -9,6 +9,7 @@ import tarfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -256,3 +257,10 @@ def test_a_backbone_file_that_cannot_be_imported_is_a_sentence(tmp_path: Path, c
     with pytest.raises(ConfigError, match=r"backbone\.name: ") as refused:
         load_backbone(str(tmp_path / "theirs.py"))
     assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("place", [{"run": {"name": "x", "storage": "\udcff"}}, {"tasks": [{"data": "a\udcff"}]}])
+def test_names_that_are_no_utf8_are_refused_before_anything_is_trained(place: dict[str, Any]) -> None:
+    tree = {"run": {"name": "x"}, "tasks": [{"data": "embedded:gems"}]} | place
+    with pytest.raises(ConfigError, match=r"\\udcff' is no UTF-8"):
+        parse(tree)

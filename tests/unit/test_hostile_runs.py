@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stored_run import StoredRun, picture
+from fastapi.testclient import TestClient
+from stored_run import Change, StoredRun, as_json, fill, picture_file, rewritten
 
 from diki_ray.commands.app import run as command
 from diki_ray.errors import CorruptError, StorageError, UserError
@@ -19,8 +20,10 @@ from diki_ray.learning.module import TaskModule, read_tensors, write_tensors
 from diki_ray.prediction.run_predictor import predictor_over, read_modules
 from diki_ray.runs.plan import build_method
 from diki_ray.runs.verification import problems_of
+from diki_ray.serving.app import Service, build_app
+from diki_ray.serving.settings import Settings
 from diki_ray.store.library import key_path, module_path
-from diki_ray.store.log import digest_of, seal, unseal
+from diki_ray.store.log import digest_of, seal
 from diki_ray.store.process import this_process
 from diki_ray.store.run_store import RunStore
 
@@ -30,12 +33,6 @@ def served(tmp_path: Path) -> StoredRun:
     run = StoredRun(tmp_path, "warm")
     run.store.release(run.epoch)
     return run
-
-
-def rewritten(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """A sealed document changed, and sealed again."""
-    content = unseal(path.read_bytes(), "theirs")
-    path.write_bytes(seal(change(content) or content))
 
 
 ENTRIES: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -113,9 +110,6 @@ def test_a_pipe_as_log_entry_is_a_sentence(served: StoredRun) -> None:
 # Modules
 
 
-Change = Callable[[dict[str, Any], dict[str, np.ndarray]], Any]
-
-
 def with_module(served: StoredRun, change: Change, module_format: int = 1) -> RunStore:
     """The run with its module changed; blob, record and entry are named and sealed as if it were right."""
     (entry,) = served.store.modules()
@@ -131,14 +125,6 @@ def with_module(served: StoredRun, change: Change, module_format: int = 1) -> Ru
     rewritten(Path(served.storage, key_path(entry.key)), lambda c: c.update(named))
     rewritten(Path(served.storage, f"runs/colours/log/{entry.seq:08d}.json"), lambda c: c.update(named))
     return RunStore.open(served.storage, "colours")
-
-
-def fill(name: str, value: float) -> Change:
-    def change(_: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
-        found = next(n for n in tensors if n.startswith(name))
-        tensors[found].reshape(-1)[0] = value
-
-    return change
 
 
 MODULES: dict[str, Change] = {
@@ -203,6 +189,42 @@ def test_statistics_that_are_no_gaussian_are_refused_when_answers_are_asked_for(
         predictor_over(served.config, build_method(served.config, served.backbone), read_modules(store), None)
 
 
+@pytest.fixture
+def overflowing(served: StoredRun) -> StoredRun:
+    """A run whose module has finite numbers only, of which each answer is NaN."""
+
+    def huge(_: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+        for name in tensors:
+            if name.startswith("parameters/"):
+                tensors[name][:] = 3e38
+
+    with_module(served, huge)
+    return served
+
+
+def test_no_image_is_answered_with_what_is_not_finite(
+    overflowing: StoredRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = tmp_path / "image.png"
+    image.write_bytes(picture_file("warm", 1))
+    where = ["--storage", overflowing.storage, "--run", "colours", "--backbone", overflowing.config.backbone.name]
+    assert command("predict", [str(image), "--json", *where]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("error: the logits of an image are not finite numbers")
+
+
+def test_a_server_says_that_what_it_serves_is_not_finite(overflowing: StoredRun) -> None:
+    settings = Settings(storage=overflowing.storage, run="colours", backbone=overflowing.config.backbone.name)
+    service = Service(settings)
+    with TestClient(build_app(service)) as client:
+        refused = client.post("/predict", json=as_json(picture_file("warm", 1)))
+        assert refused.status_code == 500
+        assert "not finite" in refused.json()["error"]
+        assert client.get("/healthz").status_code == 200
+    service.close()
+
+
 # A stranger's run
 
 
@@ -242,33 +264,3 @@ def test_a_run_whose_keys_are_not_its_modules_own_is_not_imported(served: Stored
     rewritten(Path(served.storage, "runs/colours/log/00000002.json"), lambda c: c.update(key=wanted))
     with pytest.raises(UserError, match="is not the one that its key says"):
         RunStore.import_(str(tmp_path / "home"), "mine", served.storage)
-
-
-# Results and names
-
-
-@pytest.mark.parametrize(
-    "results", ["[]", "7", '{"format": 1}', '{"format": 1, "tasks": 3}', "[" * 50_000, '{"a": NaN}']
-)
-@pytest.mark.parametrize("name", ["report", "predict"])
-def test_results_that_no_run_writes_are_a_sentence(
-    served: StoredRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], results: str, name: str
-) -> None:
-    Path(served.storage, "runs/colours/results/results.json").write_text(results)
-    picture("warm", 1).save(tmp_path / "image.png")
-    asked = ["colours", "--storage", served.storage] if name == "report" else [str(tmp_path / "image.png")]
-    if name == "predict":
-        asked += ["--storage", served.storage, "--run", "colours", "--backbone", served.config.backbone.name]
-    assert command(name, asked) == 2
-    told = capsys.readouterr()
-    assert told.err.startswith("error: ")
-    assert len(told.err.splitlines()) == 1
-
-
-def test_a_whole_run_is_found_whole(served: StoredRun) -> None:
-    assert command("store", ["verify", "--storage", served.storage, "--run", "colours"]) == 0
-
-
-def test_names_move_no_cursor(served: StoredRun, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command("report", ["\x1b[2J\x07colours", "--storage", served.storage]) == 2
-    assert "\x1b" not in capsys.readouterr().err

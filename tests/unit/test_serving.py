@@ -369,7 +369,7 @@ def test_the_openapi_document_says_both_forms_and_every_status(service: Service)
     assert set(document["paths"]) == {"/healthz", "/metrics", "/predict", "/tasks"}
     predict = document["paths"]["/predict"]["post"]
     assert set(predict["requestBody"]["content"]) == {"application/json", "multipart/form-data"}
-    assert set(predict["responses"]) == {"200", "400", "401", "408", "413", "415", "422", "503", "504"}
+    assert set(predict["responses"]) == {"200", "400", "401", "408", "413", "415", "422", "500", "503", "504"}
     assert predict["security"] == [{"token": []}]
     assert "security" not in document["paths"]["/healthz"]["get"]
     assert client.get("/docs").status_code == 401

@@ -1,12 +1,14 @@
 """Damage to the log, to checkpoints and to what is derived is found, said, and survived."""
 
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from storage_faults import BLOB, FaultyObjects, damage, elsewhere, held
 
-from diki_ray.errors import CorruptError, StorageError, UserError
+from diki_ray.errors import CorruptError, FencedError, LeaseHeldError, StorageError, UserError
 from diki_ray.store.caches import Cache
 from diki_ray.store.log import Entry, replay, seal
 from diki_ray.store.run_store import RunStore
@@ -169,3 +171,57 @@ class TestDocumentsAndCache:
         with pytest.raises(CorruptError, match=r"results\.json is damaged"):
             store.get_document("results.json")
         assert [problem.path for problem in store.verify()] == ["runs/run/results/results.json"]
+
+
+class TestClocks:
+    """Drivers whose clocks differ by hours, and writers in the same millisecond: the order is the entries' numbers."""
+
+    def test_clocks_that_differ_by_hours_lose_nothing_that_was_acknowledged(self, objects, monkeypatch):
+        now, offset_h = time.time(), 0.0
+        monkeypatch.setattr(time, "time", lambda: now + 3600 * offset_h)
+        kept = []
+        offset_h = 9.0
+        ahead, first = held(objects)
+        kept.append(ahead.commit_module(first, "k-0", "ahead", b"ahead"))
+        offset_h = 0.0
+        with pytest.raises(LeaseHeldError, match=r"run\.take_over=true"):
+            held(objects)
+        behind, second = held(objects, take_over=True)
+        kept.append(behind.commit_module(second, "k-1", "now", b"now"))
+        offset_h = 9.0
+        with pytest.raises(FencedError):
+            ahead.commit_module(first, "k-2", "late", b"late")
+        last, third = held(objects)  # to this clock the second lease is over long since
+        kept.append(last.commit_module(third, "k-3", "again", b"again"))
+        offset_h = -7.0
+        with pytest.raises(FencedError):
+            behind.renew(second)
+        last.compact(third)
+        kept.append(last.commit_module(third, "k-4", "before 1970 for all we know", b"before"))
+        last.release(third)
+        assert held(objects)[1] == 4
+        there = RunStore(objects, "run")
+        assert [entry.digest for entry in there.modules()] == [entry.digest for entry in kept]
+        assert there.verify() == ()
+
+    def test_writers_in_the_same_millisecond_keep_all_they_wrote(self, objects, monkeypatch):
+        monkeypatch.setattr(time, "time", lambda: 1e9)
+        monkeypatch.setattr(time, "time_ns", lambda: 10**18)
+        start = threading.Barrier(8)
+
+        def write(number):
+            store, epoch = held(objects, f"run-{number}")
+            start.wait(20)
+            for step in range(4):
+                store.save_checkpoint(epoch, f"k-{number}", step, b"state" * step)
+                store.put_document(epoch, "results.json", {"step": step})
+                store.commit_module(epoch, f"k-{step}", f"task-{step}", b"the same of all %d" % step)
+            store.release(epoch)
+            return store
+
+        with ThreadPoolExecutor(8) as pool:
+            stores = list(pool.map(write, range(8)))
+        for store in stores:
+            assert len(RunStore(objects, store.run).modules()) == 4
+            assert RunStore(objects, store.run).get_document("results.json") == {"step": 3}
+            assert RunStore(objects, store.run).verify() == ()

@@ -45,8 +45,6 @@ class Stranger:
     def __init__(self, folder: Path) -> None:
         self.folder, self.marker = folder, folder / "MARKER"
         self.run = StoredRun(folder, "warm")
-        document = self.run.store.get_document("results.json") | {"tasks": []}
-        self.run.store.put_document(self.run.epoch, "results.json", document)
         self.run.store.release(self.run.epoch)
         self.storage = self.run.storage
         self.harmless = self.run.config.backbone.name

@@ -20,7 +20,7 @@ from diki_ray.runs.evaluate.split import evaluate_here
 from diki_ray.runs.plan import Plan, PlannedTask, find_data, is_sequential, load_backbone, make_plan
 from diki_ray.runs.progress import OnProgress
 from diki_ray.runs.results import protocol_of
-from diki_ray.runs.stored_run import check_backbone, config_of, open_learnt
+from diki_ray.runs.stored_run import check_backbone, config_of, find_stored_data, open_learnt
 from diki_ray.store.caches import Cache
 from diki_ray.store.run_store import RunStore
 
@@ -44,17 +44,20 @@ def evaluate_stored(
     asked: Asked,
     config: Config | None = None,
     on_progress: OnProgress = lambda what, done, total: None,
+    named_data: bool = False,
 ) -> Along:
     """The answers of a stored run as they are asked for.
 
-    config: the run's own by default. on_progress: see `OnProgress`.
+    config: the run's own by default. on_progress: see `OnProgress`. named_data: the data sets of `config` are those
+    that the caller named, so that what is not prepared yet is prepared now; else they are what the storage says, and
+    read as `find_stored_data` has it.
 
     Raises:
         ConfigError: no such run or task, no configuration, another backbone. DataError: a test set that cannot be read.
     """
     store = open_learnt(storage, run)
     config = _configured(config_of(store, config), storage, run, asked)
-    data = find_data(config)
+    data = find_data(config) if named_data else find_stored_data(store, config)
     backbone = load_backbone(config)
     whole = make_plan(config, backbone, data)
     check_backbone(store, backbone.name, whole.backbone_digest)

@@ -148,7 +148,7 @@ def train_tasks(loop: dict[str, Any]) -> None:
 
 def _failure(store: HeldRun, attempt: str) -> dict[str, str] | None:
     said = store.get_document(FAILURE)
-    return said if said and said["attempt"] == attempt else None
+    return said if isinstance(said, dict) and said.get("attempt") == attempt else None
 
 
 def _raise_what_a_worker_said(store: HeldRun, attempt: str) -> None:
