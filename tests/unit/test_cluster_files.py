@@ -375,6 +375,10 @@ def test_the_guides_commands_are_shell_and_name_only_what_there_is():
     named = set(re.findall(r"(?<![\w/-])(?:cluster|configs|jobs)/[\w./-]+\w", guide()))
     assert {name for name in named if not (ROOT / name).exists()} == set()
     assert set(re.findall(r"kuberay-operator --version ([\d.]+)", guide())) == {"1.7.0"}
+    # Longer than a new head takes on a new node, on which the image has still to be pulled: no retry covers that.
+    waits = re.findall(r"name=RAYJOB_STATUS_CHECK_TIMEOUT_SECONDS' --set-string 'env\[0\].value=(\d+)'", guide())
+    assert len(waits) == guide().count("helm install kuberay-operator") == 2
+    assert min(map(int, waits)) >= 1200
     assert set(re.findall(r"`ray` must be the cluster's version \(([\d.]+)\)", guide())) == {RAY_VERSION}
     made = {
         thing["metadata"]["name"]
