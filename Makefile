@@ -1,7 +1,7 @@
 # make quickstart   the embedded stream, from an empty folder to the accuracy matrix
 # make check        environment, lint, types, unit tests: no cluster, at most 3 minutes on two idle cores
 # make test         the same and every other test that is not marked long: at most 12 minutes
-# make cluster      the files under cluster/ alone; needs kubectl and Prometheus' tools, and says loudly what it left out
+# make cluster      the files under cluster/ alone; needs kubectl, docker compose and Prometheus' tools, and says loudly what it left out
 # make chaos       every test of recovery, of sweeps, of several nodes, of shared-out weights and of the benchmark, long ones too
 # make soak         KILLS (50) random kills over a long stream: bit-equal results and nothing left behind
 # make gpu         parity and benchmark on a CUDA card; says loudly when there is none
@@ -30,7 +30,7 @@ test: env-test lint types
 	$(PYTEST)
 
 cluster: env-test
-	$(BIN)/python -m pytest -rs tests/unit/test_cluster_files.py tests/unit/test_cluster_image.py tests/unit/test_cluster_metrics.py
+	$(BIN)/python -m pytest -rs tests/unit/test_cluster_*.py
 
 .PHONY: browser
 browser: env-test

@@ -182,7 +182,8 @@ def _room(workers: Workers) -> int:
     if min(room) < 1:
         raise ConfigError(
             f"a worker needs {workers.cpus:g} CPUs and {workers.gpus:g} GPUs, and the cluster has "
-            f"{there.get('CPU', 0):g} and {there.get('GPU', 0):g}: ask for less."
+            f"{there.get('CPU', 0):g} and {there.get('GPU', 0):g}: ask for less, or say "
+            "with --num-workers how many a cluster that grows is to start."
         )
     return int(min(room))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
+import socket
 import sys
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -17,6 +19,7 @@ NEW_TASK = """\
   name: my_task
   template: "a photo of a {}.\""""
 """The lines of configuration that add a task."""
+_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")  # of the pod that this process is in
 
 
 def typed() -> str:
@@ -35,8 +38,7 @@ def next_steps(config: Config, command: str, config_file: str | None) -> str:
             *_add_a_task(config, config_file),
             "predict:",
             f"  {typed()} predict IMAGE {run}{word}",
-            "open the report:",
-            f"  {_open_report(config)}",
+            *_open_report(config),
         ]
     )
 
@@ -51,9 +53,17 @@ def _add_a_task(config: Config, config_file: str | None) -> list[str]:
     ]
 
 
-def _open_report(config: Config) -> str:
+def _open_report(config: Config) -> list[str]:
+    """Returns what brings the report before a person, who may read this in the log of a machine without a screen."""
+    storage, name = shlex.quote(config.run.storage), shlex.quote(config.run.name)
+    copy = f"  {typed()} report {name} --storage {storage} --output {REPORT}"
     if urlsplit(config.run.storage).scheme:  # a browser cannot read object storage: make a local copy
-        storage, name = shlex.quote(config.run.storage), shlex.quote(config.run.name)
-        return f"{typed()} report {name} --storage {storage} --output {REPORT}"
+        return ["copy the report, from any machine that reaches the storage:", copy]
     path = Path(config.run.storage, "runs", config.run.name, "results", REPORT).expanduser().resolve()
-    return f"{shlex.quote(sys.executable)} -m webbrowser {shlex.quote(path.as_uri())}"
+    if "KUBERNETES_SERVICE_HOST" in os.environ:
+        namespace = f"{_NAMESPACE.read_text().strip()}/" if _NAMESPACE.is_file() else ""
+        pod = f"{namespace}{socket.gethostname()}:{path}"
+        return ["copy the report, as long as this pod is there:", f"  kubectl cp {shlex.quote(pod)} {REPORT}"]
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:  # in the driver of a submitted job
+        return ["copy the report, on any machine that has this storage at that path:", copy]
+    return ["open the report:", f"  {shlex.quote(sys.executable)} -m webbrowser {shlex.quote(path.as_uri())}"]

@@ -69,6 +69,7 @@ class _Module(_Part):
     key: _Text
     digest: _Text
     num_parameters: _Count
+    parameters_of: _Text | None = None
 
 
 class _Epoch(_Part):

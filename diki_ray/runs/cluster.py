@@ -9,9 +9,11 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import ray
 from ray._private import utils as ray_signals
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diki_ray.errors import ConfigError
 from diki_ray.runs import stopping
@@ -66,6 +68,19 @@ def connected(
         yield joined
     finally:
         ray.shutdown()
+
+
+def beside_this_process() -> dict[str, Any]:
+    """Return the options of a task or an actor that waits and does not compute: it runs on this process's node.
+
+    So it keeps no worker's node from being given back, nor goes with it. It runs elsewhere once this node is gone.
+    """
+    return {
+        "num_cpus": 0,  # a worker group may ask for every CPU there is
+        # One byte. What asks for nothing at all Ray 2.60 places on any node, whatever its affinity.
+        "memory": 1,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True),
+    }
 
 
 @contextmanager

@@ -15,9 +15,9 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diki_ray.errors import FencedError, StorageError, UserError
+from diki_ray.runs.cluster import beside_this_process
 from diki_ray.runs.store_actor import Outcome, RunHandle, StoreActor
 from diki_ray.store.interface import HeldRun, RunStatus
 from diki_ray.store.log import Entry
@@ -32,7 +32,6 @@ P = ParamSpec("P")
 NAMESPACE = "diki_ray"
 DEFAULT_TIMEOUT_S = 120.0  # a restarted actor is back in seconds; storage may be away for longer
 _RETRY_S = 0.2
-_NUM_CPUS = 0  # it waits for storage, it does not compute; a worker group may ask for every CPU there is
 _NUM_THREADS = 4  # readers and heartbeats are not to wait behind a slow write
 
 
@@ -246,9 +245,7 @@ class StoreClient(HeldRun):
             "max_restarts": -1,
             "max_task_retries": -1,
             "max_concurrency": _NUM_THREADS,
-            "num_cpus": _NUM_CPUS,
-            # Beside the driver, whose disk the storage may be; elsewhere when that node is gone.
-            "scheduling_strategy": NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True),
+            **beside_this_process(),  # the storage may be its node's disk
         }
         while True:
             with contextlib.suppress(ValueError):  # nobody has the name

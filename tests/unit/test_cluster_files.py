@@ -157,10 +157,33 @@ def test_every_pod_keeps_to_the_restricted_pod_security_standard(overlay):
             context = container["securityContext"]
             assert context["allowPrivilegeEscalation"] is False, name
             assert context["capabilities"] == {"drop": ["ALL"]}, name
+            assert context["readOnlyRootFilesystem"] is True, name
             assert "privileged" not in context, name
             assert set(container["resources"]) == {"requests", "limits"}, name
     autoscaler = ray_cluster(overlay).get("autoscalerOptions")
-    assert autoscaler is None or autoscaler["securityContext"]["allowPrivilegeEscalation"] is False
+    if autoscaler is not None:
+        assert autoscaler["securityContext"]["allowPrivilegeEscalation"] is False
+        assert autoscaler["securityContext"]["readOnlyRootFilesystem"] is True
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_what_runs_python_may_write_to_tmp_and_has_its_caches_there(overlay):
+    autoscaler = ray_cluster(overlay).get("autoscalerOptions")
+    containers = [] if autoscaler is None else [autoscaler]
+    for name, template in pod_templates(overlay):
+        if name != "diki-redis":
+            assert {"name": "tmp", "emptyDir": {}} in template["spec"]["volumes"], name
+            containers += template["spec"]["containers"]
+    for container in containers:
+        assert {"name": "tmp", "mountPath": "/tmp"} in container["volumeMounts"]
+        assert {"name": "HOME", "value": "/tmp"} in container["env"]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_nothing_that_computes_is_placed_on_the_head(overlay):
+    assert ray_cluster(overlay)["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    for job in of_kind(overlay, "RayJob"):
+        assert not job["spec"].keys() & {"entrypointNumCpus", "entrypointNumGpus", "entrypointResources"}
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -239,7 +262,7 @@ def test_a_job_runs_a_command_of_this_repository_with_a_valid_configuration(over
     mounts = [[m["mountPath"] for m in spec["containers"][0].get("volumeMounts", [])] for spec in templates]
     for place in (wanted.run.storage, wanted.data.root):
         assert place.startswith((f"{MOUNT}/", "s3://", "gs://")), "a pod's own disk goes with the pod"
-        assert mounts == [[MOUNT] if place.startswith(MOUNT) else []] * 2
+        assert mounts == [["/tmp", MOUNT] if place.startswith(MOUNT) else ["/tmp"]] * 2
 
 
 @pytest.mark.parametrize("overlay", JOB_OVERLAYS)
@@ -302,7 +325,7 @@ def test_a_front_stands_before_ray_serves_proxy_which_listens_within_the_pod_alo
     (group,) = ray_cluster(overlay)["workerGroupSpecs"]
     worker, front = group["template"]["spec"]["containers"]
     assert front["image"] == worker["image"]
-    assert {e["name"] for e in front["env"]} == {TOKEN_VARIABLE}
+    assert {e["name"] for e in front["env"]} == {TOKEN_VARIABLE, "HOME"}
     python, job, *arguments = front["command"]
     assert (python, (ROOT / job).is_file()) == ("python", True)
     given = dict(zip(arguments[::2], arguments[1::2], strict=True))
@@ -352,6 +375,10 @@ def test_the_guides_commands_are_shell_and_name_only_what_there_is():
     named = set(re.findall(r"(?<![\w/-])(?:cluster|configs|jobs)/[\w./-]+\w", guide()))
     assert {name for name in named if not (ROOT / name).exists()} == set()
     assert set(re.findall(r"kuberay-operator --version ([\d.]+)", guide())) == {"1.7.0"}
+    # Longer than a new head takes on a new node, on which the image has still to be pulled: no retry covers that.
+    waits = re.findall(r"name=RAYJOB_STATUS_CHECK_TIMEOUT_SECONDS' --set-string 'env\[0\].value=(\d+)'", guide())
+    assert len(waits) == guide().count("helm install kuberay-operator") == 2
+    assert min(map(int, waits)) >= 1200
     assert set(re.findall(r"`ray` must be the cluster's version \(([\d.]+)\)", guide())) == {RAY_VERSION}
     made = {
         thing["metadata"]["name"]

@@ -1,7 +1,10 @@
 """The image that the overlays run: versions of the package, pinned dependencies, a build context with all it copies."""
 
+import os
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,13 +37,41 @@ def test_images_and_ray_versions_are_those_of_the_package(overlay):
     assert image == f"diki-ray:{diki_ray.__version__}-{variant}"
 
 
-def test_the_image_is_pinned_to_the_ray_of_the_package_and_does_not_run_as_root():
+def test_the_image_has_the_python_of_the_package_and_does_not_run_as_root():
     lines = [line for line in dockerfile().splitlines() if line and not line.startswith("#")]
-    assert f"ARG RAY_VERSION={RAY_VERSION}" in lines
-    assert "FROM rayproject/ray:${RAY_VERSION}-py311-${PLATFORM}" in lines
-    assert "py311".replace("py3", "3.") in PYPROJECT["requires-python"]
+    assert [line for line in lines if line.startswith("FROM")] == ["FROM python:3.11-slim-bookworm"]
+    assert "3.11" in PYPROJECT["requires-python"]
     assert [line for line in lines if line.startswith("USER")] == ["USER 1000"]
     assert set(re.findall(r"diki-ray:([\w.]+)-", dockerfile())) == {diki_ray.__version__}
+
+
+def test_the_image_is_for_the_cpu_unless_asked_and_code_comes_after_what_it_needs():
+    lines = dockerfile().splitlines()
+    assert "ARG PLATFORM=cpu" in lines
+    assert "ARG TORCH_INDEX=https://download.pytorch.org/whl/${PLATFORM}" in lines
+    # Not as an extra index: where that is not reached, pip would take the CUDA wheels of PyPI.
+    assert "extra-index-url" not in dockerfile()
+    order = ["RUN pip install --no-deps --index-url", "RUN pip install --constraint", "COPY diki_ray diki_ray", "USER"]
+    at = [next(i for i, line in enumerate(lines) if line.startswith(start)) for start in order]
+    assert at == sorted(at)
+    assert any("diki-ray --help" in line for line in lines[at[-1] :])
+
+
+def smoke_test():
+    """The Python of the smoke test, as a shell in the image reads it."""
+    (code,) = re.findall(r'python -c "(.*?)"$', dockerfile(), re.DOTALL | re.MULTILINE)
+    return code.replace("\\\n", "")
+
+
+def test_the_smoke_test_within_the_build_passes_here_and_finds_a_package_without_its_configurations(tmp_path):
+    command = [sys.executable, "-c", smoke_test()]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.startswith("torch")
+    package = tmp_path / "diki_ray"
+    shutil.copytree(ROOT / "diki_ray", package, ignore=shutil.ignore_patterns("configs", "__pycache__"))
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "configs/quickstart.yaml" in done.stderr
 
 
 def test_the_build_context_has_all_that_the_image_copies():

@@ -7,6 +7,7 @@ import copy
 import io
 import json
 import re
+import socket
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from diki_ray.config import parse
 from diki_ray.config.protocols import protocol
 from diki_ray.errors import UserError
 from diki_ray.report import charts
+from diki_ray.report import next_steps as next_steps_module
 from diki_ray.report.examples import Pictures, read_pictures
 from diki_ray.report.next_steps import next_steps
 from diki_ray.report.published import compare
@@ -358,6 +360,12 @@ def test_charts_stay_in_their_box() -> None:
 # --- what to type next ----------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def on_a_persons_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("KUBERNETES_SERVICE_HOST", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        monkeypatch.delenv(name, raising=False)
+
+
 def test_next_steps_quote_what_a_shell_would_split() -> None:
     config = parse({"run": {"name": "r", "storage": "/tmp/my runs"}, "tasks": [{"data": "embedded:digits"}]})
     text = next_steps(config, "python jobs/continual.py --config c.yaml", "c.yaml")
@@ -369,3 +377,17 @@ def test_next_steps_quote_what_a_shell_would_split() -> None:
 def test_a_report_in_object_storage_is_opened_through_a_local_copy() -> None:
     config = parse({"run": {"name": "r", "storage": "s3://b/p"}, "tasks": [{"data": "embedded:digits"}]})
     assert " report r --storage s3://b/p --output report.html" in next_steps(config, "…", None)
+
+
+def test_a_submitted_job_leads_to_no_browser_of_its_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = parse({"run": {"name": "r", "storage": "/mnt/diki/runs"}, "tasks": [{"data": "embedded:digits"}]})
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    text = next_steps(config, "…", None)
+    assert " report r --storage /mnt/diki/runs --output report.html" in text
+    assert "webbrowser" not in text
+
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    (tmp_path / "namespace").write_text("diki\n")
+    monkeypatch.setattr(next_steps_module, "_NAMESPACE", tmp_path / "namespace")
+    copied = f"kubectl cp diki/{socket.gethostname()}:/mnt/diki/runs/runs/r/results/report.html report.html"
+    assert copied in next_steps(config, "…", None)

@@ -19,6 +19,7 @@ from diki_ray.config import Config
 from diki_ray.config.places import with_absolute_paths
 from diki_ray.errors import UserError
 from diki_ray.learning.collective import barrier, world_size
+from diki_ray.runs.cluster import beside_this_process
 from diki_ray.runs.plan import PlannedTask, device_of
 from diki_ray.runs.train.faults import injected_faults
 from diki_ray.runs.train.worker import learn_all
@@ -44,9 +45,9 @@ def train(config: Config, pending: Sequence[PlannedTask], store: HeldRun) -> Non
     if len(groups) == 1:
         _train_group(config, pending, store)
         return
-    # A Ray task as each group's driver: Ray Train wants a main thread of its own for every fit(). Placed like any other
-    # task also when a sweep's trial asks, whose placement group would else hold it and what it starts.
-    drive = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy="DEFAULT")(_train_group)
+    # A Ray task as each group's driver: Ray Train wants a main thread of its own for every fit(). By affinity also
+    # when a sweep's trial asks, whose placement group would else hold the task and what it starts.
+    drive = ray.remote(max_retries=0, **beside_this_process())(_train_group)
     running = [drive.remote(config, group, store) for group in groups]
     errors_met: list[BaseException] = []
     for reply in running:  # the others go on to the end of their tasks: what they commit is not lost
