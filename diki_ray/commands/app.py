@@ -78,18 +78,21 @@ def continual(
     overrides: Overrides = None,
     storage: Storage = None,
     run: Annotated[str | None, typer.Option(help="Instead of the configuration's run.name.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what would be done, and do nothing.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="With --plan: print JSON.")] = False,
 ) -> None:
     """Learn a stream of tasks.
 
     Running the same command again continues the run: what is committed is not trained again, and a task that was
     added to the configuration is trained alone.
     """
+    _need(plan or not json, "--json goes with --plan")
     from diki_ray.commands.places import configured
 
     loaded = configured(config, overrides or (), storage, run)
     from diki_ray.commands import continual as command
 
-    raise typer.Exit(command.main(loaded, config))
+    raise typer.Exit(command.plan(loaded, json) if plan else command.main(loaded, config))
 
 
 @app.command()

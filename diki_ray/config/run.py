@@ -236,7 +236,8 @@ class TaskSection(Section):
     """One task of the stream."""
 
     data: ChangesModule[str]
-    """`embedded:NAME`, a prepared data set (folder with index.json, local or remote), or a folder in a known layout."""
+    """`embedded:NAME`, a prepared data set (folder with index.json, local or remote, whose digest may be left out where
+    it is the only one of its name: `prepared/pets`), or a folder in a known layout."""
     name: ChangesAnswers[str | None] = Field(default=None, pattern=NAME)
     """The data set's own name by default."""
     template: ChangesModule[str | None] = None

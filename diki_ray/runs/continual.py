@@ -17,7 +17,9 @@ import yaml
 from rich.console import Console
 
 from diki_ray.config import Config
+from diki_ray.config.run import TaskSection
 from diki_ray.data.completeness import shortcomings
+from diki_ray.data.index import DatasetIndex
 from diki_ray.learning.module import TaskModule
 from diki_ray.report.next_steps import next_steps, typed
 from diki_ray.report.results import DOCUMENT, table
@@ -32,7 +34,7 @@ from diki_ray.runs.store_client import StoreClient
 from diki_ray.runs.telemetry import Telemetry, exporting
 from diki_ray.runs.tracking import Tracking, tracking
 from diki_ray.runs.train.group import train
-from diki_ray.store.interface import HeldRun
+from diki_ray.store.interface import HeldRun, ReadableRun
 from diki_ray.store.run_store import CONFIG_DOCUMENT, RunStore
 
 PARTS = "parts.json"
@@ -59,7 +61,7 @@ def run_continual(config: Config, console: Console, config_file: str | None = No
 def _run(config: Config, display: Display, telemetry: Telemetry, tracked: Tracking) -> dict[str, Any]:
     clock = _Clock(telemetry)
     clock.start("plan")
-    config = _with_parts_of_the_run(config)
+    config = with_parts_of_the_run(config)
     data = find_data(config)  # before weights are fetched, which can take minutes
     plan = make_plan(config, load_backbone(config), data)
     clock.start("cluster")
@@ -67,7 +69,9 @@ def _run(config: Config, display: Display, telemetry: Telemetry, tracked: Tracki
         plan = with_former_modules(plan, store)
         telemetry.watch(store, [task.key for task in plan.tasks])
         display.say(f"run {config.run.name!r} on {store.storage}: {len(plan.tasks)} tasks, {protocol_of(plan)}")
-        for task in plan.tasks:
+        for task, (section, _) in zip(plan.tasks, data, strict=True):
+            if _named_shortly(section, task.index):
+                display.say(f"{task.name}: {section.data} is {task.index.uri}")
             if lacking := shortcomings(task.index):
                 display.say(f"{task.name} is not complete: {'; '.join(lacking)}")
         if sentence := plan.few_images():
@@ -76,7 +80,7 @@ def _run(config: Config, display: Display, telemetry: Telemetry, tracked: Tracki
             store.put_document(PARTS, parts)
         clock.start("train")
         trained = _learn(plan, store, display, [display, telemetry, tracked])
-        results = None if trained else _unchanged_results(plan, store)
+        results = None if trained else unchanged_results(plan, store)
         if results is None:
             clock.start("evaluate")
             results = _evaluated(plan, store, display, telemetry, clock, trained)
@@ -89,7 +93,12 @@ def _run(config: Config, display: Display, telemetry: Telemetry, tracked: Tracki
         return results
 
 
-def _with_parts_of_the_run(config: Config) -> Config:
+def _named_shortly(section: TaskSection, index: DatasetIndex) -> bool:
+    """Whether a task's data are written without the digest of the prepared data set that they are."""
+    return section.data.rstrip("/").rpartition("/")[2] == index.uri.rpartition("/")[2].rpartition("-")[0]
+
+
+def with_parts_of_the_run(config: Config) -> Config:
     """The configuration with `train.num_parts` said: as it was, or else what the run was begun with, so that another
     number of workers trains nothing anew. Runs from before there were parts had one for each worker."""
     if config.train.num_parts is not None:
@@ -169,7 +178,7 @@ def _command() -> str:
     return shlex.join(["python", *sys.argv])
 
 
-def _unchanged_results(plan: Plan, store: HeldRun) -> dict[str, Any] | None:
+def unchanged_results(plan: Plan, store: ReadableRun) -> dict[str, Any] | None:
     """The stored results, if they are of this configuration and of the modules that are in the run now."""
     results = store.get_document(DOCUMENT)
     if results is None or not is_of_configuration(results, plan.config):
