@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from diki_ray.config import Config
 from diki_ray.data.images import decode_image
 from diki_ray.data.index import DatasetIndex
 from diki_ray.data.prepare import Preparation
+from diki_ray.data.shards import SkipLedger
 from diki_ray.data.stream import eval_batches
+from diki_ray.errors import DataError
 from diki_ray.learning.methods import Method, Zscl
 from diki_ray.learning.task_trainer import TaskTrainer
 from diki_ray.runs.plan import device_of, precision_of, recipe_of
@@ -100,13 +103,23 @@ def decoding_s(data: DatasetIndex | Preparation, method: Method) -> float:
     """Seconds that one thread needs to read and decode an image of a data set: of its first ones."""
     preprocess = method.backbone.preprocess
     if isinstance(data, DatasetIndex):
-        batches = eval_batches(data, "train", batch_size=NUM_DECODED, transform=preprocess, batches=[0], num_threads=1)
         started = time.monotonic()
+        batches = eval_batches(
+            data,
+            "train",
+            batch_size=NUM_DECODED,
+            transform=preprocess,
+            batches=[0],
+            num_threads=1,
+            ledger=SkipLedger(),
+        )
         number = sum(len(batch.labels) for batch in batches)
         return (time.monotonic() - started) / max(1, number)
-    items = data.choice.splits["train"][:NUM_DECODED]
-    data.raw.reader.read(items[0].ref)  # what is opened, or drawn, once for all images
-    started = time.monotonic()
-    for item in items:
-        preprocess(decode_image(data.raw.reader.read(item.ref)[0]))
-    return (time.monotonic() - started) / len(items)
+    refs, reader = [item.ref for item in data.choice.splits["train"][:NUM_DECODED]], data.raw.reader
+    taken = []
+    for ref in (refs[0], *refs):  # the first one twice: a file is opened, or a split drawn, once for all images
+        started = time.monotonic()
+        with contextlib.suppress(OSError, DataError):  # a damaged image: the run counts it
+            preprocess(decode_image(reader.read(ref)[0]))
+        taken.append(time.monotonic() - started)
+    return sum(taken[1:]) / len(refs)

@@ -100,5 +100,5 @@ def test_our_configurations_are_found_by_name_from_anywhere(tmp_path: Path, monk
 
 
 def test_a_servers_limits_are_read_with_their_types() -> None:
-    limits = server_limits(["--max-images", "8", "--refresh-s=0.5"])
+    limits = server_limits(["--max-images", "8", "--refresh-s=0.5"], of_front=False)
     assert limits == {"max_images": 8, "refresh_s": 0.5}

@@ -82,7 +82,8 @@ def test_the_speed_of_this_machine_is_measured(monkeypatch: pytest.MonkeyPatch) 
         measured(c, forecasts.build_method(c, BACKBONE))
         for c in (config, load(DEBUG.with_name("quickstart_one_pass.yaml")))
     )
-    assert diki is not None and classes is not None
+    assert diki is not None
+    assert classes is not None
     assert min(diki.step_image_s + diki.step_class_s, diki.frozen_image_s, classes.frozen_image_s) > 0
     assert (classes.step_image_s, classes.step_class_s) == (0, 0)
     gpu = config.model_copy(update={"train": config.train.model_copy(update={"device": "cuda"})})

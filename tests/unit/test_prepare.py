@@ -387,7 +387,7 @@ def test_a_name_finds_the_only_prepared_data_set_that_has_it(tmp_path: Path, mon
     other = ensure(source, root, shots=2)
     with pytest.raises(DataError, match=r"may be any of .*pets-.*pets-.* with its digest") as error:
         ensure(f"{root}/pets", root)
-    assert index.uri in str(error.value) and other.uri in str(error.value)
+    assert all(found.uri in str(error.value) for found in (index, other))
     assert ensure(index.uri, root) == index  # in full it is no question
     with pytest.raises(DataError, match="there is no data set at"):
         ensure(f"{root}/pet", root)
