@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from diki_ray.commands.options import need
+from diki_ray.commands.options import Json, Storage, need
+from diki_ray.commands.places import DEFAULT_PREPARED, configured, storage_of
 
 setup_app = typer.Typer(rich_markup_mode=None)
 
@@ -37,3 +38,23 @@ def init(
     if backbone is not None:
         chosen = BackboneSection(name=backbone, pretrained=pretrained, directory=directory)
     raise typer.Exit(command.main(folders, output, run, storage, chosen))
+
+
+@setup_app.command()
+def doctor(
+    storage: Storage = None,
+    config: Annotated[str | None, typer.Option(metavar="FILE", help="Ask about what it names.")] = None,
+    address: Annotated[str | None, typer.Option(help="Of a Ray cluster. Default: RAY_ADDRESS, else none.")] = None,
+    json: Json = False,
+) -> None:
+    """Say whether this machine, the storage and the cluster are fit for a run.
+
+    Each line is ok, warning or failed, with what to do. Nothing is started, and what is written to the storage is
+    deleted again. Exit code 1: something has failed.
+    """
+    loaded = configured(config, (), storage, None) if config else None
+    from diki_ray.commands import doctor as command
+    from diki_ray.runs.doctor import Subject
+
+    place = storage_of(storage) if loaded is None else loaded.run.storage
+    raise typer.Exit(command.main(Subject.of(loaded, place, DEFAULT_PREPARED, address), json))
