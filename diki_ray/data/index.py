@@ -196,7 +196,7 @@ class DatasetIndex:
         except FileNotFoundError:
             raise DataError(
                 f"there is no {where}: not a prepared data set, or its preparation did not finish; "
-                "run jobs/prepare.py on it"
+                "run `diki-ray prepare` on it"
             ) from None
         try:
             data = parsed(raw)

@@ -2,7 +2,7 @@
 
 Three steps, so that the middle one can run anywhere: `plan` lists and decides (no image is opened), `write_job` writes
 one shard (a pure function of its job, restartable), `finish` adds the index, last. `ensure` does all three in this
-process; `jobs/prepare.py` spreads the middle one over a cluster.
+process; `diki-ray prepare` spreads the middle one over a cluster.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -20,8 +21,22 @@ NEW_TASK = """\
 
 
 def typed() -> str:
-    """What stands before a command that is to be typed: `diki-ray` where that is on the path, else this Python."""
-    return "diki-ray" if shutil.which("diki-ray") else f"{shlex.quote(sys.executable)} -m diki_ray"
+    """What stands before a command that is to be typed: `diki-ray` where the shell finds this environment's, else this
+    Python."""
+    return "diki-ray" if _is_found("diki-ray") else f"{shlex.quote(sys.executable)} -m diki_ray"
+
+
+def typed_again(argv: Sequence[str]) -> str:
+    """The command line that started this process, as it can be typed where it was typed. argv: that of Python."""
+    if Path(argv[0]).name in ("diki-ray", "__main__.py"):
+        return f"{typed()} {shlex.join(argv[1:])}"
+    return shlex.join(["python" if _is_found("python") else sys.executable, *argv])
+
+
+def _is_found(program: str) -> bool:
+    """Whether the shell finds the program, and this environment's."""
+    found = shutil.which(program)
+    return found is not None and Path(found).parent == Path(sys.executable).parent
 
 
 def next_steps(config: Config, command: str, config_file: str | None) -> str:

@@ -5,12 +5,10 @@ Data flows one way: configuration -> stream -> trainer -> store -> router -> eva
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -21,7 +19,7 @@ from diki_ray.config.run import TaskSection
 from diki_ray.data.completeness import shortcomings
 from diki_ray.data.index import DatasetIndex
 from diki_ray.learning.module import TaskModule
-from diki_ray.report.next_steps import next_steps, typed
+from diki_ray.report.next_steps import next_steps, typed_again
 from diki_ray.report.results import DOCUMENT, table
 from diki_ray.report.run import REPORT, render
 from diki_ray.runs.changed_data import sentence, with_former_modules
@@ -54,7 +52,9 @@ def run_continual(config: Config, console: Console, config_file: str | None = No
     with exporting(config, protocol) as telemetry, tracking(config, protocol, display.say) as tracked:
         results = _run(config, display, telemetry, tracked)
         console.print(table(results))
-        console.print(next_steps(config, _command(), config_file), highlight=False, markup=False, soft_wrap=True)
+        console.print(
+            next_steps(config, typed_again(sys.argv), config_file), highlight=False, markup=False, soft_wrap=True
+        )
     return results
 
 
@@ -162,20 +162,12 @@ def _evaluated(
         notes={"text_feature_error": evaluation.text_feature_error, "text_grid": plan.config.evaluate.text_grid},
         seconds=clock.laps(),
         trained=trained,
-        command=_command(),
+        command=typed_again(sys.argv),
     )
     store.put_document(CONFIG_DOCUMENT, plan.config.to_yaml())
     store.put_document(DOCUMENT, results)
     store.put_document(REPORT, render([results]))
     return results
-
-
-def _command() -> str:
-    """What was typed, or the same by the command of this package."""
-    program = Path(sys.argv[0]).name
-    if program in ("diki-ray", "__main__.py"):
-        return f"{typed()} {shlex.join(sys.argv[1:])}"
-    return shlex.join(["python", *sys.argv])
 
 
 def unchanged_results(plan: Plan, store: ReadableRun) -> dict[str, Any] | None:

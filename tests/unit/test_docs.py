@@ -14,9 +14,18 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 
 
-def test_the_configuration_reference_is_what_the_types_give() -> None:
+def test_the_references_are_what_the_types_and_the_commands_give() -> None:
     generator = runpy.run_path(str(DOCS / "generate_reference.py"))
-    assert (DOCS / "configuration.md").read_text() == generator["page"](), f"type: {generator['COMMAND']}"
+    assert generator["PAGES"].keys() == {"configuration.md", "commands.md"}
+    for name, page in generator["PAGES"].items():
+        assert (DOCS / name).read_text() == page(), f"type: {generator['COMMAND']}"
+
+
+def test_every_command_is_described() -> None:
+    page = (DOCS / "commands.md").read_text()
+    for name in ("continual", "init", "doctor", "serve-front", "store rollback", "import"):
+        assert f"\n## diki-ray {name}\n" in page
+    assert "| `--plan` |" in page
 
 
 def test_the_reference_has_each_fields_type_bounds_default_and_meaning() -> None:
