@@ -22,7 +22,7 @@ def main(subject: Subject, as_json: bool) -> int:
         checks.append(check)
         if not as_json:
             line = Text(f"{check.status:8}", style=_STYLES[check.status])
-            console().print(line.append(f"{check.name}: {plain(check.told)}", style="default"))
+            console(soft_wrap=True).print(line.append(f"{check.name}: {plain(check.told)}", style="default"))
     if as_json:
         print(json.dumps([asdict(check) for check in checks], indent=2, ensure_ascii=False))
     return int(any(check.status == "failed" for check in checks))

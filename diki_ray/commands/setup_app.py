@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -31,6 +32,9 @@ def init(
     how long it takes.
     """
     need(backbone is not None or (pretrained is None and directory is None), "--pretrained goes with --backbone")
+    missing = next((f for f in folders if ":" not in f and not Path(f).expanduser().exists()), None)
+    need(missing is None, f"there is no folder {missing}")
+    need(output is None or not Path(output).expanduser().exists(), f"{output} is there already: give another --output")
     from diki_ray.commands import init as command
     from diki_ray.config import BackboneSection
 

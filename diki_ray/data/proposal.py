@@ -9,8 +9,9 @@ from pathlib import Path
 
 from diki_ray.data import prepare
 from diki_ray.data.index import DatasetIndex
-from diki_ray.data.sources import EMBEDDED
-from diki_ray.data.sources.folders import image_files, split_folders
+from diki_ray.data.sources import EMBEDDED, open_source
+from diki_ray.data.sources.folders import PLAIN
+from diki_ray.errors import DataError
 from diki_ray.store.files import scheme_of
 
 _BY_WORD: Mapping[str, str] = {
@@ -43,14 +44,17 @@ class Proposal:
 
 
 def data_sets_in(folder: str) -> list[str]:
-    """The data sets that a folder holds: itself, or, where every image lies at least two folders deep and no folder
-    is a split, each of its folders."""
+    """The data sets that a folder holds: itself, or, where it has no known layout of its own and every image lies at
+    least two folders deep, each of its folders."""
     path = Path(folder).expanduser()
     if folder.startswith(EMBEDDED) or scheme_of(folder) or not path.is_dir():
         return [folder]
-    known = [p for p in path.iterdir() if p.is_file() and p.suffix in (".json", ".csv", ".jsonl", ".txt")]
-    images = [] if known or split_folders(path) else image_files(path)[0]
-    if not images or any(image.count("/") < 2 for image in images):
+    try:
+        raw = open_source(str(path))
+    except DataError:  # said where it is proposed
+        return [folder]
+    images = [item.ref for items in raw.splits.values() for item in items]
+    if raw.layout != PLAIN or any(image.count("/") < 2 for image in images):
         return [folder]
     return [str(path / name) for name in dict.fromkeys(image.partition("/")[0] for image in images)]
 

@@ -18,6 +18,7 @@ from diki_ray.config import Config
 from diki_ray.config.run import TaskSection
 from diki_ray.data.completeness import shortcomings
 from diki_ray.data.index import DatasetIndex
+from diki_ray.data.prepare import Preparation
 from diki_ray.learning.module import TaskModule
 from diki_ray.report.next_steps import next_steps, typed_again
 from diki_ray.report.results import DOCUMENT, table
@@ -69,8 +70,8 @@ def _run(config: Config, display: Display, telemetry: Telemetry, tracked: Tracki
         plan = with_former_modules(plan, store)
         telemetry.watch(store, [task.key for task in plan.tasks])
         display.say(f"run {config.run.name!r} on {store.storage}: {len(plan.tasks)} tasks, {protocol_of(plan)}")
-        for task, (section, _) in zip(plan.tasks, data, strict=True):
-            if _named_shortly(section, task.index):
+        for task, (section, found) in zip(plan.tasks, data, strict=True):
+            if _named_shortly(section, found):
                 display.say(f"{task.name}: {section.data} is {task.index.uri}")
             if lacking := shortcomings(task.index):
                 display.say(f"{task.name} is not complete: {'; '.join(lacking)}")
@@ -93,9 +94,11 @@ def _run(config: Config, display: Display, telemetry: Telemetry, tracked: Tracki
         return results
 
 
-def _named_shortly(section: TaskSection, index: DatasetIndex) -> bool:
+def _named_shortly(section: TaskSection, found: DatasetIndex | Preparation) -> bool:
     """Whether a task's data are written without the digest of the prepared data set that they are."""
-    return section.data.rstrip("/").rpartition("/")[2] == index.uri.rpartition("/")[2].rpartition("-")[0]
+    if not isinstance(found, DatasetIndex):
+        return False
+    return section.data.rstrip("/").rpartition("/")[2] == found.uri.rpartition("/")[2].rpartition("-")[0]
 
 
 def with_parts_of_the_run(config: Config) -> Config:

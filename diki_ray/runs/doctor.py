@@ -66,17 +66,16 @@ class Subject:
 
     @staticmethod
     def of(config: Config | None, storage: str, data_root: str, address: str | None) -> Subject:
-        """What a configuration names, else the defaults; the options come first."""
-        address = address or os.environ.get("RAY_ADDRESS") or None
+        """What the options name, else a configuration, else the environment and the defaults."""
         ports = {"diki-ray serve (--port)": 8000}
+        configured = None if config is None else config.cluster.address
+        named = address or configured or os.environ.get("RAY_ADDRESS") or LOCAL
+        address = None if named == LOCAL else named
         if config is None:
-            named = None if address == LOCAL else address
-            return Subject(storage, data_root, named, "auto", BackboneSection(), ports)
+            return Subject(storage, data_root, address, "auto", BackboneSection(), ports)
         if config.telemetry.port is not None:
             ports["telemetry.port"] = config.telemetry.port
-        address = config.cluster.address or address
-        named = None if address == LOCAL else address
-        return Subject(storage, config.data.root, named, config.train.device, config.backbone, ports)
+        return Subject(storage, config.data.root, address, config.train.device, config.backbone, ports)
 
 
 def examine(subject: Subject) -> Iterator[Check]:

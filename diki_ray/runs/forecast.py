@@ -21,11 +21,13 @@ from diki_ray.config.run import TaskSection
 from diki_ray.data import prepare
 from diki_ray.data.index import DatasetIndex
 from diki_ray.data.prepare import Preparation
+from diki_ray.runs.changed_data import sentence, with_former_modules
 from diki_ray.runs.continual import unchanged_results, with_parts_of_the_run
 from diki_ray.runs.evaluate.cache import AnswerCache
 from diki_ray.runs.plan import (
     Found,
     Plan,
+    PlannedTask,
     build_method,
     device_of,
     find_data,
@@ -62,6 +64,8 @@ class TaskForecast:
     """Seconds to learn it, its data prepared first where they are not; None where they can't be told here."""
     is_read: bool
     """Whether its whole test set is read to evaluate the run; else only the images that a new module answers."""
+    note: str | None
+    """What is taken over from a module of former data."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +110,10 @@ class _Forecaster:
     """A forecast under way. data: of all tasks; the plan has those whose keys are known."""
 
     def __init__(self, plan: Plan, backbone: Backbone, data: Sequence[Found]):
-        self.plan, self.config, self.backbone, self.data = plan, plan.config, backbone, data
+        self.config, self.backbone, self.data = plan.config, backbone, data
         self.method = build_method(self.config, backbone)
         self.store = RunStore.open(self.config.run.storage, self.config.run.name)
+        self.plan = with_former_modules(plan, self.store)
         self.committed = {e.key for e in self.store.modules()} - {e.key for e in self.store.damaged_modules()}
         self.speed = measured(self.config, self.method)
         read = [decoding_s(found, self.method) for _, found in data[:TASKS_MEASURED]]
@@ -144,7 +149,7 @@ class _Forecaster:
             images = {name: len(items) for name, items in chosen.items()}
             num_bytes, data = sum(i.num_bytes for items in chosen.values() for i in items), section.data
             num_classes = len(found.raw.class_names)
-        state = self._state(found, number)
+        state, planned = self._state(found, number), None if number is None else self.plan.tasks[number]
         return TaskForecast(
             name=section.name or _name(found),
             data=data,
@@ -152,8 +157,9 @@ class _Forecaster:
             num_images=images,
             num_bytes=num_bytes,
             state=state,
-            learn_s=self._learn_s(images, num_classes, state),
+            learn_s=self._learn_s(images, num_classes, state, planned),
             is_read=number is None or not self._knows(number),
+            note=None if planned is None else sentence(planned),
         )
 
     def _state(self, found: DatasetIndex | Preparation, number: int | None) -> State:
@@ -167,16 +173,21 @@ class _Forecaster:
     def _knows(self, number: int) -> bool:
         return AnswerCache(self.plan, Cache.open(self.config.run.storage), number, (), "test").is_known
 
-    def _learn_s(self, images: dict[str, int], num_classes: int, state: State) -> float | None:
-        """Seconds: every epoch's steps and validation, then one pass over the training images for the statistics."""
+    def _learn_s(
+        self, images: dict[str, int], num_classes: int, state: State, task: PlannedTask | None
+    ) -> float | None:
+        """Seconds: every epoch's steps and validation, then one pass over the training images for the statistics, or
+        over those alone that came or went since the run learnt the task."""
         if state in ("learnt", "in the library"):
             return 0.0
         if self.speed is None:
             return None
         train, speed, looked_at = images["train"], self.speed, self.speed.frozen_image_s + self.read_s
-        seconds = train * looked_at
+        changed = None if task is None or task.former is None else task.former.difference
+        seconds = looked_at * (train if changed is None else len(changed.added) + len(changed.removed))
         if speed.step_image_s:
-            num_epochs, num_steps = num_epochs_of(self.config, train), math.ceil(train / self.config.train.batch_size)
+            num_epochs = num_epochs_of(self.config, train) if task is None else task.num_epochs
+            num_steps = math.ceil(train / self.config.train.batch_size)
             epoch = train * (speed.step_image_s + self.read_s) + num_steps * num_classes * speed.step_class_s
             seconds += num_epochs * (epoch + images.get("val", 0) * looked_at)
         prepared = sum(images.values()) * self.read_s if state == "to prepare and learn" else 0.0

@@ -26,6 +26,8 @@ QUICK = (
     (["serve-front", "--max-images", "3"], "there is no option --max-images"),
     (["serve-front", "--help"], "--upstream"),
     (["init"], "Missing argument"),
+    (["init", "no_such_folder"], "there is no folder no_such_folder"),
+    (["init", "/tmp", "--output", "/dev/null"], "/dev/null is there already"),
     (["init", "folder", "--pretrained", "openai"], "--pretrained goes with --backbone"),
     (["doctor", "--config", "none.yaml"], "none.yaml"),
     (["doctor", "--help"], "Exit code 1"),

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from diki_ray.commands.app import run
 from diki_ray.commands.continual import lines
 from diki_ray.commands.output import about, size
 from diki_ray.config import Config, load
+from diki_ray.data.difference import Difference
 from diki_ray.runs import forecast as forecasts
 from diki_ray.runs.forecast import Forecast, forecast
-from diki_ray.runs.plan import load_backbone, make_plan
+from diki_ray.runs.plan import Former, Plan, load_backbone, make_plan
 from diki_ray.runs.speed import Speed, measured
 from diki_ray.store.process import this_process
 from diki_ray.store.run_store import RunStore
@@ -74,6 +77,20 @@ def test_the_time_of_a_task_computed_by_hand(config: Config) -> None:
     assert found.seconds == pytest.approx(
         forecasts.START_S + found.evaluate_s + sum(t.learn_s or 0 for t in found.tasks)
     )
+
+
+def test_of_data_that_changed_only_the_changed_images_count(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kept(plan: Plan, store: RunStore) -> Plan:
+        first, second = plan.tasks
+        change = Difference(first.index, added=np.arange(3), removed=np.arange(1))
+        return replace(plan, tasks=(replace(first, former=Former("k", change, True), num_epochs=0), second))
+
+    make_plan(config, BACKBONE)
+    monkeypatch.setattr(forecasts, "with_former_modules", kept)
+    found = forecast(config, BACKBONE)
+    assert found.tasks[0].learn_s == pytest.approx(4 * (0.01 + 0.002 / config.data.num_threads))
+    assert any("3 images came and 1 went" in line for line in lines(found))
+    assert found.tasks[1].note is None
 
 
 def test_the_speed_of_this_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

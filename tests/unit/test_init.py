@@ -52,7 +52,7 @@ def test_it_writes_a_configuration_that_can_be_run(
     assert not Path("prepared").exists()
     assert not Path("storage").exists()
     assert run(None, ["init", "digits", "--output", "wild_birds-digits.yaml"]) == 2
-    assert "is not overwritten" in capsys.readouterr().err
+    assert "is there already" in capsys.readouterr().err
     assert Path("wild_birds-digits.yaml").read_text() == text
     assert run(None, ["continual", "--config", "wild_birds-digits.yaml", "--plan"]) == 0
     assert "modules to learn: 2" in capsys.readouterr().out
@@ -61,6 +61,7 @@ def test_it_writes_a_configuration_that_can_be_run(
 def test_a_folder_of_data_sets_is_each_of_them(tmp_path: Path) -> None:
     put_images(tmp_path / "all" / "a" / "train", ("x", "y"))
     put_images(tmp_path / "all" / "b", ("x", "y"))
+    (tmp_path / "all" / "README.txt").touch()
     assert data_sets_in(str(tmp_path / "all")) == [str(tmp_path / "all" / name) for name in "ab"]
     assert data_sets_in(str(tmp_path / "all" / "a")) == [str(tmp_path / "all" / "a")]
     assert data_sets_in(str(tmp_path / "all" / "b")) == [str(tmp_path / "all" / "b")]
