@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from http.client import HTTPException
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -38,7 +40,7 @@ LITTLE_SHARED_BYTES = 2 * GB
 MOST_SKEW_S = 5.0
 """A lease lives for 30 s after its last renewal, and is judged by others with their own clock."""
 _RACERS = 8
-_HTTP_TIMEOUT_S = 5.0
+_NETWORK_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def examine(subject: Subject) -> Iterator[Check]:
     yield from (_space(what, place) for what, place in (("storage", subject.storage), ("data", subject.data_root)))
     yield _shared_memory()
     yield _token()
-    yield _guarded("cluster", partial(_cluster, subject.address))
+    yield _cluster(subject.address)
     yield _guarded("backbone", partial(_backbone, subject.backbone))
     yield from (_port(what, port) for what, port in subject.ports.items())
 
@@ -236,8 +238,17 @@ def _token() -> Check:
 def _cluster(address: str | None) -> Check:
     if address is None:
         return Check("cluster", "ok", f"no address is given: a run starts Ray {ray.__version__} on this machine.")
-    if address.startswith(("http://", "https://")):
-        return _job_server(address)
+    try:
+        return _job_server(address) if address.startswith(("http://", "https://")) else _joined(address)
+    except (UserError, OSError, HTTPException, ValueError) as error:
+        told = f"{address} cannot be joined ({error}): check the address, the token and the network."
+        return Check("cluster", "failed", told)
+
+
+def _joined(address: str) -> Check:
+    """Of the address at which a program joins."""
+    if found := re.fullmatch(r"(?:ray://)?\[?(.+?)\]?:(\d+)", address):  # Ray itself tries for minutes
+        socket.create_connection((found[1], int(found[2])), timeout=_NETWORK_TIMEOUT_S).close()
     with connected(address, setting="--address"):
         alive = [node for node in ray.nodes() if node["Alive"]]
         resources = ray.cluster_resources()
@@ -250,12 +261,11 @@ def _job_server(address: str) -> Check:
     path = token_file()
     token = os.environ.get("RAY_AUTH_TOKEN") or (path.read_text().strip() if path and path.exists() else "")
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    try:
-        with urlopen(Request(f"{address.rstrip('/')}/api/version", headers=headers), timeout=_HTTP_TIMEOUT_S) as reply:
-            theirs = str(json.load(reply)["ray_version"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        told = f"{address} does not answer as Ray's job server ({error}): check the address, the token and the network."
-        return Check("cluster", "failed", told)
+    with urlopen(Request(f"{address.rstrip('/')}/api/version", headers=headers), timeout=_NETWORK_TIMEOUT_S) as reply:
+        answer = json.load(reply)
+    if not isinstance(answer, dict) or "ray_version" not in answer:
+        raise ValueError("it answers otherwise than Ray's job server does")
+    theirs = str(answer["ray_version"])
     if theirs != ray.__version__:
         told = f"{address} runs Ray {theirs} and this machine {ray.__version__}: install the same version on both."
         return Check("cluster", "failed", told)

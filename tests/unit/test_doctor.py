@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import threading
+import time
 from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -135,14 +136,25 @@ def job_server(reply: bytes) -> Iterator[str]:
     [
         (json.dumps({"ray_version": ray.__version__}).encode(), "ok", "as this machine does"),
         (b'{"ray_version": "1.0.0"}', "failed", "install the same version"),
-        (b"[]", "failed", "does not answer as Ray's job server"),
-        (b"<html>", "failed", "does not answer as Ray's job server"),
+        (b"[]", "failed", "otherwise than Ray's job server"),
+        (b"<html>", "failed", "cannot be joined"),
     ],
 )
 def test_a_clusters_version_is_compared(reply: bytes, status: str, told: str) -> None:
     with job_server(reply) as address:
         check = doctor._cluster(address)
     assert (check.status, told in check.told) == (status, True)
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://", "http://"])
+def test_an_address_at_which_nobody_listens_is_said_soon(scheme: str) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"{scheme}127.0.0.1:{unused.getsockname()[1]}"
+        started = time.monotonic()
+        check = doctor._cluster(address)
+    assert (check.status, address in check.told) == ("failed", True)
+    assert time.monotonic() - started < 10
 
 
 def test_a_port_that_is_taken_is_said() -> None:
