@@ -11,7 +11,7 @@ uses those before it and none after it; Ray is imported from `runs` on:
 * `data`: data sets, shards, streams
 * `report`: pages, tables and cards of what was computed
 * `runs`: a run on Ray: plan, training, evaluation, sweeps
-* `prediction`: answers of a stored run; `serving`: the same over HTTP
+* `prediction`: a stored run in Python, and its answers in batches; `serving`: answers over HTTP
 * `commands`: what people type
 """
 
@@ -37,3 +37,12 @@ def load(
     from diki_ray.prediction.bundle import load_bundle
 
     return load_bundle(path, device=device, backbone=backbone, pretrained=pretrained, directory=directory)
+
+
+def __getattr__(name: str) -> Any:
+    """`from diki_ray import ContinualModel`: a class whose module is imported only then, for the same reason."""
+    if name == "ContinualModel":
+        from diki_ray.prediction.continual_model import ContinualModel
+
+        return ContinualModel
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

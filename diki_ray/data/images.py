@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import re
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -28,6 +29,7 @@ MAX_JPEG_SCANS = 100
 _EXIF_ORIENTATION = 0x0112
 _SCAN, _END = 0xDA, 0xD9
 _SEGMENT = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")  # but for the markers that no length follows
+_PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
 _FILL = b"\xff" * 65_536
 _MAX_SEGMENTS = 10_000  # of a file that may have many scans: no encoder writes a hundredth, and each takes a step here
 
@@ -67,6 +69,51 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise
     except Exception as error:  # likewise from its decoders: OSError, SyntaxError, struct.error, EOFError, ValueError
         raise UndecodableImageError("truncated image", repr(error)) from None
+
+
+def image_of(value: Any) -> Image.Image:
+    """An image as Python has it, as the RGB image that `decode_image` makes of its file.
+
+    value: a PIL image; an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]; or a torch tensor, with its channels
+        first. Arrays and tensors hold uint8, or floats from 0 to 1.
+
+    Raises:
+        DataError: anything else.
+    """
+    image = value if isinstance(value, Image.Image) else Image.fromarray(_pixels(value))
+    upright = ImageOps.exif_transpose(image) or image
+    if upright.mode == "RGB" and not upright.has_transparency_data:
+        return upright
+    # The one decoder that files go through decides what becomes of transparency, palettes and 16 bits.
+    buffer = io.BytesIO()
+    (upright if upright.mode in _PNG_MODES else upright.convert("RGB")).save(buffer, "PNG", compress_level=0)
+    try:
+        return decode_image(buffer.getvalue())
+    except UndecodableImageError as error:
+        raise DataError(f"an image of mode {image.mode} cannot be used: {error}.") from None
+
+
+def _pixels(value: Any) -> np.ndarray:
+    """uint8 [H, W], [H, W, 3] or [H, W, 4]."""
+    channels_first = hasattr(value, "detach")
+    array = value.detach().cpu().numpy() if channels_first else np.asarray(value)
+    if channels_first and array.ndim == 3:
+        array = array.transpose(1, 2, 0)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
+        raise DataError(
+            f"a {type(value).__name__} of shape {array.shape} is no image: give PIL images, arrays of height, width "
+            "and 1, 3 or 4 channels, or tensors with their channels first."
+        )
+    if array.dtype.kind == "f" and array.min() >= 0 and array.max() <= 1:
+        array = np.round(array * 255).astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise DataError(
+            f"an image of {array.dtype} from {array.min()} to {array.max()} has no known range: give bytes (uint8), or "
+            "floats from 0 to 1, as they are before a model's normalisation."
+        )
+    return np.ascontiguousarray(array)
 
 
 def _check_jpeg(data: bytes) -> None:

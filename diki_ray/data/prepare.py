@@ -115,16 +115,22 @@ def plan(
     settings: Settings | None = None,
 ) -> Preparation:
     """List the source and decide everything but the bytes. Opens no image; DataError for what cannot be prepared."""
-    settings = settings or Settings()
     raw = open_source(source, name=name, split_protocol=split_protocol, class_names=class_names)
+    label = source if source.startswith(EMBEDDED) else Path(source).resolve().name
+    return plan_listed(raw, root, label, template=template, settings=settings or Settings())
+
+
+def plan_listed(
+    raw: RawDataset, root: str, source: str, *, template: str | Sequence[str] | None, settings: Settings
+) -> Preparation:
+    """The same of a data set that is listed already. source: what people know it by."""
     templates = (template,) if isinstance(template, str) else tuple(template or raw.templates or (DEFAULT_TEMPLATE,))
     for text in templates:
         if (fault := template_fault(text)) is not None:
             raise DataError(f"{raw.name}: the template {text!r:.200} {fault}")
     digest = _digest(raw, templates, settings)
     folder = join(root, f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', raw.name)}-{digest[:8]}")
-    label = source if source.startswith(EMBEDDED) else Path(source).resolve().name
-    return Preparation(folder, raw, settings, templates, digest, label)
+    return Preparation(folder, raw, settings, templates, digest, source)
 
 
 def _digest(raw: RawDataset, templates: tuple[str, ...], settings: Settings) -> str:

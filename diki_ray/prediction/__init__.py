@@ -1,1 +1,1 @@
-"""A stored run answers images here: in one process, as a bundle, and in batches over Ray."""
+"""A stored run in Python: it learns and answers in one process, as a bundle, and answers in batches over Ray."""

@@ -11,13 +11,12 @@ name and digest are, and loading refuses another.
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 import diki_ray
 from diki_ray.answering.class_features import Exact
@@ -25,7 +24,7 @@ from diki_ray.answering.image_answers import Answer
 from diki_ray.clip.backbone import Backbone
 from diki_ray.clip.trust import named_backbone, refuse_what_runs, with_backbone
 from diki_ray.config import Config, parse_stored
-from diki_ray.data.images import UndecodableImageError, decode_image
+from diki_ray.data.images import image_of
 from diki_ray.errors import ConfigError, CorruptError, DataError
 from diki_ray.learning.module import TaskModule, read_tensors, write_tensors
 from diki_ray.prediction.run_predictor import RunPredictor, predictor_over, read_image
@@ -37,7 +36,6 @@ from diki_ray.store.files import join, read_bytes, write_bytes
 
 FORMAT = 1
 BUNDLE, CARD, CONFIG = "bundle.safetensors", "README.md", "config.yaml"
-_PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
 
 
 def export_bundle(storage: str, run: str, folder: str, config: Config | None = None) -> int:
@@ -101,36 +99,27 @@ class Model:
 
     def predict(
         self,
-        images: Iterable[Image.Image | str | Path],
+        images: Iterable[Any],
         classes: Sequence[str] | None = None,
         template: str = "a photo of a {}.",
     ) -> list[Answer]:
         """Answers each image, in order; what an image gets does not depend on what else is asked.
 
-        images: PIL images, or files (local or s3://, gs://, az://, https://).
+        images: PIL images, arrays and tensors (see `image_of`), or files (local or s3://, gs://, az://, https://).
         classes: any class names, learnt or not, to choose among; all classes learnt by default.
         template: their caption, with {} for the name.
 
         Raises:
             DataError: an image that cannot be read. ConfigError: no class, or a template without its {}.
         """
+        if isinstance(images, str | Path | Image.Image):
+            raise DataError("images are given as a list, also when there is one: predict([image]).")
         predictor = self.predictor if classes is None else self.predictor.among(classes, template)
         return list(predictor.answer(map(_opened, images)))
 
 
-def _opened(image: Image.Image | str | Path) -> Image.Image:
-    if not isinstance(image, Image.Image):
-        return read_image(str(image))
-    upright = ImageOps.exif_transpose(image) or image
-    if upright.mode == "RGB" and not upright.has_transparency_data:
-        return upright
-    # The one decoder that files go through decides what becomes of transparency, palettes and 16 bits.
-    buffer = io.BytesIO()
-    (upright if upright.mode in _PNG_MODES else upright.convert("RGB")).save(buffer, "PNG", compress_level=0)
-    try:
-        return decode_image(buffer.getvalue())
-    except UndecodableImageError as error:
-        raise DataError(f"an image of mode {image.mode} cannot be used: {error}.") from None
+def _opened(image: Any) -> Image.Image:
+    return read_image(str(image)) if isinstance(image, str | Path) else image_of(image)
 
 
 def load_bundle(

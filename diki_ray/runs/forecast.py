@@ -22,7 +22,6 @@ from diki_ray.data import prepare
 from diki_ray.data.index import DatasetIndex
 from diki_ray.data.prepare import Preparation
 from diki_ray.runs.changed_data import sentence, with_former_modules
-from diki_ray.runs.continual import unchanged_results, with_parts_of_the_run
 from diki_ray.runs.evaluate.cache import AnswerCache
 from diki_ray.runs.plan import (
     Found,
@@ -36,6 +35,7 @@ from diki_ray.runs.plan import (
     num_epochs_of,
 )
 from diki_ray.runs.speed import decoding_s, measured
+from diki_ray.runs.steps import unchanged_results, with_parts_of_the_run
 from diki_ray.store.caches import Cache
 from diki_ray.store.run_store import RunStore
 

@@ -5,7 +5,6 @@ continues it. Started again by Ray it reads its state back from storage and goes
 the epoch of the client it came from, so a worker of an overtaken driver is refused even by its successor's actor.
 """
 
-import os
 import threading
 import time
 from collections import OrderedDict, deque
@@ -17,6 +16,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast
 import ray
 
 from diki_ray.errors import UserError
+from diki_ray.store.held_here import status_of
 from diki_ray.store.interface import RunStatus
 from diki_ray.store.log import Holder
 from diki_ray.store.objects import Objects
@@ -143,20 +143,7 @@ class StoreActor:
     def status(self) -> Outcome[RunStatus]:
         """Return plain numbers about the run and this process, for people and metrics."""
 
-        def act() -> RunStatus:
-            store = self._opened()
-            return {
-                "pid": os.getpid(),
-                "driver_pid": self._handle.holder.pid,
-                "epoch": self._handle.epoch,
-                "version": store.version,
-                "num_modules": len(store.modules()),
-                "num_bytes": sum(entry.num_bytes for entry in store.modules()),
-                "corrupt_modules": store.corrupt_modules,
-                "corrupt_checkpoints": store.corrupt_checkpoints,
-            }
-
-        return _outcome(act)
+        return _outcome(lambda: status_of(self._opened(), self._handle.epoch, self._handle.holder.pid))
 
     def _opened(self) -> RunStore:
         """Return the run, read when this process needs it first; storage that is away is tried again next time."""

@@ -6,9 +6,12 @@ import argparse
 
 from diki_ray.clip.trust import named_backbone, refuse_what_runs, with_backbone
 from diki_ray.config import BackboneSection, Config, parse_stored
+from diki_ray.config.run import TaskSection
 from diki_ray.config.yaml_text import read_tree
+from diki_ray.data.index import DatasetIndex
 from diki_ray.errors import ConfigError
 from diki_ray.report.results import DOCUMENT
+from diki_ray.runs.plan import find_data
 from diki_ray.store.run_store import CONFIG_DOCUMENT, RunStore
 
 
@@ -55,6 +58,15 @@ def told_config(storage: str, run: str, given: Config | None, arguments: argpars
     run's own with that backbone; None: nothing is said, and the run's own will be taken as far as it may."""
     backbone = named_backbone(arguments.backbone, arguments.pretrained, arguments.directory)
     return given if backbone is None else config_of(open_learnt(storage, run), given, backbone)
+
+
+def named_tasks(config: Config) -> tuple[TaskSection, ...]:
+    """The configured tasks with the names that their modules have; data are looked at where no name is said."""
+    if all(task.name for task in config.tasks):
+        return config.tasks
+    found = find_data(config)
+    names = [task.name or (data.name if isinstance(data, DatasetIndex) else data.raw.name) for task, data in found]
+    return tuple(task.model_copy(update={"name": name}) for (task, _), name in zip(found, names, strict=True))
 
 
 def check_backbone(store: RunStore, name: str, digest: str) -> None:

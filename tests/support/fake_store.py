@@ -8,7 +8,7 @@ from typing import Any
 from obstore.store import MemoryStore
 
 from diki_ray.learning.module import TaskModule
-from diki_ray.store.log import Entry
+from diki_ray.store.held_here import HeldHere
 from diki_ray.store.objects import BucketObjects, LocalObjects
 from diki_ray.store.process import this_process
 from diki_ray.store.run_store import RunStore
@@ -20,8 +20,8 @@ class KilledError(Exception):
     """Stands for the end of a process."""
 
 
-class FakeStore:
-    """What a worker asks of a StoreClient, answered by a RunStore in a folder or in memory."""
+class FakeStore(HeldHere):
+    """A held run in a folder or in memory."""
 
     kill_after_checkpoint_at: tuple[str, int] | None = None
     """(key, step): the process ends right after this checkpoint is durable, once."""
@@ -30,9 +30,7 @@ class FakeStore:
         objects = LocalObjects(str(folder)) if folder else BucketObjects("memory://", MemoryStore())
         self.run = RunStore(objects, RUN)
         self.epoch = self.run.acquire(this_process("test"), 60.0, take_over=True)
-        self.modules, self.load_checkpoint = self.run.modules, self.run.load_checkpoint
-        self.damaged_modules = self.run.damaged_modules
-        self.read_module, self.module_by_key = self.run.read_module, self.run.module_by_key
+        super().__init__(self.run, self.epoch)
 
     @property
     def blobs(self) -> dict[str, bytes]:
@@ -40,19 +38,10 @@ class FakeStore:
         return {entry.key: self.read_module(entry.digest) for entry in self.modules()}
 
     def save_checkpoint(self, key: str, step: int, blob: bytes, metadata: dict[str, Any] | None = None) -> None:
-        self.run.save_checkpoint(self.epoch, key, step, blob, metadata)
+        super().save_checkpoint(key, step, blob, metadata)
         if (key, step) == self.kill_after_checkpoint_at:
             self.kill_after_checkpoint_at = None
             raise KilledError
-
-    def drop_checkpoints(self, key: str) -> None:
-        self.run.drop_checkpoints(self.epoch, key)
-
-    def commit_module(self, key: str, task: str, blob: bytes, metadata: dict[str, Any] | None = None) -> Entry:
-        return self.run.commit_module(self.epoch, key, task, blob, metadata)
-
-    def record_progress(self, event: dict[str, Any]) -> None:
-        """Nobody watches."""
 
 
 def the_module(folder: Path) -> TaskModule:

@@ -19,13 +19,11 @@ from diki_ray.answering.evaluation import Evaluation
 from diki_ray.answering.routing import NO_TASK
 from diki_ray.answering.rows import BestClasses, Rows, Wanted
 from diki_ray.answering.split_routes import RoutesAfter, SplitRouter
-from diki_ray.config.places import with_absolute_paths
 from diki_ray.errors import DataError
 from diki_ray.learning.module import TaskModule
 from diki_ray.runs.evaluate.cache import AnswerCache, CacheStore, score_keys
 from diki_ray.runs.evaluate.worker import (
     EvaluationWorker,
-    RayWorkers,
     ToAnswer,
     ToScore,
     Work,
@@ -34,29 +32,17 @@ from diki_ray.runs.evaluate.worker import (
     skip_budget,
 )
 from diki_ray.runs.plan import Plan
-from diki_ray.store.caches import Cache
-from diki_ray.store.interface import HeldRun
+from diki_ray.store.interface import ReadableRun
 
 BATCHES_PER_PIECE = 2
 Progress = Callable[[int, int], None]
 """Called with (batches of images that are looked at, in all)."""
 
 
-def evaluate_run(plan: Plan, store: HeldRun, on_progress: Progress) -> Evaluation:
-    """The test sets of a plan whose modules are committed, along its stream, by workers on Ray.
-
-    Raises:
-        DataError: a test set is missing, or more of it than allowed could not be read.
-    """
+def digests_of(plan: Plan, store: ReadableRun) -> list[str]:
+    """The digests of the modules of a plan's tasks, all of which are committed."""
     entries = {entry.key: entry for entry in store.modules()}
-    digests, asked = [entries[t.key].digest for t in plan.tasks], prefixes([range(len(plan.tasks))])
-    workers = RayWorkers(with_absolute_paths(plan.config), plan.tasks, digests, store.read_module, "test", asked)
-    try:
-        return SplitEvaluation(plan, digests, store.read_module, "test", asked, Cache.open(store.storage)).by(
-            workers, on_progress
-        )
-    finally:
-        workers.stop()
+    return [entries[task.key].digest for task in plan.tasks]
 
 
 def evaluate_here(
@@ -71,7 +57,7 @@ def evaluate_here(
     """A split along some orders of the plan's tasks, in this process. digests: those of the tasks' modules.
 
     Raises:
-        DataError: as `evaluate_run`.
+        DataError: a test set is missing, or more of it than allowed could not be read.
     """
     asked = prefixes(orders)
     workers = in_this_process(partial(EvaluationWorker, plan.config, plan.tasks, digests, read_module, split, asked))

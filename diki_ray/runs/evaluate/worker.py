@@ -1,4 +1,4 @@
-"""What looks at test images: a worker that computes features and scores, and several of them on Ray.
+"""What looks at test images: a worker that computes features and scores (several of them on Ray: ray_workers.py).
 
 Work is cut the same way for any number of workers, and a piece of it never depends on another, so neither do numbers.
 """
@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-import ray
 import torch
 from torch import Tensor
 
@@ -25,7 +23,6 @@ from diki_ray.config import Config
 from diki_ray.data.shards import SkipLedger
 from diki_ray.data.stream import eval_batches
 from diki_ray.data.to_device import on_device
-from diki_ray.errors import UserError
 from diki_ray.learning.module import TaskModule
 from diki_ray.runs.plan import PlannedTask, build_method, device_of, load_backbone, precision_of
 
@@ -165,44 +162,6 @@ def in_this_process(start: Callable[[], EvaluationWorker]) -> Workers:
             yield number, workers[0].do(piece)
 
     return work_through
-
-
-EvaluationActor: Any = ray.remote(max_restarts=3, max_task_retries=3)(EvaluationWorker)
-
-
-class RayWorkers:
-    """Workers on Ray, started when there is something to do; one that is free takes the next piece."""
-
-    def __init__(self, config: Config, *arguments: Any):
-        """arguments: those of `EvaluationWorker` after the configuration."""
-        gpus = 1 if device_of(config) == "cuda" else 0
-        actor = EvaluationActor.options(num_cpus=config.evaluate.cpus_per_worker, num_gpus=gpus)
-        self._start = partial(actor.remote, config, *arguments)
-        self._most, self._workers = config.evaluate.num_workers, list[Any]()
-
-    def __call__(self, work: Sequence[Work]) -> Iterator[tuple[int, Any]]:
-        while len(self._workers) < min(self._most, len(work)):
-            self._workers.append(self._start())
-        waiting, free = list(enumerate(work))[::-1], list(self._workers)
-        running: dict[Any, tuple[int, Any]] = {}
-        while waiting or running:
-            while waiting and free:
-                number, piece = waiting.pop()
-                worker = free.pop()
-                running[worker.do.remote(piece)] = (number, worker)
-            ready, _ = ray.wait(list(running), num_returns=1)
-            number, worker = running.pop(ready[0])
-            free.append(worker)
-            try:
-                found = ray.get(ready[0])
-            except ray.exceptions.RayTaskError as error:
-                # Ray's own text is the worker's traceback; what the user can put right is said in the cause.
-                raise (error.cause if isinstance(error.cause, UserError) else error) from None
-            yield number, found
-
-    def stop(self) -> None:
-        for worker in self._workers:
-            ray.kill(worker)
 
 
 def skip_budget(config: Config, task: PlannedTask, split: str) -> int:

@@ -16,7 +16,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
-import torch
 
 from diki_ray.answering.answers import chances
 from diki_ray.answering.evaluation import Evaluation
@@ -30,12 +29,10 @@ from diki_ray.runs.evaluate.split import evaluate_here
 from diki_ray.runs.plan import (
     Plan,
     PlannedTask,
-    build_method,
     device_of,
     is_sequential,
     load_backbone,
     make_plan,
-    precision_of,
     shared_by_keys,
 )
 from diki_ray.runs.progress import following
@@ -43,7 +40,7 @@ from diki_ray.runs.store_client import StoreClient
 from diki_ray.runs.sweep.cost import Stream, cost_of
 from diki_ray.runs.train.faults import injected_faults
 from diki_ray.runs.train.group import train
-from diki_ray.runs.train.worker import TaskWorker
+from diki_ray.runs.train.worker import learn_all
 from diki_ray.store.caches import Cache
 from diki_ray.store.interface import HeldRun
 from diki_ray.store.library import Library
@@ -165,11 +162,7 @@ def _train(plan: Plan, missing: Sequence[PlannedTask], store: HeldRun) -> None:
             train(config, missing, store)
         return
     # One worker needs no worker group: the trial itself is the worker, with a worker's number of threads.
-    torch.set_num_threads(max(1, int(config.train.cpus_per_worker)))
-    backbone = load_backbone(config).to(device_of(config), precision_of(config))
-    worker = TaskWorker(config, build_method(config, backbone), store, injected_faults(store))
-    for task in missing:
-        worker.learn(task)
+    learn_all(missing, config, store, device_of(config), injected_faults(store))
 
 
 class Epochs:

@@ -14,22 +14,14 @@ import ray
 import torch
 
 from diki_ray import errors
-from diki_ray.clip.backbone import Backbone
-from diki_ray.clip.recomputation import recompute_activations
-from diki_ray.clip.sharded import require_deepspeed, shard
+from diki_ray.clip.sharded import require_deepspeed
 from diki_ray.config import Config
 from diki_ray.config.places import with_absolute_paths
 from diki_ray.errors import UserError
 from diki_ray.learning.collective import barrier, world_size
-from diki_ray.runs.plan import (
-    PlannedTask,
-    build_method,
-    device_of,
-    load_backbone,
-    precision_of,
-)
+from diki_ray.runs.plan import PlannedTask, device_of
 from diki_ray.runs.train.faults import injected_faults
-from diki_ray.runs.train.worker import TaskWorker
+from diki_ray.runs.train.worker import learn_all
 from diki_ray.store.interface import HeldRun
 
 FAILURE = "failure.json"
@@ -146,12 +138,8 @@ def train_tasks(loop: dict[str, Any]) -> None:
     config, tasks, store, attempt = loop["config"], loop["tasks"], loop["store"], loop["attempt"]
     if _failure(store, attempt) is not None:
         return  # this group was restarted only because a worker had to leave its peers in the middle of a collective
-    torch.set_num_threads(max(1, int(config.train.cpus_per_worker)))
     try:
-        method = build_method(config, _backbone_for_training(config))
-        worker = TaskWorker(config, method, store, injected_faults(store), _draining)
-        for task in tasks:
-            worker.learn(task)
+        learn_all(tasks, config, store, _device(config), injected_faults(store), _draining)
     except UserError as error:
         store.put_document(FAILURE, {"attempt": attempt, "kind": type(error).__name__, "message": str(error)})
         if world_size() > 1:
@@ -185,18 +173,9 @@ def _last_line(error: BaseException) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def _backbone_for_training(config: Config) -> Backbone:
-    device: Any = device_of(config)
-    if device == "cuda":
-        import ray.train.torch
+def _device(config: Config) -> str | torch.device:
+    if device_of(config) != "cuda":
+        return "cpu"
+    import ray.train.torch
 
-        device = ray.train.torch.get_device()
-    backbone = load_backbone(config).to(device, precision_of(config))
-    if config.train.strategy == "deepspeed":
-        shard(backbone, config.train.offload)
-    if config.train.compile:
-        backbone = backbone.compile()
-    if config.train.activation_checkpointing:
-        for tower in backbone.towers:
-            recompute_activations(tower)
-    return backbone
+    return ray.train.torch.get_device()

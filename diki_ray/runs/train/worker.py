@@ -13,7 +13,10 @@ from itertools import chain, islice
 import numpy as np
 import torch
 
+from diki_ray.clip.backbone import Backbone
+from diki_ray.clip.recomputation import recompute_activations
 from diki_ray.clip.residual import Parameters
+from diki_ray.clip.sharded import shard
 from diki_ray.config import Config
 from diki_ray.data.stream import TrainStream
 from diki_ray.data.to_device import on_device
@@ -28,7 +31,7 @@ from diki_ray.learning.collective import (
 from diki_ray.learning.methods import Method
 from diki_ray.learning.module import TaskModule, read_tensors, write_tensors
 from diki_ray.learning.task_trainer import TaskTrainer
-from diki_ray.runs.plan import PlannedTask, recipe_of
+from diki_ray.runs.plan import PlannedTask, build_method, load_backbone, precision_of, recipe_of
 from diki_ray.runs.train.assembly import assembled
 from diki_ray.runs.train.cost import Cost, CostMeter, merged
 from diki_ray.runs.train.observers import ConsumedSamples, Observer, Observers, ProgressReports, Training
@@ -37,6 +40,39 @@ from diki_ray.store.interface import HeldRun
 
 DRAIN_CHECK_EVERY_STEPS = 4
 """Asking whether a node is to be taken away waits for every rank; the notice comes half a minute ahead or more."""
+
+
+def learn_all(
+    tasks: Sequence[PlannedTask],
+    config: Config,
+    store: HeldRun,
+    device: str | torch.device,
+    observers: Sequence[Observer] = (),
+    draining: Callable[[], bool] = lambda: False,
+) -> None:
+    """Learns the tasks one after another and commits each: in every worker of a group, or as the only worker in the
+    caller's process. It sets the process's number of threads to `train.cpus_per_worker`, which modules depend on.
+
+    Raises:
+        UserError: what the user can put right; what was committed before stays.
+    """
+    torch.set_num_threads(max(1, int(config.train.cpus_per_worker)))
+    worker = TaskWorker(config, build_method(config, _backbone(config, device)), store, observers, draining)
+    for task in tasks:
+        worker.learn(task)
+
+
+def _backbone(config: Config, device: str | torch.device) -> Backbone:
+    """The backbone as it is trained on."""
+    backbone = load_backbone(config).to(device, precision_of(config))
+    if config.train.strategy == "deepspeed":
+        shard(backbone, config.train.offload)
+    if config.train.compile:
+        backbone = backbone.compile()
+    if config.train.activation_checkpointing:
+        for tower in backbone.towers:
+            recompute_activations(tower)
+    return backbone
 
 
 @dataclass
