@@ -21,7 +21,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 .PHONY: quickstart check test cluster env env-test lint types clean
 
 quickstart: env
-	$(BIN)/python jobs/continual.py --config configs/quickstart.yaml
+	$(BIN)/diki-ray continual --config quickstart
 
 check: env-test lint types
 	$(PYTEST) tests/unit

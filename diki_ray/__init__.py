@@ -29,7 +29,7 @@ def load(
     pretrained: str | None = None,
     directory: str | None = None,
 ) -> Any:
-    """The model of a run that jobs/export.py exported: `diki_ray.load(folder).predict(images)`; needs no Ray.
+    """The model of a run that `diki-ray export` wrote: `diki_ray.load(folder).predict(images)`; needs no Ray.
 
     The value is a diki_ray.prediction.bundle.Model, whose module is imported only when this is called, so that
     `import diki_ray` stays quick.

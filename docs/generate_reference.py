@@ -1,4 +1,5 @@
-"""Writes docs/configuration.md from the types of the configuration: python docs/generate_reference.py"""
+"""Writes docs/configuration.md from the types of the configuration, and docs/commands.md from what the commands say of
+themselves: python docs/generate_reference.py"""
 
 from __future__ import annotations
 
@@ -13,13 +14,15 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
+from typer.main import get_command
 
+from diki_ray.commands.app import app
 from diki_ray.config import Config
 from diki_ray.config.affects import Affects, affects
 from diki_ray.config.sweep import SweepConfig
 from diki_ray.serving.settings import Settings
 
-PAGE = Path(__file__).parent / "configuration.md"
+FOLDER = Path(__file__).parent
 COMMAND = "python docs/generate_reference.py"
 HEAD = f"""\
 # Configuration
@@ -30,26 +33,70 @@ A run is one YAML file. Every field can be overridden on the command line, as in
 unknown field, a wrong type or a value out of range is an error that names the field, its value and what is allowed. A
 default of – means that the field must be given; `null` is *not set*.
 """
+COMMANDS_HEAD = f"""\
+# Commands
+
+<!-- Generated from the commands by `{COMMAND}`: change the text there, in diki_ray/commands/. -->
+
+`diki-ray COMMAND`, or `python -m diki_ray COMMAND`. Every command has `--help`. `DIKI_STORAGE` and `DIKI_RUN` are the
+defaults of `--storage` and `--run`. Exit codes: 0, done; 1, a check has failed (`doctor`, `store verify`); 2, something
+that you can put right, with a sentence on standard error; 130 and 143, ended by Ctrl-C or SIGTERM. `jobs/*.py` are the
+same commands as files, for `ray job submit`. `diki-ray --install-completion` makes the shell complete them.
+"""
 ROOTS = (
     (
         Config,
         "A run",
-        "`jobs/continual.py --config FILE [section.field=value …]`. Examples are in `configs/`. What another value of "
+        "`diki-ray continual --config FILE [section.field=value …]`. Examples are in `configs/`. What another value of "
         "a field *changes*: *modules* are trained anew, under other keys, and those of the former value stay; "
         "*answers*: the run is evaluated anew with the modules that are there; *nothing*: a finished run has nothing "
         "to do, and a sweep still knows its settings.",
     ),
-    (SweepConfig, "A sweep", "`jobs/sweep.py --config FILE`, see [sweeps](sweeps.md)."),
-    (Settings, "A server", "Options of `jobs/serve.py`, written `--max-images 8`."),
+    (SweepConfig, "A sweep", "`diki-ray sweep --config FILE`, see [sweeps](sweeps.md)."),
+    (Settings, "A server", "Options of `diki-ray serve`, written `--max-images 8`."),
 )
 
 
 def page() -> str:
-    """The page as the types give it."""
+    """The page of the configuration as the types give it."""
     parts = [HEAD]
     for root, title, about in ROOTS:
         parts += [f"## {title}", about, *_tables(root, "")]
     return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def commands_page() -> str:
+    """The page of all commands as they describe themselves."""
+    parts = [COMMANDS_HEAD, *_command(get_command(app), "diki-ray")]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _command(command: Any, name: str) -> Iterator[str]:
+    """A command's text and options; of a group, those of the commands in it."""
+    if (inner := getattr(command, "commands", None)) is not None:
+        for own_name, each in inner.items():
+            yield from _command(each, f"{name} {own_name}")
+        return
+    yield f"## {name}"
+    yield inspect.cleandoc(command.help or "")
+    arguments = [p for p in command.params if p.param_type_name == "argument"]
+    options = [p for p in command.params if p.param_type_name == "option"]
+    usage = [name, *(p.metavar or p.name.upper() for p in arguments), "[OPTIONS]" if options else ""]
+    yield f"```\n{' '.join(filter(None, usage))}\n```"
+    if options:
+        rows = [f"| `{_cell(_written(p))}` | {_shown_default(p)} | {_text(p.help or '')} |" for p in options]
+        yield "\n".join(["| option | default | |", "|---|---|---|", *rows])
+
+
+def _written(option: Any) -> str:
+    """An option as it is typed."""
+    if option.is_flag:
+        return ", ".join(option.opts)
+    return f"{', '.join(option.opts)} {option.metavar or option.name.upper()}"
+
+
+def _shown_default(option: Any) -> str:
+    return "" if option.default in (None, False) else f"`{_cell(option.default)}`"
 
 
 def _tables(model: type[BaseModel], path: str) -> Iterator[str]:
@@ -157,5 +204,8 @@ def _cell(value: Any) -> str:
     return str(value).replace("|", "\\|")
 
 
+PAGES = {"configuration.md": page, "commands.md": commands_page}
+
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    for name, text in PAGES.items():
+        (FOLDER / name).write_text(text())

@@ -1,6 +1,6 @@
 """Measure the training stream against webdataset's usual pipeline and ray.data, on the same shards, in one run.
 
-    python jobs/benchmark_stream.py prepared/EuroSAT-8472dbac --backbone mini_clip.py --threads 1 --rounds 5
+    python jobs/benchmark_stream.py prepared/EuroSAT --backbone mini_clip.py --threads 1 --rounds 5
 
 Each reads the train split once a round and hands over batches of the same size, decoded and preprocessed alike; the
 three take turns. The stream keeps no decoded image (its cache is off): every round reads, decodes and preprocesses.
@@ -102,7 +102,7 @@ def main() -> int:
     try:
         index = load_prepared(arguments.source)
         if index is None:
-            raise UserError(f"{arguments.source} is not a prepared data set; see jobs/prepare.py")
+            raise UserError(f"{arguments.source} is not a prepared data set; see `diki-ray prepare`")
         transform = backbones.load(arguments.backbone).preprocess
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

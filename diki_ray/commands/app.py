@@ -15,8 +15,21 @@ from typing import Annotated
 import typer
 
 from diki_ray.commands import old_spellings
+from diki_ray.commands.options import (
+    Backbone,
+    Configured,
+    Directory,
+    Json,
+    Overrides,
+    Pretrained,
+    Run,
+    Storage,
+    need,
+)
 from diki_ray.commands.output import finish_output, prepare_output, print_error
 from diki_ray.commands.places import DEFAULT_PREPARED, one_run, storage_of
+from diki_ray.commands.serve_app import serve_app
+from diki_ray.commands.setup_app import setup_app
 from diki_ray.commands.store_app import store_app
 from diki_ray.errors import UserError
 
@@ -28,27 +41,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(setup_app)
+app.add_typer(serve_app)
 app.add_typer(store_app, name="store")
-
-Storage = Annotated[
-    str | None, typer.Option(help="A local folder, s3://, gs:// or az://. Default: DIKI_STORAGE, else `storage`.")
-]
-Run = Annotated[str | None, typer.Option(help="The run's name. Default: DIKI_RUN.")]
-Configured = Annotated[
-    str | None, typer.Option(metavar="FILE", help="Default: the configuration stored with the run's results.")
-]
-Backbone = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help="Instead of the stored one; a Python file or local-dir:FOLDER only from here."),
-]
-Pretrained = Annotated[
-    str | None, typer.Option(metavar="TAG", help="With --backbone: open_clip's tag or a file of its weights.")
-]
-Directory = Annotated[str | None, typer.Option(metavar="FOLDER", help="With --backbone: as backbone.directory.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[section.field=value]...", help="As in train.epochs=3.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
 def run(command: str | None = None, arguments: Sequence[str] | None = None) -> int:
@@ -86,18 +81,21 @@ def continual(
     overrides: Overrides = None,
     storage: Storage = None,
     run: Annotated[str | None, typer.Option(help="Instead of the configuration's run.name.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what would be done, and do nothing.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="With --plan: print JSON.")] = False,
 ) -> None:
     """Learn a stream of tasks.
 
     Running the same command again continues the run: what is committed is not trained again, and a task that was
     added to the configuration is trained alone.
     """
+    need(plan or not json, "--json goes with --plan")
     from diki_ray.commands.places import configured
 
     loaded = configured(config, overrides or (), storage, run)
     from diki_ray.commands import continual as command
 
-    raise typer.Exit(command.main(loaded, config))
+    raise typer.Exit(command.plan(loaded, json) if plan else command.main(loaded, config))
 
 
 @app.command()
@@ -164,10 +162,10 @@ def prepare(
     command again writes only what is missing. Exit code 2: some could not be done.
     """
     given = Namespace(**locals())
-    _need(bool(sources) != bool(protocol), "give either SOURCEs or --protocol")
-    _need(not name or len(sources or ()) == 1, "--name goes with one SOURCE")
-    _need(split in (None, "coop", "zscl"), "--split is coop or zscl")
-    _need(format in ("png", "jpeg"), "--format is png or jpeg")
+    need(bool(sources) != bool(protocol), "give either SOURCEs or --protocol")
+    need(not name or len(sources or ()) == 1, "--name goes with one SOURCE")
+    need(split in (None, "coop", "zscl"), "--split is coop or zscl")
+    need(format in ("png", "jpeg"), "--format is png or jpeg")
     from diki_ray.commands import prepare as command
 
     raise typer.Exit(command.main(given))
@@ -197,9 +195,9 @@ def evaluate(
     integration weight for learnt against unlearnt domains.
     """
     given = Namespace(**locals())
-    _need(routing in (None, "image", "batch"), "--routing is image or batch")
-    _need(label_space in (None, "task", "seen", "all"), "--label-space is task, seen or all")
-    _need(split in ("test", "val", "train"), "--split is test, val or train")
+    need(routing in (None, "image", "batch"), "--routing is image or batch")
+    need(label_space in (None, "task", "seen", "all"), "--label-space is task, seen or all")
+    need(split in ("test", "val", "train"), "--split is test, val or train")
     given.storage, given.run, given.config = one_run(storage, run, config)
     from diki_ray.commands import evaluate as command
 
@@ -233,45 +231,12 @@ def predict(
     for each input, in their order; an image that cannot be used is a row with an `error`.
     """
     given = Namespace(**locals())
-    _need(template is None or classes is not None, "--template is for --classes")
-    _need(output is None or not json, "--json is for answers that are shown; --output writes them")
+    need(template is None or classes is not None, "--template is for --classes")
+    need(output is None or not json, "--json is for answers that are shown; --output writes them")
     given.storage, given.run, given.config = one_run(storage, run, config)
     from diki_ray.commands import predict as command
 
     raise typer.Exit(command.main(given))
-
-
-@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
-def serve(
-    context: typer.Context,
-    storage: Storage = None,
-    run: Run = None,
-    host: Annotated[str, typer.Option(help="0.0.0.0 for everybody; default: this machine alone.")] = "127.0.0.1",
-    port: int = 8000,
-    token_file: Annotated[str | None, typer.Option(metavar="FILE", help="Default: DIKI_SERVE_TOKEN has it.")] = None,
-    no_token: Annotated[bool, typer.Option("--no-token", help="Answer whoever can reach the port.")] = False,
-    replicas: int = 1,
-    cpus_per_replica: float = 1.0,
-    gpus_per_replica: float = 0.0,
-    address: Annotated[str | None, typer.Option(help="Of a Ray cluster. Default: RAY_ADDRESS, else one here.")] = None,
-    backbone: Backbone = None,
-    pretrained: Pretrained = None,
-    directory: Directory = None,
-) -> None:
-    """Answer images over HTTP with what a run has learnt.
-
-    Reads the run's storage and takes no lease; tasks that are learnt later are served within seconds. The page is at
-    the URL itself, the OpenAPI document at /openapi.json. Limits are options too, written `--max-images 8`: "A server"
-    in docs/configuration.md lists them.
-    """
-    given = {name: value for name, value in locals().items() if name != "context"}
-    given["storage"], given["run"], _ = one_run(storage, run, None)
-    from diki_ray.commands.places import server_limits
-
-    limits = server_limits(context.args)
-    from diki_ray.commands import serve as command
-
-    raise typer.Exit(command.main(given | limits))
 
 
 @app.command()
@@ -337,11 +302,9 @@ def import_(
     "templates"}.
     """
     given = Namespace(**locals())
-    _need(
-        sum(which is not None for which in (protocol, config, classes)) == 1, "give --protocol, --config or --classes"
-    )
-    _need((protocol is None) == (sources is None), "--protocol and --sources go together")
-    _need(not overrides or config is not None, "section.field=value is for --config")
+    need(sum(which is not None for which in (protocol, config, classes)) == 1, "give --protocol, --config or --classes")
+    need((protocol is None) == (sources is None), "--protocol and --sources go together")
+    need(not overrides or config is not None, "section.field=value is for --config")
     given.storage, given.run, _ = one_run(storage, run, None)
     given.overrides = overrides or []
     from diki_ray.commands import import_checkpoint as command
@@ -353,8 +316,3 @@ def import_(
 def version() -> None:
     """Print the versions of this package and of Ray."""
     print(f"diki-ray {installed('diki-ray')}, Ray {installed('ray')}")
-
-
-def _need(holds: bool, otherwise: str) -> None:
-    if not holds:
-        raise typer.BadParameter(otherwise)

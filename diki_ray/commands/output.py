@@ -106,6 +106,22 @@ def print_json(value: Any) -> None:
     print(re.sub(r"[^ -~\n]", lambda found: found[0] if found[0].isprintable() else json.dumps(found[0])[1:-1], text))
 
 
+def about(seconds: float) -> str:
+    """A time that is not known better: `40 s`, `12 min`, `3.5 h`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def size(num_bytes: float) -> str:
+    """A number of bytes, as in `3.2 MB`."""
+    if num_bytes < 1000:
+        return f"{num_bytes:.0f} bytes"
+    power = next((n for n in (1, 2, 3) if num_bytes < 1000 ** (n + 1)), 4)
+    number = num_bytes / 1000**power
+    return f"{number:,.0f} {'KMGT'[power - 1]}B" if number >= 100 else f"{number:.1f} {'KMGT'[power - 1]}B"
+
+
 def print_error(error: Exception) -> None:
     """What went wrong, as one sentence on standard error."""
     print(f"error: {plain(str(error))}", file=sys.stderr)

@@ -103,16 +103,17 @@ def _placed(config: Any, storage: str | None, run: str | None) -> Any:
     return config.model_copy(update={"run": section})
 
 
-def server_limits(arguments: Sequence[str]) -> dict[str, Any]:
-    """The fields of a server's settings that are written `--max-images 8`.
+def server_limits(arguments: Sequence[str], of_front: bool) -> dict[str, Any]:
+    """The fields of a server's settings, or of its front's limits, that are written `--max-images 8`.
 
     Raises:
         typer.BadParameter: something else.
     """
-    from diki_ray.serving.settings import Settings
+    from diki_ray.serving.settings import Limits, Settings
 
     own = {"storage", "run", "token_sha256", "backbone", "pretrained", "directory"}
-    types = {f"--{n.replace('_', '-')}": (n, type(f.default)) for n, f in Settings.model_fields.items() if n not in own}
+    fields = (Limits if of_front else Settings).model_fields
+    types = {f"--{n.replace('_', '-')}": (n, type(f.default)) for n, f in fields.items() if n not in own}
     words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--") else [word])]
     limits: dict[str, Any] = {}
     for option, value in zip(words[::2], [*words[1::2], None][: (len(words) + 1) // 2], strict=True):

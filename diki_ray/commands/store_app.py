@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from diki_ray.commands.options import Json, Run, Storage
 from diki_ray.commands.places import one_run, storage_of
 
 store_app = typer.Typer(
@@ -16,11 +17,6 @@ store_app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Storage = Annotated[
-    str | None, typer.Option(help="A local folder, s3://, gs:// or az://. Default: DIKI_STORAGE, else `storage`.")
-]
-Run = Annotated[str | None, typer.Option(help="The run's name. Default: DIKI_RUN.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 TakeOver = Annotated[bool, typer.Option("--take-over", help="Take the run from the driver that has it.")]
 Path = Annotated[str, typer.Argument(metavar="PATH", help="A folder, or a .tar.")]
 

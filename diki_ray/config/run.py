@@ -225,7 +225,7 @@ class TelemetrySection(Section):
     linger_s: ChangesNothing[float] = Field(default=0.0, ge=0)
     """Seconds that the metrics stay after the end, so that a last scrape sees the final values."""
     trackers: ChangesNothing[tuple[Literal["tensorboard", "mlflow", "wandb"], ...]] = ()
-    """Experiment trackers that jobs/continual.py tells of the run; each needs the extra of its name. To look:
+    """Experiment trackers that `diki-ray continual` tells of the run; each needs the extra of its name. To look:
     `tensorboard --logdir tracking/tensorboard`, `MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri
     tracking/mlruns` (of the whole `mlflow`), `wandb sync tracking/wandb/offline-run-*`."""
     tracking_root: ChangesNothing[str] = "tracking"
@@ -236,7 +236,8 @@ class TaskSection(Section):
     """One task of the stream."""
 
     data: ChangesModule[str]
-    """`embedded:NAME`, a prepared data set (folder with index.json, local or remote), or a folder in a known layout."""
+    """`embedded:NAME`, a prepared data set (folder with index.json, local or remote, whose digest may be left out where
+    it is the only one of its name: `prepared/pets`), or a folder in a known layout."""
     name: ChangesAnswers[str | None] = Field(default=None, pattern=NAME)
     """The data set's own name by default."""
     template: ChangesModule[str | None] = None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from typing import Any
 from diki_ray.config.templates import template_fault
 from diki_ray.errors import DataError
 from diki_ray.json_text import parsed
-from diki_ray.store.files import join, read_bytes, write_bytes
+from diki_ray.store.files import folders, join, read_bytes, scheme_of, write_bytes
 
 INDEX_FILE = "index.json"
 FORMAT = 1
@@ -195,7 +196,7 @@ class DatasetIndex:
         except FileNotFoundError:
             raise DataError(
                 f"there is no {where}: not a prepared data set, or its preparation did not finish; "
-                "run jobs/prepare.py on it"
+                "run `diki-ray prepare` on it"
             ) from None
         try:
             data = parsed(raw)
@@ -223,6 +224,37 @@ class DatasetIndex:
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{where} is not the index of a data set ({error!r}): prepare it again") from None
+
+
+def find_prepared(place: str) -> str | None:
+    """Finds the prepared data set at `place`, by its folder or by its name there without the digest.
+
+    `prepared/Caltech101` is `prepared/Caltech101-8564f50d` where that is the only one of the name. Returns its folder,
+    or None where there is neither.
+
+    Raises:
+        DataError: several have this name; all of them are listed. StorageError: the place cannot be listed.
+    """
+    place = place.removesuffix(f"/{INDEX_FILE}").rstrip("/") or "/"
+    if _has_index(place):
+        return place
+    if scheme_of(place).startswith("http") or os.path.exists(place):  # a web server has no listing
+        return None
+    parent, separator, name = place.rpartition("/")
+    parent = parent or separator or "."
+    wanted = re.compile(re.escape(name) + "-[0-9a-f]{8}")
+    named = [join(parent, folder) for folder in folders(parent) if wanted.fullmatch(folder)]
+    found = [folder for folder in named if _has_index(folder)]  # without one it was never finished
+    if len(found) > 1:
+        raise DataError(f"{place} may be any of {', '.join(found)}: write the one that is meant with its digest")
+    return found[0] if found else None
+
+
+def _has_index(folder: str) -> bool:
+    try:
+        return bool(read_bytes(join(folder, INDEX_FILE), 0, 1))
+    except FileNotFoundError:
+        return False
 
 
 def _canonical(content: Any) -> bytes:

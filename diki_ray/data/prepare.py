@@ -2,7 +2,7 @@
 
 Three steps, so that the middle one can run anywhere: `plan` lists and decides (no image is opened), `write_job` writes
 one shard (a pure function of its job, restartable), `finish` adds the index, last. `ensure` does all three in this
-process; `jobs/prepare.py` spreads the middle one over a cluster.
+process; `diki-ray prepare` spreads the middle one over a cluster.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from diki_ray.config.templates import template_fault
 from diki_ray.data.completeness import differing_sizes, shortcomings
 from diki_ray.data.images import UndecodableImageError, at_model_size, decode_image
-from diki_ray.data.index import INDEX_FILE, DatasetIndex, Shard, Split
+from diki_ray.data.index import DatasetIndex, Shard, Split, find_prepared
 from diki_ray.data.shards import Sample, encode_sample, shard_file, write_shard
 from diki_ray.data.sources import EMBEDDED, RawDataset, RawItem, Reader, open_source
 from diki_ray.data.sources.choice import Choice, choose, keys_of
@@ -331,12 +331,14 @@ def made(preparation: Preparation, max_skipped: int | None = None, run: Run = ma
 
 
 def load_prepared(source: str) -> DatasetIndex | None:
-    """The data set in `source` if that is a prepared one; remote places can only be that. DataError if damaged."""
+    """The data set at `source` if that is a prepared one, or the name of one without its digest (`find_prepared`);
+    remote places can only be that. DataError if it is damaged, or if several have the name."""
     if source.startswith(EMBEDDED):
         return None
-    if scheme_of(source) or Path(source, INDEX_FILE).is_file():
-        return DatasetIndex.load(source)
-    return None
+    found = find_prepared(source)
+    if found is None and not scheme_of(source):
+        return None
+    return DatasetIndex.load(found or source)
 
 
 def find_finished(preparation: Preparation) -> DatasetIndex | None:

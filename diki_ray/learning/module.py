@@ -58,7 +58,7 @@ class TaskModule:
         if self.statistics is None:
             raise ConfigError(
                 f"the module of task {self.task!r} has no class means, because a former version made it or it was "
-                "imported: fill them in with `jobs/store.py fill`, which reads its training images once, or use "
+                "imported: fill them in with `diki-ray store fill`, which reads its training images once, or use "
                 "routing.density=task."
             )
         return self.statistics

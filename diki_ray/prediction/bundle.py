@@ -135,7 +135,7 @@ def load_bundle(
 ) -> Model:
     """Loads the model of an exported run, in plain Python.
 
-    path: the folder that jobs/export.py wrote, or its bundle.safetensors.
+    path: the folder that `diki-ray export` wrote, or its bundle.safetensors.
     device: auto (a GPU where there is one), cpu or cuda.
     backbone, pretrained, directory: where this machine has the backbone, if elsewhere than the bundle says; its
         weights are compared with the run's. A Python file or a folder is taken from here alone: a bundle runs no code.
@@ -150,7 +150,7 @@ def load_bundle(
     try:
         content, tensors = read_tensors(read_bytes(place))
     except FileNotFoundError:
-        raise DataError(f"there is no bundle {place}; jobs/export.py makes one of a run.") from None
+        raise DataError(f"there is no bundle {place}; `diki-ray export` makes one of a run.") from None
     _check_content(content, place)
     config = parse_stored(content["config"], source=place)
     told = named_backbone(backbone, pretrained, directory)

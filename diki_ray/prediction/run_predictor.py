@@ -1,4 +1,4 @@
-"""A stored run becomes a predictor here, for `jobs/predict.py`, batch inference, bundles and serving.
+"""A stored run becomes a predictor here, for `diki-ray predict`, batch inference, bundles and serving.
 
 A run's predictor needs its storage and nothing else: no cluster, and no lease, for it only reads.
 """

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -23,8 +24,24 @@ _NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")  # 
 
 
 def typed() -> str:
-    """What stands before a command that is to be typed: `diki-ray` where that is on the path, else this Python."""
-    return "diki-ray" if shutil.which("diki-ray") else f"{shlex.quote(sys.executable)} -m diki_ray"
+    """What stands before a command that is to be typed: `diki-ray` where the shell finds this environment's, else this
+    Python."""
+    return "diki-ray" if _is_found("diki-ray") else f"{shlex.quote(sys.executable)} -m diki_ray"
+
+
+def typed_again(argv: Sequence[str]) -> str:
+    """The command line that started this process, as it can be typed where it was typed. argv: that of Python."""
+    if Path(argv[0]).name in ("diki-ray", "__main__.py"):
+        command = f"{typed()} {shlex.join(argv[1:])}"
+    else:
+        command = shlex.join(["python" if _is_found("python") else sys.executable, *argv])
+    return command.encode(errors="backslashreplace").decode()  # an argument may be no UTF-8, which documents are
+
+
+def _is_found(program: str) -> bool:
+    """Whether the shell finds the program, and this environment's."""
+    found = shutil.which(program)
+    return found is not None and Path(found).parent == Path(sys.executable).parent
 
 
 def next_steps(config: Config, command: str, config_file: str | None) -> str:

@@ -19,11 +19,11 @@ from diki_ray.learning.methods import METHODS, Method
 from diki_ray.learning.module import TaskModule, module_key
 from diki_ray.runs.plan import Former, Plan, PlannedTask
 from diki_ray.store.files import folders, join
-from diki_ray.store.interface import HeldRun
+from diki_ray.store.interface import ReadableRun
 from diki_ray.store.log import Entry
 
 
-def with_former_modules(plan: Plan, store: HeldRun) -> Plan:
+def with_former_modules(plan: Plan, store: ReadableRun) -> Plan:
     """The plan, in which each task that the run knows from other data has its former module."""
     if METHODS[plan.config.method.name].sequential:
         return plan  # there another task's data change all that follow
@@ -46,7 +46,7 @@ def sentence(task: PlannedTask) -> str | None:
     return f"its data changed: {images}{parameters}"
 
 
-def _with_former(config: Config, task: PlannedTask, entry: Entry | None, store: HeldRun) -> PlannedTask:
+def _with_former(config: Config, task: PlannedTask, entry: Entry | None, store: ReadableRun) -> PlannedTask:
     if entry is None or entry.key == task.key:
         return task
     keep = config.train.changed_data == "keep"

@@ -5,22 +5,23 @@ Data flows one way: configuration -> stream -> trainer -> store -> router -> eva
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from diki_ray.config import Config
-from diki_ray.report.next_steps import next_steps, typed
+from diki_ray.config.run import TaskSection
+from diki_ray.data.index import DatasetIndex
+from diki_ray.data.prepare import Preparation
+from diki_ray.report.next_steps import next_steps, typed_again
 from diki_ray.report.results import table
 from diki_ray.report.run import REPORT, render
 from diki_ray.runs import steps
 from diki_ray.runs.changed_data import with_former_modules
 from diki_ray.runs.on_ray import ON_RAY
-from diki_ray.runs.plan import plan_of
+from diki_ray.runs.plan import find_data, load_backbone, make_plan
 from diki_ray.runs.progress import Display
 from diki_ray.runs.results import protocol_id, protocol_of
 from diki_ray.runs.telemetry import Telemetry, exporting
@@ -40,7 +41,9 @@ def run_continual(config: Config, console: Console, config_file: str | None = No
     with exporting(config, protocol) as telemetry, tracking(config, protocol, display.say) as tracked:
         results = _run(config, display, telemetry, tracked)
         console.print(table(results))
-        console.print(next_steps(config, _command(), config_file), highlight=False, markup=False, soft_wrap=True)
+        console.print(
+            next_steps(config, typed_again(sys.argv), config_file), highlight=False, markup=False, soft_wrap=True
+        )
     return results
 
 
@@ -48,12 +51,16 @@ def _run(config: Config, display: Display, telemetry: Telemetry, tracked: Tracki
     clock = _Clock(telemetry)
     clock.start("plan")
     config = steps.with_parts_of_the_run(config)
-    plan = plan_of(config)
+    data = find_data(config)  # before weights are fetched, which can take minutes
+    plan = make_plan(config, load_backbone(config), data)
     clock.start("cluster")
     with ON_RAY.held(config) as store:
         plan = with_former_modules(plan, store)
         telemetry.watch(store, [task.key for task in plan.tasks])
         display.say(f"run {config.run.name!r} on {store.storage}: {len(plan.tasks)} tasks, {protocol_of(plan)}")
+        for task, (section, found) in zip(plan.tasks, data, strict=True):
+            if _named_shortly(section, found):
+                display.say(f"{task.name}: {section.data} is {task.index.uri}")
         clock.start("train")
         trained = steps.learn(plan, store, ON_RAY, display, [display, telemetry, tracked])
         results = None if trained else steps.unchanged_results(plan, store)
@@ -67,7 +74,7 @@ def _run(config: Config, display: Display, telemetry: Telemetry, tracked: Tracki
                 [display, telemetry],
                 seconds=clock.laps,
                 trained=trained,
-                command=_command(),
+                command=typed_again(sys.argv),
             )
         else:
             display.say("nothing to train or evaluate: results of the same configuration and modules are there.")
@@ -78,14 +85,11 @@ def _run(config: Config, display: Display, telemetry: Telemetry, tracked: Tracki
         return results
 
 
-def _command() -> str:
-    """What was typed, or the same by the command of this package."""
-    program = Path(sys.argv[0]).name
-    if program in ("diki-ray", "__main__.py"):
-        command = f"{typed()} {shlex.join(sys.argv[1:])}"
-    else:
-        command = shlex.join(["python", *sys.argv])
-    return command.encode(errors="backslashreplace").decode()  # an argument may be no UTF-8, which documents are
+def _named_shortly(section: TaskSection, found: DatasetIndex | Preparation) -> bool:
+    """Whether a task's data are written without the digest of the prepared data set that they are."""
+    if not isinstance(found, DatasetIndex):
+        return False
+    return section.data.rstrip("/").rpartition("/")[2] == found.uri.rpartition("/")[2].rpartition("-")[0]
 
 
 class _Clock:

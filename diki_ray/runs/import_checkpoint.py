@@ -257,7 +257,7 @@ def import_checkpoint(checkpoint: Checkpoint, tasks: Sequence[NamedTask], config
     _check_sizes(checkpoint, backbone)
     modules = to_modules(checkpoint, tasks, backbone.digest())
     store = RunStore.open(config.run.storage, config.run.name)
-    epoch = store.acquire(this_process("jobs/import_checkpoint.py"), take_over=config.run.take_over)
+    epoch = store.acquire(this_process("diki-ray import"), take_over=config.run.take_over)
     try:
         if others := {entry.key for entry in store.modules()} - {module.key for module in modules}:
             raise UserError(f"run {config.run.name!r} has {len(others)} modules from elsewhere: choose another name.")

@@ -16,6 +16,13 @@ from diki_ray.errors import ConfigError
 LOOPBACK = "127.0.0.1"
 
 
+def token_file() -> Path | None:
+    """The file in which Ray looks for its token; None where it reads none."""
+    if "RAY_AUTH_TOKEN" in os.environ or os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+        return None
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+
+
 def keep_token_private() -> None:
     """Makes the file of Ray's token, if it is missing, and sees that nobody but its user can read it.
 
@@ -24,9 +31,8 @@ def keep_token_private() -> None:
     Raises:
         ConfigError: the file cannot be made or its mode cannot be changed.
     """
-    if "RAY_AUTH_TOKEN" in os.environ or os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
-        return  # Ray reads no file
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if (path := token_file()) is None:
+        return
     try:
         if not path.exists():
             _write_token(path)

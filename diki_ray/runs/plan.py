@@ -255,6 +255,12 @@ def make_plan(config: Config, backbone: Backbone, data: Sequence[Found] | None =
     return Plan(config, digest, backbone.embed_dim, tuple(tasks))
 
 
+def num_epochs_of(config: Config, num_images: int) -> int:
+    """Of a task with so many training images: more than `train.epochs` where these have fewer than `min_steps`."""
+    steps_an_epoch = math.ceil(num_images / config.train.batch_size)
+    return max(config.train.epochs, math.ceil(config.train.min_steps / steps_an_epoch))
+
+
 def _planned(
     config: Config,
     backbone_digest: str,
@@ -265,8 +271,7 @@ def _planned(
 ) -> PlannedTask:
     predecessor = earlier[-1].key if is_sequential(config) and earlier else None
     data_digest = index.digest(*(s for s in ("train", "val") if s in index.splits))
-    steps_an_epoch = math.ceil(index.split("train").num_samples / config.train.batch_size)
-    num_epochs = max(config.train.epochs, math.ceil(config.train.min_steps / steps_an_epoch))
+    num_epochs = num_epochs_of(config, index.split("train").num_samples)
     depends_on = shared_by_keys(config, backbone_digest) | {
         "data": data_digest,
         "class_names": index.class_names,

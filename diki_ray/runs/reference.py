@@ -61,11 +61,11 @@ def _prepared(config: Config) -> DatasetIndex | None:
             return None
         raise ConfigError(
             f"method.reference: {config.method.name} distils on data of no task, and only the embedded backbone brings "
-            "some; set it to the folder of a prepared data set (jobs/prepare.py makes one)."
+            "some; set it to the folder of a prepared data set (`diki-ray prepare` makes one)."
         )
     index = load_prepared(place)
     if index is None:
-        raise ConfigError(f"method.reference: {place} is no prepared data set; make one of it with jobs/prepare.py.")
+        raise ConfigError(f"method.reference: {place} is no prepared data set; make one of it with `diki-ray prepare`.")
     return index
 
 

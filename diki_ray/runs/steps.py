@@ -24,7 +24,7 @@ from diki_ray.runs.plan import Plan, PlannedTask
 from diki_ray.runs.progress import Display, Listener, OnProgress, following
 from diki_ray.runs.results import build_results, is_of_configuration
 from diki_ray.runs.verification import PARTS, check_parts
-from diki_ray.store.interface import HeldRun
+from diki_ray.store.interface import HeldRun, ReadableRun
 from diki_ray.store.run_store import CONFIG_DOCUMENT, RunStore
 
 
@@ -132,7 +132,7 @@ def evaluate(
     return results
 
 
-def unchanged_results(plan: Plan, store: HeldRun) -> dict[str, Any] | None:
+def unchanged_results(plan: Plan, store: ReadableRun) -> dict[str, Any] | None:
     """The stored results, if they are of this configuration and of the modules that are in the run now."""
     try:
         results = store.get_document(DOCUMENT)

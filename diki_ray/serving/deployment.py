@@ -1,6 +1,6 @@
 """The service is a Ray Serve application: replicas of one deployment hold the run's modules and batch what comes.
 
-`application` is what a RayService's `import_path` names; `jobs/serve.py` runs it on this machine or a joined cluster.
+`application` is what a RayService's `import_path` names; `diki-ray serve` runs it on this machine or a joined cluster.
 """
 
 from __future__ import annotations

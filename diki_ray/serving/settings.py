@@ -41,7 +41,7 @@ class Limits(Section):
 class Settings(Limits):
     """They say which run is served, and how much of anything one request may ask for."""
 
-    storage: str = "runs"
+    storage: str = "storage"
     """An absolute path, or s3://, gs://, az://: replicas run in folders of their own."""
     run: str
     backbone: str | None = None

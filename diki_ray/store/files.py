@@ -62,9 +62,11 @@ def list_files(folder: str) -> list[str]:
 
 
 def folders(uri: str) -> tuple[str, ...]:
-    """Return the names of the folders directly in a folder; StorageError if it cannot be listed."""
-    objects, name = _located(uri)
-    return objects.folders(name)
+    """Return the names of the folders directly in a folder, sorted; none where there is no such folder.
+
+    StorageError if it cannot be listed.
+    """
+    return _folder(uri).folders("")
 
 
 def write_bytes(uri: str, data: bytes) -> None:

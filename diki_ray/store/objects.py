@@ -101,7 +101,7 @@ class Objects(ABC):
 
     @abstractmethod
     def folders(self, prefix: str) -> tuple[str, ...]:
-        """Return the names of the folders directly below `prefix`, sorted."""
+        """Return the names of the folders directly below `prefix` ("": the root), sorted."""
 
     def settle(self, folder: str) -> None:
         """Make what is visible in a folder durable, should its writer have been killed before it could say so."""
@@ -164,7 +164,7 @@ class LocalObjects(Objects):
             return file.is_file()
 
     def folders(self, prefix: str) -> tuple[str, ...]:
-        folder = self._file(prefix)
+        folder = self._file(prefix) if prefix else self._root
         with explained(folder, "list"):
             try:
                 return tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()))
@@ -279,7 +279,8 @@ class BucketObjects(Objects):
 
     def folders(self, prefix: str) -> tuple[str, ...]:
         with explained(self._name(prefix), "list"):
-            found = obstore.list_with_delimiter(self._store, checked_path(prefix))["common_prefixes"]
+            listed = obstore.list_with_delimiter(self._store, checked_path(prefix) if prefix else None)
+        found = listed["common_prefixes"]
         return tuple(sorted(name.rstrip("/").rpartition("/")[2] for name in found))
 
     def _name(self, path: str) -> str:

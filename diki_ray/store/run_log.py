@@ -246,8 +246,8 @@ class RunLog:
     def _lost(self, seq: int, what: str) -> CorruptError:
         return CorruptError(
             f"{self.objects.uri}/{self.path(seq)} {what}, so run {self.run!r} is not opened: put that file back from a "
-            f"copy (an export, a backup); without one, `python jobs/store.py compact --accept-loss {self.objects.uri} "
-            f"{self.run}` goes on without the entry"
+            f"copy (an export, a backup); without one, `diki-ray store compact --accept-loss --storage "
+            f"{self.objects.uri} --run {self.run}` goes on without the entry"
         )
 
     def _listed_numbers(self) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import pkgutil
 import re
 import runpy
 from pathlib import Path
@@ -14,9 +15,18 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 
 
-def test_the_configuration_reference_is_what_the_types_give() -> None:
+def test_the_references_are_what_the_types_and_the_commands_give() -> None:
     generator = runpy.run_path(str(DOCS / "generate_reference.py"))
-    assert (DOCS / "configuration.md").read_text() == generator["page"](), f"type: {generator['COMMAND']}"
+    assert generator["PAGES"].keys() == {"configuration.md", "commands.md"}
+    for name, page in generator["PAGES"].items():
+        assert (DOCS / name).read_text() == page(), f"type: {generator['COMMAND']}"
+
+
+def test_every_command_is_described() -> None:
+    page = (DOCS / "commands.md").read_text()
+    for name in ("continual", "init", "doctor", "serve-front", "store rollback", "import"):
+        assert f"\n## diki-ray {name}\n" in page
+    assert "| `--plan` |" in page
 
 
 def test_the_reference_has_each_fields_type_bounds_default_and_meaning() -> None:
@@ -30,6 +40,13 @@ def test_the_reference_has_each_fields_type_bounds_default_and_meaning() -> None
 def test_every_page_is_in_the_navigation() -> None:
     pages = re.findall(r"[\w-]+\.md", str(yaml.safe_load((DOCS.parent / "mkdocs.yml").read_text())["nav"]))
     assert sorted(pages) == sorted(path.name for path in DOCS.rglob("*.md")), "pages and `nav` in mkdocs.yml differ"
+
+
+def test_everything_in_the_python_reference_exists_and_is_described() -> None:
+    names = re.findall(r"^::: ([\w.]+)$", (DOCS / "api.md").read_text(), re.M)
+    assert len(names) == len(set(names)) > 10
+    for name in names:
+        assert (pkgutil.resolve_name(name).__doc__ or "").strip(), name
 
 
 def named_tests() -> list[tuple[str, str | None, bool]]:

@@ -80,7 +80,7 @@ def test_one_task_of_vit_b_16_with_a_hundred_class_means_takes_at_most_1_9_megab
 
 def test_a_module_of_the_former_version_is_read_and_says_that_it_lacks_class_means() -> None:
     former = TaskModule.from_bytes(MODULE.to_bytes())
-    with pytest.raises(ConfigError, match=r"no class means.*jobs/store.py fill"):
+    with pytest.raises(ConfigError, match=r"no class means.*diki-ray store fill"):
         _ = former.class_statistics
 
 

@@ -11,8 +11,8 @@ from diki_ray.config import Config, load
 from diki_ray.config.places import with_absolute_paths
 from diki_ray.errors import ConfigError, DataError
 from diki_ray.learning.methods import METHODS, Diki
-from diki_ray.runs.continual import run_continual
-from diki_ray.runs.plan import Plan, load_backbone, make_plan, plan_of
+from diki_ray.runs.continual import _named_shortly, run_continual
+from diki_ray.runs.plan import Plan, find_data, load_backbone, make_plan, plan_of
 from diki_ray.runs.train.group import shared_out
 
 DEBUG = Path(__file__).parent.parent.parent / "configs" / "debug.yaml"
@@ -35,6 +35,19 @@ def test_a_key_depends_on_the_task_and_the_recipe_and_not_on_the_stream(prepared
     assert keys(planned(prepared, "calibration.bias=2", "evaluate.routing=batch", "run.name=q")) == keys(plan)
     for change in ("train.epochs=2", "run.seed=1", "train.num_workers=2", "method.text_length=3", "train.lr=1"):
         assert not set(keys(planned(prepared, change)).values()) & set(keys(plan).values()), change
+
+
+def test_data_by_their_name_are_the_same_module(tmp_path: Path) -> None:
+    plan = planned(tmp_path)
+    tree = load(DEBUG, [f"data.root={tmp_path}"]).model_dump()
+    tree["tasks"] = [
+        task | {"data": f"{tmp_path}/{name}"} for task, name in zip(tree["tasks"], keys(plan), strict=True)
+    ]
+    named = Config.model_validate(tree)
+    assert keys(make_plan(named, BACKBONE)) == keys(plan)
+    pairs = [(section, task.index) for section, task in zip(named.tasks, plan.tasks, strict=True)]
+    assert [_named_shortly(*pair) for pair in pairs] == [True, True]
+    assert [_named_shortly(*pair) for pair in find_data(plan.config)] == [False, False]
 
 
 def test_depths_that_nobody_wrote_down_fit_the_backbone_and_others_are_refused(prepared: Path) -> None:

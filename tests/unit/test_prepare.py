@@ -368,3 +368,33 @@ def test_a_job_can_run_in_another_process(tmp_path):
     result = pickle.loads(pickle.dumps(write_job(pickle.loads(pickle.dumps(jobs[0])))))
     assert result.shard is not None
     assert result.shard.num_samples == len(jobs[0].items)
+
+
+# --- a data set by its name ------------------------------------------------------------------------------------------
+
+
+def test_a_name_finds_the_only_prepared_data_set_that_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = str(put_folders(tmp_path / "pets"))
+    root = str(tmp_path / "prepared")
+    index = ensure(source, root)
+    assert ensure(f"{root}/pets", root) == index
+    assert f"{root}/pets-{index.provenance['digest'][:8]}" == index.uri
+    monkeypatch.chdir(root)
+    assert ensure("pets", root).digest() == index.digest()
+    (tmp_path / "prepared" / "pets-00000000").mkdir()  # without an index: it was never finished
+    assert ensure(f"{root}/pets", root) == index
+    other = ensure(source, root, shots=2)
+    with pytest.raises(DataError, match=r"may be any of .*pets-.*pets-.* with its digest") as error:
+        ensure(f"{root}/pets", root)
+    assert all(found.uri in str(error.value) for found in (index, other))
+    assert ensure(index.uri, root) == index  # in full it is no question
+    with pytest.raises(DataError, match="there is no data set at"):
+        ensure(f"{root}/pet", root)
+
+
+def test_a_folder_of_the_name_itself_comes_first(tmp_path: Path) -> None:
+    root = tmp_path / "all"
+    index = ensure(str(put_folders(tmp_path / "pets")), str(root))
+    put_folders(root / "pets", classes=("a", "b"))
+    assert ensure(f"{root}/pets", str(root)).class_names == ("a", "b")
+    assert ensure(index.uri, str(root)) == index

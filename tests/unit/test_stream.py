@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from diki_ray.data.images import decode_image
-from diki_ray.data.index import DatasetIndex
+from diki_ray.data.index import DatasetIndex, find_prepared
 from diki_ray.data.shards import Sample, SkipLedger, write_split
 from diki_ray.data.stream import Batch, TrainStream, eval_batches
 from diki_ray.errors import DataError, StorageError
@@ -321,6 +321,8 @@ def test_shards_are_written_to_and_stream_from_s3_alike(index, monkeypatch):
         assert remote.digest() == index.digest()
         loaded = DatasetIndex.load("s3://data/prepared/toy")
         assert all(same(a, b) for a, b in zip(stream(index).epoch(0), stream(loaded).epoch(0), strict=True))
+        named = toy_index("s3://data/named/toy-0123abcd")
+        assert (find_prepared("s3://data/named/toy"), find_prepared("s3://data/named/to")) == (named.uri, None)
         delete(remote.shard_uri(remote.splits["test"].shards[0]))
         delete("s3://data/prepared/toy/never-there.tar")
         with pytest.raises(StorageError, match=r"test-000000\.tar is missing"):

@@ -30,6 +30,9 @@ SPLIT_FOLDERS: Mapping[str, str] = {
 }
 """Names of folders, and of a manifest's split column, that mean a split."""
 
+PLAIN = "class folders"
+"""The layout that is tried last: any folder of folders of images has it."""
+
 MANIFESTS = ("manifest.csv", "manifest.jsonl", "metadata.csv", "metadata.jsonl")
 _PATH_COLUMNS = ("path", "file_name", "filename", "file", "image", "filepath")
 _LABEL_COLUMNS = ("label", "class", "class_name", "category", "classname")
@@ -137,7 +140,7 @@ def folder_dataset(folder: Path, name: str, **about: Any) -> RawDataset:
         notes.append(f"folders without an image are not classes: {', '.join(dict.fromkeys(empty))}")
     return RawDataset(
         name=name,
-        layout="class folders in split folders" if split_folders(folder) else "class folders",
+        layout="class folders in split folders" if split_folders(folder) else PLAIN,
         class_names=named_classes(classes, map(words_of_folder, classes), folder),
         splits=items,
         reader=FileReader(str(folder)),

@@ -53,6 +53,11 @@ class AnswerCache:
         self._names = {t: f"rows-{_digest(data | {'module': m})}.safetensors" for t, m in modules.items()}
         self._stored: dict[int, Rows] = {}
 
+    @property
+    def is_known(self) -> bool:
+        """Whether the test set was read before: what is new of it is then computed for the images that need it."""
+        return self._store.get(self._names[NO_TASK]) is not None
+
     def load(self) -> Answers | None:
         """None where not even the frozen features are known."""
         blob = self._store.get(self._names[NO_TASK])

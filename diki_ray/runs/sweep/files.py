@@ -78,8 +78,8 @@ def as_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
 
 
 def runnable(document: dict[str, Any], chosen: Config) -> str:
-    """The chosen configuration as YAML for jobs/continual.py, which finds all its modules trained."""
+    """The chosen configuration as YAML for `diki-ray continual`, which finds all its modules trained."""
     tree = chosen.model_dump()
     tree["run"] |= {"name": f"{document['sweep']['name'][:57]}-chosen", "seed": document["sweep"]["seeds"][0]}
-    command = "python jobs/continual.py --config chosen.yaml"
+    command = "diki-ray continual --config chosen.yaml"
     return f"# Chosen by the sweep {document['sweep']['name']}. {command}\n{Config.model_validate(tree).to_yaml()}"
