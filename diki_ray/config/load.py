@@ -92,7 +92,7 @@ def parse(tree: Any, source: str = "configuration") -> Config:
     try:
         json.dumps(tree, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError as error:
-        raise ConfigError(f"{source}: {error.object[error.start - 50 : error.end]!a} is no UTF-8.") from None
+        raise ConfigError(f"{source}: {error.object[max(0, error.start - 50) : error.end]!a} is no UTF-8.") from None
     except (ValueError, TypeError, RecursionError):
         pass  # no tree of text; said below
     try:
