@@ -46,7 +46,15 @@ def refuse_what_runs(backbone: BackboneSection, source: str, options: str | None
 def backbone_options(backbone: BackboneSection) -> str:
     """The jobs' options that name this backbone, as they are typed."""
     named = {"--backbone": backbone.name, "--pretrained": backbone.pretrained, "--directory": backbone.directory}
-    return " ".join(f"{option} {shlex.quote(value)}" for option, value in named.items() if value is not None)
+    return " ".join(f"{option} {_quoted(value)}" for option, value in named.items() if value is not None)
+
+
+def _quoted(value: str) -> str:
+    """As a shell takes it, with nothing in it that moves a terminal's cursor but a line's end."""
+    if value.replace("\n", "").isprintable():
+        return shlex.quote(value)
+    escaped = value.encode("unicode_escape").decode().replace("'", "\\'")
+    return f"$'{escaped}'"
 
 
 def _shown(value: str) -> str:

@@ -21,8 +21,8 @@ from diki_ray.config.yaml_text import read_tree
 from diki_ray.errors import CorruptError
 from diki_ray.learning.module import read_tensors, write_tensors
 from diki_ray.learning.task_trainer import Recipe, TaskTrainer
-from diki_ray.runs.continual import _with_parts_of_the_run
 from diki_ray.runs.plan import build_method, find_data
+from diki_ray.runs.steps import with_parts_of_the_run
 from diki_ray.runs.verification import problems_of
 from diki_ray.store.process import this_process
 from diki_ray.store.run_store import RunStore
@@ -83,7 +83,7 @@ def test_parts_that_no_run_writes_are_found(served: StoredRun, parts: str) -> No
     (problem,) = problems_of(served.store)
     assert problem.path == "runs/colours/results/parts.json"
     with pytest.raises(CorruptError, match="num_parts"):
-        _with_parts_of_the_run(served.config)
+        with_parts_of_the_run(served.config)
 
 
 # Bundles

@@ -90,7 +90,7 @@ def test_an_index_that_lies_about_a_shard_is_refused(changes, message):
 
 
 def test_a_missing_index_says_what_to_do(tmp_path):
-    with pytest.raises(DataError, match=r"jobs/prepare\.py"):
+    with pytest.raises(DataError, match=r"diki-ray prepare"):
         DatasetIndex.load(str(tmp_path / "nowhere"))
 
 

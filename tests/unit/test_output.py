@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from diki_ray.commands.output import console, print_json
-from diki_ray.runs.continual import _command
+from diki_ray.report.next_steps import typed_again
 from diki_ray.runs.progress import Display
 
 ROOT = Path(__file__).parents[2]
@@ -111,5 +111,5 @@ def test_json_is_json_and_moves_no_cursor(capsys: pytest.CaptureFixture[str]) ->
 
 def test_a_command_that_is_no_utf8_fails_no_results(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["jobs/continual.py", "--storage", os.fsdecode(b"runs/\xff \xe9'\n")])
-    command = _command()
-    assert command.encode().startswith(b"python jobs/continual.py --storage 'runs/\\udcff \\udce9'")
+    command = typed_again(sys.argv)
+    assert b"jobs/continual.py --storage 'runs/\\udcff \\udce9'" in command.encode()

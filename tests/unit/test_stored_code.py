@@ -158,7 +158,11 @@ def test_loading_a_bundle_does_not_run_the_file_that_it_names(stranger: Stranger
             "--backbone hf",
         ),
         ({"name": "x.PY"}, "x.PY as its backbone, which is no model of open_clip's", "--backbone x.PY"),
-        ({"name": "\u001b[2J\n.py"}, "the Python file '\\x1b[2J\\n.py' as its backbone", "--backbone '\\x1b[2J\\n.py'"),
+        (
+            {"name": "\u001b[2J\n.py"},
+            "the Python file '\\x1b[2J\\n.py' as its backbone",
+            "--backbone $'\\x1b[2J\\n.py'",
+        ),
         ({"name": "$(touch x).py"}, "the Python file '$(touch x).py' as its backbone", "--backbone '$(touch x).py'"),
     ],
 )
