@@ -20,6 +20,8 @@ from benchmarks.world import World
 from diki_ray.learning.collective import own_parts
 
 NUM_PARTS = (1, 2, 4, 8)
+WARM_UP = 8
+"""Images of the first round's batches, which are not counted: a whole step of a large model takes minutes on a CPU."""
 
 
 def scaling(model: str, num_classes: int, batch: int, rounds: int) -> list[Row]:
@@ -46,19 +48,20 @@ def _scaling_worker(rank: int, model: str, num_classes: int, batch: int, rounds:
     trainers = {parts: make_trainer(world, tokens, parts) for parts in NUM_PARTS}
     seconds: dict[str, list[float]] = {}
 
-    def measure(workers: int, parts: int) -> None:
-        own = [(images[p::parts], labels[p::parts]) for p in own_parts(parts)]
+    def measure(workers: int, parts: int, most: int) -> None:
+        own = [(images[p:most:parts], labels[p:most:parts]) for p in own_parts(parts)]
         taken = timed("cpu", lambda: trainers[parts].step_in_parts(own))
         seconds.setdefault(f"{workers}/{parts}", []).append(taken)
 
-    for turn in range(rounds + 1):  # the first is a warm-up
+    for turn in range(rounds + 1):
+        most = WARM_UP if turn == 0 else batch
         if rank == 0:
             for parts in NUM_PARTS:
-                measure(1, parts)
+                measure(1, parts, most)
         dist.init_process_group("gloo", f"file://{folder}/group{turn}", world_size=2, rank=rank)
         for parts in NUM_PARTS[1:]:
             dist.barrier()
-            measure(2, parts)
+            measure(2, parts, most)
         dist.destroy_process_group()
     if rank == 0:
         torch.save({name: values[1:] for name, values in seconds.items()}, f"{folder}/seconds.pt")
