@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from ray.util.placement_group import placement_group
+from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from diki_ray.config import Config, parse
@@ -18,6 +20,7 @@ from diki_ray.runs.store_client import NAMESPACE, StoreClient, actor_name
 from diki_ray.runs.train import group
 
 pytestmark = pytest.mark.cluster
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not have this folder on their path
 NUM_STORES = 6
 
 
@@ -38,6 +41,13 @@ def head() -> Iterator[str]:
 @ray.remote(num_cpus=1)
 def where() -> str:
     return ray.get_runtime_context().get_node_id()
+
+
+def wait_for_free_cpus(number: int) -> None:
+    deadline = time.monotonic() + 60
+    while ray.available_resources().get("CPU", 0) < number:
+        assert time.monotonic() < deadline, "a placement group that was removed still holds its CPU"
+        time.sleep(0.2)
 
 
 def node_of_store(client: StoreClient) -> str:
@@ -68,13 +78,15 @@ def test_the_store_of_a_sweeps_trial_is_on_the_node_of_the_trial(head: str, tmp_
     for number in range(3):
         own, of_store = ray.get(remote.remote(f"trial{number}"))
         assert own == of_store != head
+    remove_placement_group(bundle)
+    wait_for_free_cpus(4)
 
 
 def test_the_drivers_of_concurrent_groups_are_on_the_node_of_the_run(
     head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def noted(config: Config, tasks: list[Any], folder: Path) -> None:
-        (folder / tasks[0].key).write_text(ray.get_runtime_context().get_node_id())
+        (folder / tasks[0].key).write_text(ray.get_runtime_context().get_node_id())  # the only one of its group
 
     monkeypatch.setattr(group, "_train_group", noted)
     config = parse(
