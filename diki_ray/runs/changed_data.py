@@ -17,7 +17,7 @@ from diki_ray.data.shards import BadSampleError
 from diki_ray.errors import DataError, StorageError
 from diki_ray.learning.methods import METHODS, Method
 from diki_ray.learning.module import TaskModule, module_key
-from diki_ray.runs.plan import Former, Plan, PlannedTask
+from diki_ray.runs.plan import Former, Plan, PlannedTask, device_of
 from diki_ray.store.files import folders, join
 from diki_ray.store.interface import ReadableRun
 from diki_ray.store.log import Entry
@@ -58,12 +58,18 @@ def _with_former(config: Config, task: PlannedTask, entry: Entry | None, store: 
         return task
     former = Former(
         entry.key,
-        _difference(task, module) if method.sums is Method.sums else None,
+        _difference(task, module) if method.sums is Method.sums and _alone(config) else None,
         keep and any(map(method.is_trained, module.parameters)),
     )
     if former.keeps_parameters:
         return _kept(task, former)
     return task if former.difference is None else replace(task, former=former)
+
+
+def _alone(config: Config) -> bool:
+    """Whether the bits of an image's features do not depend on its place in a batch and on its neighbours: so on a
+    processor's single thread, while several threads share rows out among them."""
+    return device_of(config) == "cpu" and int(config.train.cpus_per_worker) <= 1
 
 
 def _kept(task: PlannedTask, former: Former) -> PlannedTask:
@@ -74,7 +80,8 @@ def _kept(task: PlannedTask, former: Former) -> PlannedTask:
 def _difference(task: PlannedTask, module: TaskModule) -> Difference | None:
     """None where all images must be read: sums that cannot be added to today's, or former data that are not there."""
     about = module.provenance
-    if module.statistics is None or about.get("features") != task.features or about.get("num_skipped"):
+    alike = about.get("features") == task.features and about["train"]["num_threads"] == 1
+    if module.statistics is None or not alike or about.get("num_skipped"):
         return None
     for index in _neighbours(task.index):
         if about["data"]["digest"] in (index.digest(), replace(index, templates=module.templates).digest()):

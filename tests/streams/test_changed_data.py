@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,12 @@ def draw(folder: Path, name: str, numbers: range) -> None:
     for n in numbers:
         pixels = np.random.default_rng([len(name), ord(name[0]), n]).integers(0, 255, (24, 24, 3), np.uint8)
         Image.fromarray(pixels).save(folder / ("test" if n % 5 == 0 else "train") / name / f"{n}.png")
+
+
+@pytest.fixture(autouse=True)
+def as_workers_have() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 @pytest.fixture
@@ -105,11 +112,17 @@ def test_without_the_former_data_all_images_are_read(pets: Path, decoded: list[s
     assert len(decoded) == module.moments.count
 
 
-def test_sums_of_batches_of_another_size_are_not_added_to(pets: Path) -> None:
+def test_sums_of_other_batches_or_of_several_threads_are_not_added_to(pets: Path) -> None:
+    """Several threads share the rows of a batch out: an image's features differ with its place in it."""
     store = learnt(plan_of(pets, **CLASSES))
     draw(pets, "cat", range(20, 31))
-    plan, _ = changed(pets, store, **CLASSES, train={"batch_size": 16})
-    assert plan.tasks[0].former is None
+    for other in ({"batch_size": 16}, {"cpus_per_worker": 2}):
+        plan = with_former_modules(plan_of(pets, **CLASSES, train=other), store)  # type: ignore[arg-type]
+        assert plan.tasks[0].former is None
+    torch.set_num_threads(2)
+    learnt(plan_of(pets, **CLASSES), store)
+    draw(pets, "cat", range(31, 33))
+    assert with_former_modules(plan_of(pets, **CLASSES), store).tasks[0].former is None  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("method", [{}, {"name": "dpw", "rank": 2}], ids=["diki", "dpw"])
@@ -149,12 +162,11 @@ def one_of_two(rank: int, pets: str) -> None:
 
 
 def test_two_workers_share_what_is_new(pets: Path) -> None:
-    with one_thread():
-        learnt(plan_of(pets, **CLASSES, train=TWO_PARTS), FakeStore(pets.parent / "storage"))
-        draw(pets, "cat", range(20, 60))
-        plan_of(pets, **CLASSES)  # prepares, before two do at once
-        run_ranks(one_of_two, str(pets), num_ranks=2)
-        [entry] = RunStore.open(str(pets.parent / "storage"), RUN).modules()
-        assert entry.metadata["added"] > 8  # more than a batch
-        fresh = learnt(plan_of(pets, **CLASSES, train=TWO_PARTS)).run.modules()
+    learnt(plan_of(pets, **CLASSES, train=TWO_PARTS), FakeStore(pets.parent / "storage"))
+    draw(pets, "cat", range(20, 60))
+    plan_of(pets, **CLASSES)  # prepares, before two do at once
+    run_ranks(one_of_two, str(pets), num_ranks=2)
+    [entry] = RunStore.open(str(pets.parent / "storage"), RUN).modules()
+    assert entry.metadata["added"] > 8  # more than a batch
+    fresh = learnt(plan_of(pets, **CLASSES, train=TWO_PARTS)).run.modules()
     assert entry.digest == fresh[0].digest
