@@ -87,11 +87,21 @@ def _num_groups(config: Config) -> int:
 
 def _train_group(config: Config, pending: Sequence[PlannedTask], store: HeldRun) -> None:
     import ray.train
+    from ray._private.worker import get_dashboard_url
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
     class Trainer(TorchTrainer):
         def _register_sigint_handler(self, controller: Any) -> None:
             """Ray's handler would wait for the workers for 30 s, and stay when fit() is over: runs/stopping.py."""
+
+        def _create_default_callbacks(self) -> list[Any]:
+            """Without Ray's cleaner where there is no dashboard, which it asks whether the controller lives: it never
+            gets an answer, and each training would end with 12 s of waiting for it (Ray 2.60)."""
+            callbacks = super()._create_default_callbacks()
+            if get_dashboard_url():
+                return callbacks
+            return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
 
     use_gpu = device_of(config) == "cuda"
     attempt = uuid.uuid4().hex[:8]
