@@ -98,7 +98,7 @@ def _train_group(config: Config, pending: Sequence[PlannedTask], store: HeldRun)
         def _create_default_callbacks(self) -> list[Any]:
             """Without Ray's cleaner where there is no dashboard, which it asks whether the controller lives: it never
             gets an answer, and each training would end with 12 s of waiting for it (Ray 2.60)."""
-            callbacks = super()._create_default_callbacks()
+            callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # of the class behind the name
             if get_dashboard_url():
                 return callbacks
             return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
