@@ -18,8 +18,8 @@ from diki_ray.config.protocols import protocol, protocols
 
 pytestmark = pytest.mark.timeout(600)
 ROOT = Path(__file__).parents[2]
-FAMILIES = ("mtil-fs16-8/coop", "xtail-1/coop")
-"""One that is answered among a set's own classes, and one among all."""
+FAMILIES = ("mtil-fs16-8/coop", "odcl-cil/coop", "xtail-1/coop")
+"""One that is answered among a set's own classes, one among those learnt, and one among all."""
 LONG = sorted({f"{name}/{split}" for name in protocols() for split in ("coop", "zscl")} - set(FAMILIES))
 
 

@@ -35,7 +35,8 @@ def test_the_tutorials_commands_do_what_it_says(tmp_path: Path) -> None:
         said.append(done.stdout)
     results = json.loads((tmp_path / "storage/runs/mine/results/results.json").read_text())
     first, last = results["accuracy"]
-    assert last[0] == first[0] > 2 * results["tasks"][0]["chance"]  # learnt, and not disturbed by the next
+    assert first[0] > 2 * results["tasks"][0]["chance"]  # learnt, and hardly moved by the next
+    assert abs(last[0] - first[0]) < 0.01
     assert last[1] > first[1]
     rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert len(rows) == len(list(tmp_path.glob("*/test/*/*.png")))
