@@ -117,12 +117,12 @@ def test_sums_of_other_batches_or_of_several_threads_are_not_added_to(pets: Path
     store = learnt(plan_of(pets, **CLASSES))
     draw(pets, "cat", range(20, 31))
     for other in ({"batch_size": 16}, {"cpus_per_worker": 2}):
-        plan = with_former_modules(plan_of(pets, **CLASSES, train=other), store)  # type: ignore[arg-type]
+        plan = with_former_modules(plan_of(pets, **CLASSES, train=other), store)
         assert plan.tasks[0].former is None
     torch.set_num_threads(2)
     learnt(plan_of(pets, **CLASSES), store)
     draw(pets, "cat", range(31, 33))
-    assert with_former_modules(plan_of(pets, **CLASSES), store).tasks[0].former is None  # type: ignore[arg-type]
+    assert with_former_modules(plan_of(pets, **CLASSES), store).tasks[0].former is None
 
 
 @pytest.mark.parametrize("method", [{}, {"name": "dpw", "rank": 2}], ids=["diki", "dpw"])
@@ -155,7 +155,7 @@ def one_of_two(rank: int, pets: str) -> None:
     torch.set_num_threads(1)
     folder = Path(pets).parent / "storage"
     store = FakeStore(folder) if rank == 0 else RunStore.open(str(folder), RUN)
-    plan = with_former_modules(plan_of(Path(pets), **CLASSES, train=TWO_PARTS), store)  # type: ignore[arg-type]
+    plan = with_former_modules(plan_of(Path(pets), **CLASSES, train=TWO_PARTS), store)
     dist.init_process_group("gloo", f"file://{pets}/group", world_size=2, rank=rank)
     worker_of(plan, store).learn(plan.tasks[0])
     dist.destroy_process_group()
@@ -170,3 +170,15 @@ def test_two_workers_share_what_is_new(pets: Path) -> None:
     assert entry.metadata["added"] > 8  # more than a batch
     fresh = learnt(plan_of(pets, **CLASSES, train=TWO_PARTS)).run.modules()
     assert entry.digest == fresh[0].digest
+
+
+def test_the_sums_of_an_imported_run_are_not_added_to(pets: Path, tmp_path: Path) -> None:
+    """A stranger's sums would go on under a key that other runs of the storage take up."""
+    mine = learnt(plan_of(pets, **CLASSES), FakeStore(tmp_path / "mine"))
+    mine.run.export(str(tmp_path / "exported"))
+    imported = RunStore.import_(str(tmp_path / "other"), RUN, str(tmp_path / "exported"))
+    draw(pets, "cat", range(20, 31))
+    today = plan_of(pets, **CLASSES)
+    assert with_former_modules(today, mine).tasks[0].former is not None
+    assert [entry.task for entry in imported.modules()] == ["pets"]
+    assert with_former_modules(today, imported).tasks[0].former is None
