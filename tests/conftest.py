@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -32,6 +33,12 @@ class Ended(NamedTuple):
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: FOLDERS.index(item.path.parent.name) if item.path.parent.name in FOLDERS else 0)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """A test finds one thread, as a worker has, whatever the tests before it set: features depend on the number."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch.distributed as dist
 from fake_store import RUN, FakeStore
 from learning import learnt, tiny_plan, worker_of
 from PIL import Image
-from processes import one_thread, run_ranks
+from processes import run_ranks
 
 from diki_ray.data import stream
 from diki_ray.learning.module import TaskModule
@@ -30,12 +29,6 @@ def draw(folder: Path, name: str, numbers: range) -> None:
     for n in numbers:
         pixels = np.random.default_rng([len(name), ord(name[0]), n]).integers(0, 255, (24, 24, 3), np.uint8)
         Image.fromarray(pixels).save(folder / ("test" if n % 5 == 0 else "train") / name / f"{n}.png")
-
-
-@pytest.fixture(autouse=True)
-def as_workers_have() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from fake_store import RUN, FakeStore, the_module
 from learning import tiny_plan, worker_of
-from processes import one_thread, run_ranks
+from processes import run_ranks
 
 from diki_ray.config import parse
 from diki_ray.errors import ConfigError
@@ -59,8 +59,7 @@ def one_of_three(rank: int, folder: str) -> None:
 def test_fewer_and_then_more_workers_go_on_with_the_same_batches(tmp_path: Path) -> None:
     plan = tiny_plan(tmp_path, train=TRAIN)
     run_ranks(one_of_three, str(tmp_path), num_ranks=3)
-    with one_thread():
-        learn(plan, FakeStore(tmp_path / "undisturbed"))
+    learn(plan, FakeStore(tmp_path / "undisturbed"))
 
     elastic, expected = (RunStore.open(str(tmp_path / name), RUN).modules()[0] for name in ("elastic", "undisturbed"))
     assert elastic.metadata["world_sizes"] == [[0, 2], [3, 1], [6, 3]]

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from fake_store import RUN, FakeStore
 from learning import tiny_plan, worker_of
-from processes import one_thread, run_ranks
+from processes import run_ranks
 
 from diki_ray.runs.plan import Plan
 from diki_ray.store.run_store import RunStore
@@ -66,9 +66,8 @@ def one_of_many(rank: int, folder: str) -> None:
 def test_any_number_of_workers_learns_the_same_modules_to_the_bit(tmp_path: Path) -> None:
     plans = {name: plan_in(tmp_path, name) for name in METHODS}  # prepares, before two do at once
     run_ranks(one_of_many, str(tmp_path), num_ranks=MOST)
-    with one_thread():
-        for name, plan in plans.items():
-            learn(plan, tmp_path / f"{name}-1")
+    for name, plan in plans.items():
+        learn(plan, tmp_path / f"{name}-1")
     for name in METHODS:
         expected = digests(tmp_path / f"{name}-1")
         assert len(set(expected)) == 2

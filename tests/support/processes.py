@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.multiprocessing as mp
 
 
@@ -19,14 +17,3 @@ def run_ranks(function: Callable[..., None], *arguments: Any, num_ranks: int) ->
     """
     multiprocessing.set_forkserver_preload(["diki_ray.runs.train.worker"])
     mp.start_processes(function, arguments, nprocs=num_ranks, start_method="forkserver")
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """As ranks have: another number of threads is another rounding."""
-    number = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(number)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from golden import Golden, golden_trainer
-from processes import one_thread, run_ranks
+from processes import run_ranks
 
 from diki_ray.learning import collective
 from diki_ray.learning.collective import own_parts
@@ -55,8 +55,7 @@ def golden_run(golden: Golden, trainer: TaskTrainer) -> dict[str, Any]:
 def test_the_trained_module_does_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
     """1, 2, 3, 4 and 6 workers over the golden steps in 6 parts: equal to the bit, and to 1e-5 of one part."""
     run_ranks(train_golden_with_each_number_of_workers, str(tmp_path), num_ranks=max(WORLD_SIZES))
-    with one_thread():
-        alone = golden_run(GOLDEN, golden_trainer(GOLDEN, num_parts=NUM_PARTS))
+    alone = golden_run(GOLDEN, golden_trainer(GOLDEN, num_parts=NUM_PARTS))
     whole = golden_run(GOLDEN, golden_trainer(GOLDEN))
     np.testing.assert_allclose(alone["losses"], whole["losses"], atol=1e-5)
     for name, expected in whole["parameters"].items():
