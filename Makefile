@@ -52,7 +52,7 @@ audit: env
 
 .PHONY: chaos soak
 chaos: env-test
-	$(BIN)/python -m pytest -m "long or not long" --durations=0 tests/chaos tests/streams/test_benchmark_job.py $(patsubst %,tests/ray/test_%.py,many_nodes submission sweep rehearse)
+	$(BIN)/python -m pytest -m "long or not long" --durations=0 tests/chaos tests/streams/test_benchmark_job.py $(patsubst %,tests/ray/test_%.py,continual many_nodes submission sweep rehearse)
 
 .PHONY: docs tutorial
 docs: env

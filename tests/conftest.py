@@ -53,6 +53,7 @@ def job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     def call(name: str, *arguments: object) -> Ended:
         main = runpy.run_path(str(ROOT / "jobs" / f"{name}.py"))["main"]
+        monkeypatch.setenv("DIKI_LIGHT_IMPORT", "0")  # a test of other backbones may follow in this process
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
         try:
             code = main()

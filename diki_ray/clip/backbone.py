@@ -19,13 +19,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import open_clip
 import torch
-from open_clip.hf_model import HFTextEncoder
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diki_ray.clip.attention import TorchAttention, attention_blocks
+from diki_ray.clip.light_import import import_whole, needs_whole, open_clip
 from diki_ray.clip.packing import TEXTS_A_ROW, packed
 from diki_ray.clip.readout import read_alone, reads_class_token
 from diki_ray.clip.remote_code import no_remote_code, refuse_trusting
@@ -156,7 +155,7 @@ class Backbone:
     def trimming(self) -> Literal["end of text", "padding", "off"]:
         """After what tokens change no feature: after the end of text where attention is causal and the feature is read
         there; in the padding where it is masked (Hugging Face towers); off: nowhere, all tokens are computed."""
-        if isinstance(self._text, HFTextEncoder):
+        if isinstance(self._text, open_clip.model.HFTextEncoder):
             return "padding"
         mask = getattr(self._text, "attn_mask", None)
         if mask is None or getattr(self._text, "cls_emb", None) is not None:
@@ -259,6 +258,8 @@ def load(name: str, pretrained: str | None = None, directory: str | None = None)
         )
     if pretrained is None and not is_folder:
         raise ConfigError(f"backbone.pretrained: {name!r} needs weights: a tag such as `openai`, or a local file.")
+    if is_folder or needs_whole(name):
+        import_whole()
     if is_folder:
         refuse_trusting(Path(name.removeprefix(LOCAL)))
     try:
@@ -316,6 +317,8 @@ def _from_file(path: Path, directory: str | None, name: str) -> Backbone:
         raise ConfigError(
             f"backbone.name: there is no file {path}; give the path of a Python file with create(directory)."
         )
+    if path != EMBEDDED:
+        import_whole()
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"backbone.name: {path} cannot be imported as a Python file.")

@@ -12,16 +12,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor
 
+from diki_ray.clip.light_import import open_clip
 from diki_ray.clip.residual import Tower
 
 
 def reads_class_token(visual: Any) -> bool:
     """Whether an image tower's feature is that of token 0 and nothing else of the last block's output."""
     return (
-        type(visual) is VisionTransformer
+        type(visual) is open_clip.transformer.VisionTransformer
         and visual.pool_type == "tok"
         and visual.attn_pool is None
         and not visual.output_tokens
@@ -32,7 +32,11 @@ def read_alone(tower: Tower) -> None:
     """From now on the tower's last block can be asked, by `Tower.read_at`, for the tokens that are read alone. Towers
     of other blocks are left as they are (`Tower.can_read_alone` stays False)."""
     block = tower.blocks[-1]
-    if type(block) is not ResidualAttentionBlock or hasattr(block, "ln_1_kv") or not block.attn.batch_first:
+    if (
+        type(block) is not open_clip.transformer.ResidualAttentionBlock
+        or hasattr(block, "ln_1_kv")
+        or not block.attn.batch_first
+    ):
         return
     whole, heads = block.forward, block.attn.num_heads
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-import open_clip
-
+from diki_ray.clip.light_import import open_clip
 from diki_ray.config import BackboneSection, Config
 from diki_ray.config.places import LOCAL
 from diki_ray.errors import ConfigError

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import open_clip
 from huggingface_hub import try_to_load_from_cache
 
 from diki_ray.clip.backbone import LOCAL
+from diki_ray.clip.light_import import open_clip
 from diki_ray.config import BackboneSection
 from diki_ray.errors import ConfigError
 

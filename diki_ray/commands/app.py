@@ -6,6 +6,7 @@ imports (torch, Ray) take seconds. `run` is also what each file of jobs/ calls.
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -53,6 +54,7 @@ def run(command: str | None = None, arguments: Sequence[str] | None = None) -> i
     arguments: those of this process by default.
     """
     prepare_output()
+    os.environ.setdefault("DIKI_LIGHT_IMPORT", "1")  # clip/light_import.py, which is not to be imported yet
     typed = list(sys.argv[1:] if arguments is None else arguments)
     typed = old_spellings.rewritten([command, *typed] if command else typed)
     code = _code_of(typed)

@@ -23,7 +23,7 @@ class ClassModelSection(Section):
     """The closed-form model of all classes learnt: it routes (`routing.density: classes`), answers by itself
     (`method.name: classes`), or beside trained modules. Its values were chosen on validation images of seven sets."""
 
-    beside_modules: ChangesAnswers[float] = Field(default=1.0, ge=0)
+    beside_modules: ChangesAnswers[float] = Field(default=2.5, ge=0)
     """The factor of its logits where they are added to those of a trained, routed module; 0: the module alone. Only
     with `routing.density: classes`."""
     likelihood_ratio: ChangesAnswers[float] = Field(default=0.5, ge=0)

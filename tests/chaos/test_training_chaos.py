@@ -58,6 +58,7 @@ def test_a_worker_killed_in_the_middle_of_checkpoints_and_commits_changes_nothin
     assert_equal(run, undisturbed)
 
 
+@pytest.mark.long
 def test_the_driver_and_then_the_whole_cluster_killed_change_nothing(tmp_path: Path, undisturbed: Run) -> None:
     """Both in the middle of a task; then the newest checkpoint is damaged, and everything of Ray's own is garbled."""
     run = Run(tmp_path, undisturbed.prepared)

@@ -16,7 +16,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> dict:
     places = (f"run.storage={folder}/runs", f"data.root={folder}/prepared")
     started = time.monotonic()
     done = run_job("continual", "--config", "configs/quickstart.yaml", *places, timeout_s=900, OMP_NUM_THREADS=None)
-    print(f"the quickstart took {time.monotonic() - started:.0f} s; it is to take at most 180 s on 2 free cores")
+    print(f"the quickstart took {time.monotonic() - started:.0f} s; it is to take at most 120 s on 2 free cores")
     results = json.loads((folder / "runs/runs/quickstart/results/results.json").read_text())
     return results | {"stdout": done.stdout}
 
@@ -25,9 +25,10 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> dict:
 def test_quickstart_keeps_zero_shot_forgets_nothing_and_learns(quickstart: dict) -> None:
     zero_shot, metrics = np.array(quickstart["zero_shot"]), quickstart["metrics"]
     assert len(zero_shot) >= 5
-    assert max(v for v in metrics["forgetting"]["per_task"] if v is not None) <= 0.01
+    assert metrics["forgetting"]["mean"] <= 0.005
+    assert metrics["last"]["mean"] >= 0.94
     transfer = np.array(metrics["transfer"]["per_task"][1:], float)
-    assert abs(transfer.mean() - zero_shot[1:].mean()) <= 0.01
+    assert abs(transfer.mean() - zero_shot[1:].mean()) <= 0.001
     assert np.mean(np.array(metrics["last"]["per_task"]) - zero_shot) >= 0.20
 
 
@@ -45,6 +46,6 @@ def test_transfer_means_something_and_routing_is_by_domain(quickstart: dict) -> 
 @pytest.mark.timeout(1000)
 def test_progress_is_readable_in_a_log_and_says_what_to_do_next(quickstart: dict) -> None:
     said = quickstart["stdout"]
-    for words in ("[1/6] chessboard  epoch 1/12  loss ", "images/s", "left for this task", "(random chance)",
+    for words in ("[1/6] chessboard  epoch 1/8  loss ", "images/s", "left for this task", "(random chance)",
                   "nothing: zero-shot", "run again", "add a task", "predict", "open the report"):  # fmt: skip
         assert words in said
