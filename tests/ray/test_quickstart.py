@@ -46,6 +46,6 @@ def test_transfer_means_something_and_routing_is_by_domain(quickstart: dict) -> 
 @pytest.mark.timeout(1000)
 def test_progress_is_readable_in_a_log_and_says_what_to_do_next(quickstart: dict) -> None:
     said = quickstart["stdout"]
-    for words in ("[1/6] chessboard  epoch 1/8  loss ", "images/s", "left for this task", "(random chance)",
+    for words in ("[1/6] chessboard  epoch 1/7  loss ", "images/s", "left for this task", "(random chance)",
                   "nothing: zero-shot", "run again", "add a task", "predict", "open the report"):  # fmt: skip
         assert words in said
