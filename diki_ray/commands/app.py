@@ -31,6 +31,7 @@ from diki_ray.commands.output import finish_output, prepare_output, print_error
 from diki_ray.commands.places import DEFAULT_PREPARED, one_run, storage_of
 from diki_ray.commands.serve_app import serve_app
 from diki_ray.commands.setup_app import setup_app
+from diki_ray.commands.site_app import site_app
 from diki_ray.commands.store_app import store_app
 from diki_ray.errors import UserError
 
@@ -45,6 +46,7 @@ app = typer.Typer(
 app.add_typer(setup_app)
 app.add_typer(serve_app)
 app.add_typer(store_app, name="store")
+app.add_typer(site_app, name="site")
 
 
 def run(command: str | None = None, arguments: Sequence[str] | None = None) -> int:

@@ -5,11 +5,11 @@ What a setting does, and its published value, is in the method's own file (diki_
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from diki_ray.config.affects import ChangesAnswers, ChangesModule
+from diki_ray.config.affects import AddedLater, ChangesAnswers, ChangesModule
 from diki_ray.config.section import Section
 
 
@@ -76,6 +76,31 @@ class CAdaSection(Section):
     """Weight of the loss that keeps a new slice from reading what the old ones read."""
 
 
+class ReplaySection(Section):
+    """A few images of each learnt task, kept in its module and trained on again beside the images of later ones."""
+
+    num_images: ChangesModule[int] = Field(default=200, ge=1, le=10_000)
+    """Of all tasks together."""
+    max_bytes: ChangesModule[int] = Field(default=64 * 2**20, ge=1, le=2**30)
+    """Of these images as files, of all tasks together; fewer are kept where they have more."""
+    score: ChangesModule[Literal["bregman", "confidence", "margin", "entropy", "random", "reservoir"]] = "bregman"
+    """By which a task's images are chosen once it is learnt. bregman: how much the logits differ under twelve transforms
+    of an image; confidence, margin, entropy: of the image as it is; random; reservoir: random among all images seen,
+    where all others keep as many of each class."""
+    choice: ChangesModule[Literal["bottom", "top", "step"]] = "bottom"
+    """The lowest scores are kept, the highest, or some from the lowest to the highest in equal steps."""
+    batch_size: ChangesModule[int] = Field(default=32, ge=1)
+    """Exemplars in a step."""
+    weight: ChangesModule[float] = Field(default=1.0, gt=0)
+    """Of their mean loss, beside that of the task's own images."""
+
+    @model_validator(mode="after")
+    def _reservoir_is_drawn(self) -> Self:
+        if self.score == "reservoir" and self.choice != "bottom":
+            raise ValueError("a reservoir is drawn, and not chosen by scores; leave choice out")
+        return self
+
+
 class LowRankSection(Section):
     """Low-rank changes of the query, key and value projections, trained on from task to task."""
 
@@ -85,6 +110,8 @@ class LowRankSection(Section):
     image_depth: ChangesModule[int | None] = Field(default=None, ge=0)
     """Blocks of the image tower, from the first, that are changed; all by default."""
     text_depth: ChangesModule[int | None] = Field(default=None, ge=0)
+    replay: Annotated[ChangesModule[ReplaySection | None], AddedLater()] = None
+    """An exemplar memory; none by default."""
 
     _some_block = model_validator(mode="after")(_trains_something)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +14,7 @@ from safetensors.numpy import load, save
 
 from diki_ray.errors import ConfigError, CorruptError
 from diki_ray.json_text import parsed
+from diki_ray.learning.exemplars import Exemplars
 from diki_ray.learning.module_schema import check_header, check_tensors
 from diki_ray.learning.moments import Moments
 from diki_ray.learning.statistics import Statistics
@@ -34,7 +35,8 @@ class TaskModule:
     moments: of the frozen image features of its training images; `statistics`, where there are any, hold them and
         those of each class;
     validation_features: float16 [M, E], M ≤ NUM_VALIDATION_FEATURES;
-    provenance: everything the module key is made of, training history, versions: JSON values.
+    provenance: everything the module key is made of, training history, versions: JSON values;
+    exemplars: images of the task that are trained on again beside later ones, where a run replays.
     """
 
     key: str
@@ -47,6 +49,11 @@ class TaskModule:
     validation_features: np.ndarray
     provenance: dict[str, Any] = field(default_factory=dict)
     statistics: Statistics | None = None
+    exemplars: Exemplars | None = None
+
+    def with_exemplars(self, exemplars: Exemplars | None, said: dict[str, Any] | None = None) -> TaskModule:
+        """The same module with these exemplars, or with none; `said` is added to its provenance."""
+        return replace(self, exemplars=exemplars, provenance=self.provenance | (said or {}))
 
     @property
     def class_statistics(self) -> Statistics:
@@ -77,6 +84,8 @@ class TaskModule:
         else:
             tensors |= {f"statistics/{name}": value for name, value in self.statistics.tensors().items()}
         tensors["validation_features"] = self.validation_features.astype(np.float16)
+        if self.exemplars is not None:
+            tensors |= {f"exemplars/{name}": value for name, value in self.exemplars.tensors().items()}
         header = {
             "format": 1 if self.statistics is None else FORMAT,
             "key": self.key,
@@ -106,6 +115,7 @@ class TaskModule:
                     raise ValueError("its statistics are of other classes or images than its header says")
             else:
                 raise ValueError(f"format {header['format']} is of a later version; this one reads 1 and {FORMAT}")
+            remembered = _below("exemplars", tensors)
             return TaskModule(
                 key=header["key"],
                 task=header["task"],
@@ -117,6 +127,7 @@ class TaskModule:
                 validation_features=tensors["validation_features"],
                 provenance=header["provenance"],
                 statistics=statistics,
+                exemplars=Exemplars.from_tensors(remembered, len(header["class_names"])) if remembered else None,
             )
         except (KeyError, ValueError, TypeError, IndexError) as error:
             raise CorruptError(f"these bytes are not a task module: {error}") from error

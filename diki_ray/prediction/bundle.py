@@ -58,8 +58,12 @@ def export_bundle(storage: str, run: str, folder: str, config: Config | None = N
     headers: list[dict[str, Any]] = []
     tensors: dict[str, Any] = {}
     for number, entry in enumerate(entries):
-        header, arrays = read_tensors(store.read_module(entry.digest))
-        headers.append({"digest": entry.digest, "header": header})
+        digest_of_module, blob = entry.digest, store.read_module(entry.digest)
+        if (module := TaskModule.from_bytes(blob)).exemplars is not None:  # images are not handed on
+            module = module.with_exemplars(None)
+            digest_of_module, blob = module.digest, module.to_bytes()
+        header, arrays = read_tensors(blob)
+        headers.append({"digest": digest_of_module, "header": header})
         tensors |= {f"{number}/{name}": array for name, array in arrays.items()}
     content: dict[str, Any] = {
         "format": FORMAT,

@@ -127,7 +127,7 @@ def load_backbone(config: Config) -> Backbone:
 
 
 def build_method(config: Config, backbone: Backbone) -> Method:
-    settings = fitted(config, backbone).method.model_dump(exclude={"name", "reference", "num_reference"})
+    settings = fitted(config, backbone).method.model_dump(exclude={"name", "reference", "num_reference", "replay"})
     method = METHODS[config.method.name](backbone, **settings)
     if isinstance(method, Zscl):
         method.reference = partial(reference_of, config, backbone)

@@ -199,7 +199,8 @@ LORA = {"name": "sequential_lora", "image_depth": 1, "text_depth": 1}
     LORA | {"against_forgetting": "ewc"},
     LORA | {"against_forgetting": "badam"},
     {"name": "zscl", "average_every": 2, "num_reference": 16, "reference_batch": 8},
-], ids=["plain", "wise_ft", "ewc", "badam", "zscl"])  # fmt: skip
+    LORA | {"replay": {"num_images": 15, "batch_size": 4}},
+], ids=["plain", "wise_ft", "ewc", "badam", "zscl", "replay"])  # fmt: skip
 def test_a_sequential_stream_killed_between_any_steps_is_bit_equal(prepared: Path, method: dict[str, Any]) -> None:
     training = ["train.epochs=2", "train.checkpoint_every_steps=1", "train.optimizer=adamw", "train.lr=0.01"]
     plan = planned(prepared, method, *training)

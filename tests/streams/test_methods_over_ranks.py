@@ -28,15 +28,17 @@ METHODS: dict[str, dict[str, Any]] = {
     "sequential_lora": BLOCK | {"against_forgetting": "ewc"},  # sums, and a penalty from the second task on
     "badam": BLOCK | {"name": "sequential_lora", "against_forgetting": "badam"},  # draws
     "zscl": BLOCK | {"num_reference": 15, "reference_batch": 5, "average_every": 2},  # a loss of shared rows
+    "replay": BLOCK | {"name": "sequential_lora", "replay": {"num_images": 15, "batch_size": 4}},  # and of texts
+    "zscl_replay": BLOCK | {"name": "zscl", "num_reference": 15, "reference_batch": 5, "replay": {"score": "random"}},
 }
-MANY_PARTS = {"dpw": 12, "zscl": 7}
+MANY_PARTS = {"dpw": 12, "zscl": 7, "replay": 11}
 """More than classes, images of a batch or reference rows: some parts have none of them."""
 
 
 def plan_in(folder: Path, name: str) -> Plan:
     """zscl distils on a third prepared set."""
     settings = METHODS[name]
-    if name == "zscl":
+    if settings.get("name", name) == "zscl":
         mist = tiny_plan(folder, method={"name": "zero_shot"}, tasks=[{"data": "embedded:mist", "shots": 2}])
         settings = settings | {"reference": mist.tasks[0].index.uri}
     train = {"epochs": 1, "batch_size": 7, "num_parts": MANY_PARTS.get(name, 3), "lr": 0.05}

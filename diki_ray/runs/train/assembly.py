@@ -90,7 +90,7 @@ def changed_sums(data: TaskData, former: TaskModule, difference: Difference) -> 
         found = Statistics.empty(len(names), data.backbone.embed_dim)
         to_names = torch.tensor([names.index(name) for name in index.class_names])
         for images, labels in data.chosen(index, "train", places):
-            found = found.merge(_sums_of_batch(data, images, to_names[labels.cpu()], len(names))[0])
+            found = found.merge(sums_of_batch(data, images, to_names[labels.cpu()], len(names))[0])
         return Statistics.merged([s for part in gather_objects([found]) for s in part])
 
     added = sums(data.task.index, difference.added)
@@ -99,7 +99,7 @@ def changed_sums(data: TaskData, former: TaskModule, difference: Difference) -> 
     return total.among(names, data.task.class_names)
 
 
-def _sums_of_batch(data: TaskData, images: Tensor, labels: Tensor, num_classes: int) -> tuple[Statistics, Tensor]:
+def sums_of_batch(data: TaskData, images: Tensor, labels: Tensor, num_classes: int) -> tuple[Statistics, Tensor]:
     """Also the features [b, E]. A batch that is not full is filled with zeros, for an image's features differ in their
     last bit between batches of different sizes, and sums of other images can only be added to those of the same."""
     missing = data.config.train.batch_size - len(images) if len(images) else 0
@@ -117,7 +117,7 @@ def class_sums(
     num_classes = len(data.task.class_names)
     found = Statistics.empty(num_classes, data.backbone.embed_dim)
     for images, labels in data.part_of("train", part):
-        sums, features = _sums_of_batch(data, images, labels, num_classes)
+        sums, features = sums_of_batch(data, images, labels, num_classes)
         found = found.merge(sums)
         on_batch(images, labels, features)
     return found

@@ -55,14 +55,18 @@ class TaskData:
         return own_parts(self.num_parts)
 
     def part_of(self, split: str, part: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images, labels) of a part's canonical batches: of P parts, part p has every P-th batch from the p-th on."""
+        """(images, labels) of a part's canonical batches."""
+        return ((batch.images, batch.labels) for batch in self.batches_of(split, part))
+
+    def batches_of(self, split: str, part: int) -> Iterator[Batch]:
+        """A part's canonical batches: of P parts, part p has every P-th batch from the p-th on."""
         size = self.config.train.batch_size
         num_batches = -(-self.task.index.split(split).num_samples // size)
         batches = range(part, num_batches, self.num_parts)
-        for batch in on_device(self._canonical(split, size, batches), self.backbone.device):
-            yield batch.images, batch.labels
+        yield from on_device(self._canonical(split, size, batches), self.backbone.device)
         if self.backbone.in_lockstep and len(batches) * self.num_parts < num_batches:
-            yield torch.zeros(0, 3, 1, 1), torch.zeros(0, dtype=torch.long)
+            images, labels = torch.zeros(0, 3, 1, 1), torch.zeros(0, dtype=torch.long)
+            yield Batch(epoch=0, step=num_batches, images=images, labels=labels, keys=(), positions=(), global_size=0)
 
     def chosen(self, index: DatasetIndex, split: str, places: NDArray[np.int64]) -> Iterator[tuple[Tensor, Tensor]]:
         """(images, labels) of this rank's share of the images at these ascending places of a split."""

@@ -29,12 +29,14 @@ from diki_ray.learning.collective import (
     sum_over_ranks,
 )
 from diki_ray.learning.methods import Method
+from diki_ray.learning.methods.low_rank import LowRankMethod
 from diki_ray.learning.module import TaskModule, read_tensors, write_tensors
 from diki_ray.learning.task_trainer import TaskTrainer
 from diki_ray.runs.plan import PlannedTask, build_method, load_backbone, precision_of, recipe_of
 from diki_ray.runs.train.assembly import assembled
 from diki_ray.runs.train.cost import Cost, CostMeter, merged
 from diki_ray.runs.train.observers import ConsumedSamples, Observer, Observers, ProgressReports, Training
+from diki_ray.runs.train.replay import Memory
 from diki_ray.runs.train.task_data import TaskData
 from diki_ray.store.interface import HeldRun
 
@@ -96,10 +98,13 @@ class TaskWorker:
         data = TaskData(self.config, task, self.method.backbone)
         observers = Observers([ConsumedSamples(), ProgressReports(self.store), *self.observers])
         former = self._module(task.former.key) if task.former is not None else None
+        memory = self._recalled(task)
         training = Training(task, self._trainer(task, former))
         self._resume(training, observers)
         num_skipped = self._train(training, data, observers) if training.trainer.parameters else 0
         module = assembled(data, training.trainer, observers.recorded(), num_skipped, former)
+        if memory is not None:
+            module = memory.with_exemplars(module, data, self.method)
         cost = merged(gather_objects(meter.read()))
         if rank() == 0:
             self._commit(training, module, cost, observers)
@@ -125,6 +130,16 @@ class TaskWorker:
         if task.predecessor is None:
             return None
         return _parameters(self._module(task.predecessor))
+
+    def _recalled(self, task: PlannedTask) -> Memory | None:
+        """What a method that replays has of the tasks before; the method gets it."""
+        settings = getattr(self.config.method, "replay", None)
+        if settings is None:
+            return None
+        assert isinstance(self.method, LowRankMethod), "only their sections have the setting"
+        memory = Memory.before(task.predecessor, settings, self._module)
+        self.method.replay = memory.replay(self.method.backbone)
+        return memory
 
     def _module(self, key: str) -> TaskModule:
         """Of the run's, else of the library's: in a sweep another run may have trained the tasks before."""

@@ -1,0 +1,295 @@
+"""Parts of a task that sites make of images they do not share: exact sums, what is refused, and what a part holds."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from learning import learnt, modules, tiny_plan
+from PIL import Image
+
+from diki_ray.commands.app import run as command
+from diki_ray.config import Config
+from diki_ray.errors import ConfigError, CorruptError, DataError
+from diki_ray.learning import site_part
+from diki_ray.learning.module import TaskModule, read_tensors, write_tensors
+from diki_ray.learning.site_part import SitePart
+from diki_ray.learning.statistics import GRID, Statistics
+from diki_ray.prediction.run_predictor import load_predictor
+from diki_ray.runs.sites import differences, make_part, merge_parts, read_part
+from diki_ray.store.held_here import held_here
+from diki_ray.store.run_store import RunStore
+
+SITES: dict[str, dict[str, int]] = {
+    "north": {"crack": 7, "dent": 5},
+    "south": {"crack": 3, "dent": 9, "scratch": 4},
+    "east": {"crack": 11, "dent": 1},
+}
+CLASSES = ("crack", "dent", "scratch")
+
+
+def draw(folder: Path, counts: Mapping[str, int], site: str) -> None:
+    """Images of noise: so many of each class to train on, and one each to validate and to test."""
+    for name, count in counts.items():
+        for split, number in (("train", count), ("val", 1), ("test", 1)):
+            (folder / split / name).mkdir(parents=True, exist_ok=True)
+            for n in range(number):
+                seed = [sum(map(ord, site + name + split)), n]
+                pixels = np.random.default_rng(seed).integers(0, 255, (24, 24, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f"{site}{n}.png")
+
+
+@pytest.fixture
+def sites(tmp_path: Path) -> Path:
+    """A folder of images for each site, and `all`, which has the images of all of them."""
+    for site, counts in SITES.items():
+        for folder in (site, "all"):
+            draw(tmp_path / folder, counts, site)
+    return tmp_path
+
+
+def agreed(folder: Path, **sections: Any) -> Config:
+    """The configuration that all have; relative to a folder, as each site has its own."""
+    shown = {"data": "images", "name": "defects", "template": "a photo of a {}."}
+    train = {"batch_size": 8} | dict(sections.pop("train", {}))
+    sections = {"method": {"name": "classes"}, "tasks": [shown]} | sections
+    run = {"name": "defects", "storage": str(folder / "storage")}
+    plan = tiny_plan(
+        folder, **sections | {"run": run, "train": train, "tasks": [{"data": "embedded:digits", "shots": 1}]}
+    )
+    return Config.model_validate(plan.config.model_dump() | {"tasks": sections["tasks"]})
+
+
+def parts_of(folder: Path, config: Config, **options: Any) -> list[tuple[str, SitePart]]:
+    options = {"classes": CLASSES} | options
+    return [(site, make_part(config, data=str(folder / site), **options)[0]) for site in SITES]
+
+
+def test_parts_of_three_sites_are_one_sites_module_to_the_bit_in_any_order(sites: Path) -> None:
+    config = agreed(sites)
+    parts = parts_of(sites, config)
+    assert differences([part for _, part in parts]) == []
+    merged = {merge_parts(config, order)[0].digest for order in itertools.permutations(parts)}
+    assert len(merged) == 1
+    store = RunStore.open(config.run.storage, "defects")
+    [entry] = store.modules()
+    module = TaskModule.from_bytes(store.read_module(entry.digest))
+    at_one_place = tiny_plan(
+        sites,
+        method={"name": "classes"},
+        train={"batch_size": 8},
+        tasks=[{"data": str(sites / "all"), "name": "defects", "template": "a photo of a {}."}],
+    )
+    [expected] = modules(at_one_place, learnt(at_one_place))
+    assert (module.class_names, module.templates) == (expected.class_names, expected.templates)
+    for name, array in expected.class_statistics.tensors().items():
+        np.testing.assert_array_equal(module.class_statistics.tensors()[name], array)
+    assert module.class_statistics.counts.tolist() == [21, 15, 4]
+    one_part, _ = make_part(config, data=str(sites / "all"))
+    assert one_part.statistics.tensors().keys() == {"counts", "first", "second"}
+    for name, array in one_part.statistics.tensors().items():
+        np.testing.assert_array_equal(module.class_statistics.tensors()[name], array)
+
+
+def test_the_merged_run_answers_from_its_storage_as_one_site_would(sites: Path) -> None:
+    config = agreed(sites)
+    photo = Image.open(sites / "all/test/crack/north0.png").convert("RGB")
+    merge_parts(config, parts_of(sites, config))
+    [answer] = load_predictor(config.run.storage, "defects", config).answer([photo])
+    alone = config.model_copy(update={"run": config.run.model_copy(update={"name": "alone"})})
+    merge_parts(alone, [("all", make_part(alone, data=str(sites / "all"))[0])])
+    assert list(load_predictor(config.run.storage, "alone", alone).answer([photo])) == [answer]
+    assert answer.task == "defects"
+
+
+def test_a_part_holds_sums_counts_and_names_and_nothing_else(sites: Path) -> None:
+    part, _ = make_part(agreed(sites), data=str(sites / "south"))
+    header, tensors = read_tensors(part.to_bytes())
+    assert set(tensors) == {"counts", "first", "second"}
+    assert set(header) == {
+        *("site_part", "task", "class_names", "templates", "backbone", "precision", "data", "min_count", "made_with"),
+        "checksum",
+    }
+    assert str(sites) not in json.dumps(header)  # no path of the site, and not when it was made
+    again = SitePart.from_bytes(part.to_bytes())
+    assert (again.to_bytes(), again.content) == (part.to_bytes(), part.content)
+
+
+def test_the_same_images_are_not_counted_twice_whatever_their_files_are_called(sites: Path) -> None:
+    config = agreed(sites)
+    north, _ = make_part(config, data=str(sites / "north"), classes=CLASSES)
+    shutil.copytree(sites / "north", sites / "renamed")
+    copy, _ = make_part(config, data=str(sites / "renamed"), classes=CLASSES)
+    smaller, _ = make_part(config, data=str(sites / "north"), classes=CLASSES, min_count=6, leave_out_small=True)
+    assert smaller.content != north.content
+    for other in (copy, smaller):
+        with pytest.raises(ConfigError, match=r"a\.part and b\.part are of the same images"):
+            merge_parts(config, [("a.part", north), ("b.part", other)])
+    assert RunStore.open(config.run.storage, "defects").modules() == ()
+
+
+def test_a_class_of_too_few_images_is_refused_or_in_no_sum(sites: Path) -> None:
+    config = agreed(sites)
+    with pytest.raises(DataError, match=r"'crack', 'scratch' would have fewer than 5 images here"):
+        make_part(config, data=str(sites / "south"), min_count=5)
+    part, left_out = make_part(config, data=str(sites / "south"), min_count=5, leave_out_small=True)
+    assert left_out == ["crack", "scratch"]
+    assert part.statistics.counts.tolist() == [0, 9, 0]
+    draw(sites / "dents", {"dent": 9}, "south")
+    dents, _ = make_part(config, data=str(sites / "dents"), classes=CLASSES)
+    assert part.content == dents.content  # nothing of the others is in the sums over all classes either
+    with pytest.raises(ConfigError, match=r"south has a class of fewer than 4 images"):
+        merge_parts(config, parts_of(sites, config)[:2], min_count=4)
+    with pytest.raises(DataError, match="no class of at least 100 images"):
+        make_part(config, data=str(sites / "south"), min_count=100, leave_out_small=True)
+
+
+def test_images_that_cannot_be_read_do_not_count_for_the_minimum(sites: Path) -> None:
+    config = agreed(sites, data={"root": str(sites / "prepared"), "max_skipped_fraction": 0.5})
+    path = sites / "south/train/scratch/south0.png"
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(DataError, match="'scratch' would have fewer than 4"):
+        make_part(config, data=str(sites / "south"), min_count=4)
+
+
+def test_parts_that_mean_other_things_are_not_added(sites: Path) -> None:
+    config = agreed(sites)
+    north, south, _ = parts_of(sites, config)
+    other_words = agreed(sites, tasks=[{"data": "images", "name": "defects", "template": "a dent: {}."}])
+    half = agreed(sites, backbone=config.backbone.model_dump() | {"precision": "bfloat16"})
+    smaller = sites / "other.py"  # the same weights, another preprocessing
+    smaller.write_text(Path(config.backbone.name).read_text().replace("T.Resize(32)", "T.Resize(40)"))
+    cropped = agreed(sites, backbone={"name": str(smaller)})
+    for other, what in ((other_words, "templates"), (half, "precision"), (cropped, "backbone")):
+        part, _ = make_part(other, data=str(sites / "south"), classes=CLASSES)
+        with pytest.raises(ConfigError, match=f"north and south differ in their {what}"):
+            merge_parts(config, [north, ("south", part)])
+    two_classes, _ = make_part(config, data=str(sites / "east"))
+    with pytest.raises(ConfigError, match="differ in their class names: make them again with one configuration, and"):
+        merge_parts(config, [north, ("east", two_classes)])
+    with pytest.raises(ConfigError, match="another backbone, image preprocessing or precision"):
+        merge_parts(cropped, [north, south])
+    with pytest.raises(DataError, match="has images of 'scratch', which the sites have not agreed on"):
+        make_part(config, data=str(sites / "south"), classes=("crack", "dent"))
+    assert RunStore.open(config.run.storage, "defects").modules() == ()
+
+
+def test_sites_share_sums_and_no_training(sites: Path) -> None:
+    trained = {"name": "diki", "image_depth": 2, "image_length": 2, "text_depth": 2, "text_length": 2}
+    with pytest.raises(ConfigError, match=r"method\.name=diki trains on images"):
+        make_part(agreed(sites, method=trained), data=str(sites / "north"))
+    config = agreed(sites)
+    elsewhere = learnt(tiny_plan(sites, method=trained, train={"epochs": 1}))
+    [module] = elsewhere.modules()
+    with held_here(config.run.storage, "defects", "test") as run:
+        run.commit_module(module.key, module.task, elsewhere.read_module(module.digest))
+    with pytest.raises(ConfigError, match="has learnt 'digits' with another method or backbone"):
+        merge_parts(config, parts_of(sites, config))
+
+
+def test_what_differs_between_sites_and_only_rounds_is_said(sites: Path) -> None:
+    config = agreed(sites)
+    north, _ = make_part(config, data=str(sites / "north"), classes=CLASSES)
+    south, _ = make_part(agreed(sites, train={"batch_size": 5}), data=str(sites / "south"), classes=CLASSES)
+    assert differences([north, south]) == ["batch_size"]
+    entry, _ = merge_parts(config, [("north", north), ("south", south)])
+    assert entry.metadata["sites"] == 2
+
+
+# What comes from elsewhere
+
+
+def resealed(part: SitePart, change: Callable[[dict[str, Any], dict[str, np.ndarray]], Any]) -> bytes:
+    """A part with other content and a checksum that holds."""
+    header, tensors = read_tensors(part.to_bytes())
+    del header["checksum"]
+    tensors = {name: array.copy() for name, array in tensors.items()}
+    change(header, tensors)
+    return write_tensors(header | {"checksum": site_part._sha256(header, tensors)}, tensors)
+
+
+def sums(change: Callable[[Statistics], Any]) -> Callable[[dict[str, Any], dict[str, np.ndarray]], Any]:
+    def changed(_: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+        statistics = Statistics.from_tensors(tensors)
+        change(statistics)
+        tensors |= statistics.tensors()
+
+    return changed
+
+
+def swap_squares(statistics: Statistics) -> None:
+    """The trace stays, and one variance becomes negative."""
+    squares = statistics.second
+    squares[1, 1], squares[0, 0] = squares[1, 1] + squares[0, 0], 0
+
+
+HOSTILE: dict[str, Callable[[dict[str, Any], dict[str, np.ndarray]], Any]] = {
+    "a later format": lambda h, t: h.update(site_part=2),
+    "no task": lambda h, t: h.pop("task"),
+    "a class twice": lambda h, t: h.update(class_names=["crack", "crack", "dent"]),
+    "classes as a number": lambda h, t: h.update(class_names=3),
+    "a class too many": lambda h, t: h["class_names"].append("more"),
+    "a template with a format": lambda h, t: h.update(templates=["{:>99999999}"]),
+    "another precision": lambda h, t: h.update(precision="torch.int8"),
+    "a digest that is a path": lambda h, t: h.update(backbone="../../etc"),
+    "a field more": lambda h, t: h.update(command="run me"),
+    "a count in words": lambda h, t: h.update(min_count="ten"),
+    "fewer images than it says": lambda h, t: h.update(min_count=4),
+    "sums of no dimension": lambda h, t: t.update(first=np.zeros((1, 3, 0), np.uint8)),
+    "sums of a billion dimensions": lambda h, t: t.update(first=np.zeros((0, 3, 10**9), np.uint8)),
+    "floats": lambda h, t: t.update(first=t["first"].astype(np.float32)),
+    "counts that are not whole": lambda h, t: t.update(counts=np.full(3, np.nan)),
+    "an array more": lambda h, t: t.update(images=np.zeros(3, np.uint8)),
+    "a negative count": sums(lambda s: np.copyto(s.counts, [-1, 13, 4])),
+    "counts beyond counting": sums(lambda s: np.copyto(s.counts, [2**62, 2**62, 2**62])),
+    "no image": sums(lambda s: [np.copyto(a, 0) for a in (s.counts, s.first, s.second)]),
+    "sums larger than their images": sums(lambda s: np.copyto(s.first, int(GRID) * 100)),
+    "the least integer": sums(lambda s: np.copyto(s.first, -(2**63))),
+    "squares beyond their images": sums(lambda s: np.copyto(s.second, 2**62)),
+    "a norm other than 1": sums(lambda s: np.copyto(s.second, s.second // 2)),
+    "a negative variance": sums(swap_squares),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_no_part_that_no_site_makes_is_read(sites: Path, name: str) -> None:
+    part, _ = make_part(agreed(sites), data=str(sites / "south"))
+    path = sites / "hostile.part"
+    path.write_bytes(resealed(part, lambda h, t: None))
+    assert read_part(str(path)).content == part.content
+    path.write_bytes(resealed(part, HOSTILE[name]))
+    with pytest.raises(CorruptError, match=r"hostile\.part is refused"):
+        read_part(str(path))
+
+
+def test_a_damaged_part_is_found_by_its_checksum(sites: Path) -> None:
+    part, _ = make_part(agreed(sites), data=str(sites / "south"))
+    blob = part.to_bytes()
+    path = sites / "south.part"
+    for place in range(8, len(blob), len(blob) // 40):
+        path.write_bytes(blob[:place] + bytes([blob[place] ^ 1]) + blob[place + 1 :])
+        with pytest.raises(CorruptError):
+            read_part(str(path))
+    path.write_bytes(blob[: len(blob) // 2])
+    with pytest.raises(CorruptError):
+        read_part(str(path))
+
+
+@pytest.mark.timeout(60)
+def test_only_a_regular_file_of_a_limited_size_is_read_as_a_part(sites: Path, capsys: Any) -> None:
+    (sites / "agreed.yaml").write_text("run: {name: r}\nmethod: {name: classes}\ntasks: [{data: x, name: defects}]\n")
+    os.mkfifo(sites / "pipe.part")
+    with open(sites / "sparse.part", "wb") as file:
+        file.truncate(2**30 + 5)
+    for name in ("pipe.part", "sparse.part", "none.part", "all"):
+        assert command(None, ["site", "merge", str(sites / name), "--config", str(sites / "agreed.yaml")]) == 2
+        said = capsys.readouterr().err
+        assert name in said
+        assert "Traceback" not in said
