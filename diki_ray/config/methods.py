@@ -84,9 +84,9 @@ class ReplaySection(Section):
     max_bytes: ChangesModule[int] = Field(default=64 * 2**20, ge=1, le=2**30)
     """Of these images as files, of all tasks together; fewer are kept where they have more."""
     score: ChangesModule[Literal["bregman", "confidence", "margin", "entropy", "random", "reservoir"]] = "bregman"
-    """By which a task's images are chosen once it is learnt. bregman: how much the logits differ under twelve transforms
-    of an image; confidence, margin, entropy: of the image as it is; random; reservoir: random among all images seen,
-    where all others keep as many of each class."""
+    """By which a task's images are chosen once it is learnt. bregman: how much the logits differ under twelve
+    transforms of an image; confidence, margin, entropy: of the image as it is; random; reservoir: random among all
+    images seen, where all others keep as many of each class."""
     choice: ChangesModule[Literal["bottom", "top", "step"]] = "bottom"
     """The lowest scores are kept, the highest, or some from the lowest to the highest in equal steps."""
     batch_size: ChangesModule[int] = Field(default=32, ge=1)

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from diki_ray.clip.residual import Parameters
 from diki_ray.learning.collective import all_reduce_sum, gather_rows, own_parts, share, sum_of_parts
-from diki_ray.learning.methods.base import Method, Step
+from diki_ray.learning.methods.base import AddedLoss, Method, Step
 
 Gradients = Sequence[Tensor | None]
 
@@ -52,15 +52,15 @@ class StepInParts:
         """
         with torch.enable_grad():
             texts = [class_features(self.method, self.class_tokens, self._effective(s), s) for s in self.steps]
-            rows = [self.method.shared_rows(self.parameters, s) for s in self.steps]
         text = gather_rows([t.detach() for t in texts], len(self.class_tokens), self.num_parts).requires_grad_()
         images = [self._images(*part, text, step) for part, step in zip(batch, self.steps, strict=True)]
         of_text = sum_of_parts([text_gradient for _, text_gradient, _ in images], self.num_parts)
-        extras = self._extra(rows, sum(len(labels) for _, labels in batch))
+        added = [loss for loss in (self.method, self.method.replay) if loss is not None]
+        extras = zip(*(self._extra(loss, sum(len(labels) for _, labels in batch)) for loss in added), strict=True)
         found = []
         for step, features, (of_images, _, counts), of_extra in zip(self.steps, texts, images, extras, strict=True):
             of_classes = self._back(features, of_text[share(len(of_text), step.part, step.num_parts)])
-            found.append(torch.cat([self._flat(of_extra, of_images, of_classes), counts]))
+            found.append(torch.cat([self._flat(*of_extra, of_images, of_classes), counts]))
         return sum_of_parts(found, self.num_parts)
 
     def _effective(self, step: Step) -> Parameters:
@@ -82,13 +82,15 @@ class StepInParts:
         counts = torch.stack([loss.detach(), correct, torch.full_like(correct, len(labels))])
         return self._back(features, of_features), of_text, counts
 
-    def _extra(self, rows: Sequence[tuple[Tensor, int] | None], num_own_images: int) -> list[Gradients]:
-        """Gradients of the method's own loss for each of this worker's parts, times the number of all images, by which
-        the sum over parts is divided in the end."""
+    def _extra(self, added: AddedLoss, num_own_images: int) -> list[Gradients]:
+        """Gradients of an added loss for each of this worker's parts, times the number of all images, by which the sum
+        over parts is divided in the end."""
+        with torch.enable_grad():
+            rows = [added.shared_rows(self.parameters, s) for s in self.steps]
         own = [row for row in rows if row is not None]
         shared = gather_rows([r.detach() for r, _ in own], own[0][1], self.num_parts).requires_grad_() if own else None
         with torch.enable_grad():
-            returned = [self.method.extra_loss(self.parameters, replace(s, shared=shared)) for s in self.steps]
+            returned = [added.extra_loss(self.parameters, replace(s, shared=shared)) for s in self.steps]
             losses = [loss for loss in returned if loss is not None]
             if not losses:
                 return [[None] * len(self.trained) for _ in self.steps]

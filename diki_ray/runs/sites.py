@@ -20,7 +20,7 @@ from diki_ray.learning.methods import METHODS
 from diki_ray.learning.module import TaskModule, module_key
 from diki_ray.learning.site_part import MadeWith, PartHeader, SitePart
 from diki_ray.learning.statistics import Statistics
-from diki_ray.runs.plan import PlannedTask, device_of, find_data, load_backbone, make_plan, precision_of
+from diki_ray.runs.plan import Plan, device_of, find_data, load_backbone, make_plan, precision_of
 from diki_ray.runs.stored_run import check_backbone
 from diki_ray.runs.train.assembly import sums_of_batch
 from diki_ray.runs.train.task_data import TaskData
@@ -54,7 +54,8 @@ def make_part(
         ConfigError: the method trains something, or there is no such task. DataError: images of other classes, or a
             class with too few.
     """
-    planned, backbone, config = _planned(config, task, data)
+    plan, backbone = _planned(config, task, data)
+    [planned] = plan.tasks
     names = tuple(classes or planned.class_names)
     found = dict(zip(planned.class_names, planned.index.split("train").samples_per_class, strict=True))
     if len(set(names)) < len(names):
@@ -62,7 +63,7 @@ def make_part(
     if others := sorted(name for name, count in found.items() if count and name not in names):
         raise DataError(f"{planned.index.uri} has images of {_listed(others)}, which the sites have not agreed on.")
     left_out = _too_few(found, min_count, leave_out_small)
-    images = TaskData(config, planned, backbone)
+    images = TaskData(plan.config, planned, backbone)
     while True:
         sums = _sums(images, names, left_out)
         # Images that could not be read may have left a class with too few.
@@ -76,7 +77,7 @@ def make_part(
         task=planned.name,
         class_names=names,
         templates=planned.templates,
-        backbone=backbone.digest(),
+        backbone=plan.backbone_digest,  # of the weights before they are stored in another precision
         precision=str(precision_of(config)),
         data=planned.index.digest("train"),
         min_count=min_count,
@@ -91,7 +92,7 @@ def make_part(
     return SitePart(header, sums), left_out
 
 
-def _planned(config: Config, task: str | None, data: str | None) -> tuple[PlannedTask, Backbone, Config]:
+def _planned(config: Config, task: str | None, data: str | None) -> tuple[Plan, Backbone]:
     """The one task with its data, and the backbone on its device."""
     _check_method(config)
     named = [section for section in config.tasks if task in (None, section.name)]
@@ -105,7 +106,7 @@ def _planned(config: Config, task: str | None, data: str | None) -> tuple[Planne
     torch.set_num_threads(max(1, int(config.train.cpus_per_worker)))
     backbone = load_backbone(config)
     plan = make_plan(config, backbone, found)
-    return plan.tasks[0], backbone.to(device_of(config), precision_of(config)), plan.config
+    return plan, backbone.to(device_of(config), precision_of(config))
 
 
 def _sums(data: TaskData, names: Sequence[str], left_out: Sequence[str]) -> Statistics:

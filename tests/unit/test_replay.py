@@ -39,6 +39,7 @@ from diki_ray.learning.methods.replay import Replay
 from diki_ray.learning.module import TaskModule, read_tensors, write_tensors
 from diki_ray.learning.parts import StepInParts
 from diki_ray.prediction.bundle import BUNDLE, export_bundle
+from diki_ray.runs.plan import build_method
 from diki_ray.runs.train.replay import Memory
 from diki_ray.store.process import this_process
 from diki_ray.store.run_store import RunStore
@@ -141,7 +142,7 @@ def test_the_loss_of_a_step_is_that_of_its_batch_and_of_its_exemplars(tmp_path: 
     pixels = torch.rand(8, 3, 32, 32, generator=generator)
     old = backbone.tokenize(["sun", "moon", "star"], "a {}.")
     classes = torch.tensor([2, 0, 2])
-    method.replay = Replay(pixels[:3], classes, old, batch_size=99, weight=0.5)
+    method.replay = Replay(method, pixels[:3], classes, old, batch_size=99, weight=0.5)
     tokens, labels = backbone.tokenize(["cat", "dog"], "a {}."), torch.tensor([0, 1, 1, 0, 1])
 
     def loss(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -164,7 +165,7 @@ def test_the_loss_of_a_step_is_that_of_its_batch_and_of_its_exemplars(tmp_path: 
 
 
 def test_each_step_draws_its_exemplars_anew_and_alike_for_all_parts() -> None:
-    replay = Replay(torch.zeros(20, 3, 1, 1), torch.arange(20) % 4, torch.zeros(4, 2), batch_size=5, weight=1.0)
+    replay = Replay(None, torch.zeros(20, 3, 1, 1), torch.arange(20) % 4, torch.zeros(4, 2), batch_size=5, weight=1.0)
     drawn = [
         replay._drawn(Step(n, 10, 0.1, seed=3, part=part, num_parts=2))[0].tolist() for n in (0, 1) for part in (0, 1)
     ]
@@ -199,7 +200,7 @@ def test_each_module_keeps_exemplars_of_its_own_task_within_the_budget(tmp_path:
     assert again.exemplars.images == second.exemplars.images
     section = ReplaySection(num_images=12)
     memory = Memory.before(second.key, section, {first.key: first, second.key: second}.__getitem__)
-    replay = memory.replay(load(plan.config.backbone.name))
+    replay = memory.replay(build_method(plan.config, load(plan.config.backbone.name)))
     assert replay is not None
     assert len(replay.images) == 12
     assert len(replay.class_tokens) == len(first.class_names) + len(second.class_names)
@@ -306,12 +307,12 @@ def test_an_image_in_a_memory_goes_through_the_decoder_of_all_images(tmp_path: P
     plan = two_tasks(tmp_path)
     [module, _] = modules(plan, learnt(plan))
     labels, found = np.array([0, 1]), np.array([0.0, 0.0])
-    backbone = load(plan.config.backbone.name)
+    method = build_method(plan.config, load(plan.config.backbone.name))
     good = module.with_exemplars(Exemplars((png(), png(9)), labels, found))
-    assert Memory(ReplaySection(), (good,)).replay(backbone) is not None
+    assert Memory(ReplaySection(), (good,)).replay(method) is not None
     bad = module.with_exemplars(Exemplars((png(), hostile), labels, found))
     with pytest.raises(CorruptError, match=f"an exemplar of task '{module.task}' cannot be used"):
-        Memory(ReplaySection(), (TaskModule.from_bytes(bad.to_bytes()),)).replay(backbone)
+        Memory(ReplaySection(), (TaskModule.from_bytes(bad.to_bytes()),)).replay(method)
 
 
 HOSTILE: dict[str, Callable[[dict[str, np.ndarray]], Any]] = {
@@ -352,7 +353,6 @@ def test_a_predecessor_that_does_not_say_what_was_before_it_is_refused(tmp_path:
         Memory.before(module.key, ReplaySection(), lambda key: without)
 
 
-def test_every_method_that_has_the_setting_replays() -> None:
-    assert {n for n, section in METHOD_SECTIONS.items() if "replay" in section.model_fields} == {
-        n for n, method in METHODS.items() if issubclass(method, LowRankMethod)
-    }
+def test_every_method_that_goes_on_with_low_rank_factors_has_the_setting() -> None:
+    having = {name for name, section in METHOD_SECTIONS.items() if "replay" in section.model_fields}
+    assert having == {name for name, method in METHODS.items() if issubclass(method, LowRankMethod)}

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from learning import learnt, modules, tiny_plan
 from PIL import Image
+from tiny_backbone import write_tiny_backbone
 
 from diki_ray.commands.app import run as command
-from diki_ray.config import Config
+from diki_ray.config import Config, parse
 from diki_ray.errors import ConfigError, CorruptError, DataError
 from diki_ray.learning import site_part
 from diki_ray.learning.module import TaskModule, read_tensors, write_tensors
@@ -46,25 +47,42 @@ def draw(folder: Path, counts: Mapping[str, int], site: str) -> None:
                 Image.fromarray(pixels).save(folder / split / name / f"{site}{n}.png")
 
 
-@pytest.fixture
-def sites(tmp_path: Path) -> Path:
-    """A folder of images for each site, and `all`, which has the images of all of them."""
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of images for each site, and `all`, which has the images of all of them; what is prepared of them, and
+    the backbone."""
+    folder = tmp_path_factory.mktemp("sites")
     for site, counts in SITES.items():
-        for folder in (site, "all"):
-            draw(tmp_path / folder, counts, site)
+        for name in (site, "all"):
+            draw(folder / name, counts, site)
+    write_tiny_backbone(folder)
+    return folder
+
+
+@pytest.fixture
+def sites(drawn: Path, tmp_path: Path) -> Path:
+    """The same folders, to which a test can add."""
+    for path in drawn.iterdir():
+        (tmp_path / path.name).symlink_to(path)
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def south(drawn: Path) -> SitePart:
+    return make_part(agreed(drawn), data=str(drawn / "south"))[0]
+
+
 def agreed(folder: Path, **sections: Any) -> Config:
-    """The configuration that all have; relative to a folder, as each site has its own."""
-    shown = {"data": "images", "name": "defects", "template": "a photo of a {}."}
-    train = {"batch_size": 8} | dict(sections.pop("train", {}))
-    sections = {"method": {"name": "classes"}, "tasks": [shown]} | sections
-    run = {"name": "defects", "storage": str(folder / "storage")}
-    plan = tiny_plan(
-        folder, **sections | {"run": run, "train": train, "tasks": [{"data": "embedded:digits", "shots": 1}]}
-    )
-    return Config.model_validate(plan.config.model_dump() | {"tasks": sections["tasks"]})
+    """The configuration that all have."""
+    tree = {
+        "run": {"name": "defects", "storage": str(folder / "storage")},
+        "method": {"name": "classes"},
+        "backbone": {"name": str(folder / "tiny_backbone.py")},
+        "train": {"batch_size": 8},
+        "data": {"root": str(folder / "prepared")},
+        "tasks": [{"data": "images", "name": "defects", "template": "a photo of a {}."}],
+    }
+    return parse(tree | sections)
 
 
 def parts_of(folder: Path, config: Config, **options: Any) -> list[tuple[str, SitePart]]:
@@ -81,12 +99,8 @@ def test_parts_of_three_sites_are_one_sites_module_to_the_bit_in_any_order(sites
     store = RunStore.open(config.run.storage, "defects")
     [entry] = store.modules()
     module = TaskModule.from_bytes(store.read_module(entry.digest))
-    at_one_place = tiny_plan(
-        sites,
-        method={"name": "classes"},
-        train={"batch_size": 8},
-        tasks=[{"data": str(sites / "all"), "name": "defects", "template": "a photo of a {}."}],
-    )
+    there = [{"data": str(sites / "all"), "name": "defects", "template": "a photo of a {}."}]
+    at_one_place = tiny_plan(sites, method={"name": "classes"}, train={"batch_size": 8}, tasks=there)
     [expected] = modules(at_one_place, learnt(at_one_place))
     assert (module.class_names, module.templates) == (expected.class_names, expected.templates)
     for name, array in expected.class_statistics.tensors().items():
@@ -109,15 +123,15 @@ def test_the_merged_run_answers_from_its_storage_as_one_site_would(sites: Path) 
     assert answer.task == "defects"
 
 
-def test_a_part_holds_sums_counts_and_names_and_nothing_else(sites: Path) -> None:
-    part, _ = make_part(agreed(sites), data=str(sites / "south"))
+def test_a_part_holds_sums_counts_and_names_and_nothing_else(drawn: Path, south: SitePart) -> None:
+    part = south
     header, tensors = read_tensors(part.to_bytes())
     assert set(tensors) == {"counts", "first", "second"}
     assert set(header) == {
         *("site_part", "task", "class_names", "templates", "backbone", "precision", "data", "min_count", "made_with"),
         "checksum",
     }
-    assert str(sites) not in json.dumps(header)  # no path of the site, and not when it was made
+    assert str(drawn) not in json.dumps(header)  # no path of the site, and not when it was made
     again = SitePart.from_bytes(part.to_bytes())
     assert (again.to_bytes(), again.content) == (part.to_bytes(), part.content)
 
@@ -153,10 +167,11 @@ def test_a_class_of_too_few_images_is_refused_or_in_no_sum(sites: Path) -> None:
 
 def test_images_that_cannot_be_read_do_not_count_for_the_minimum(sites: Path) -> None:
     config = agreed(sites, data={"root": str(sites / "prepared"), "max_skipped_fraction": 0.5})
-    path = sites / "south/train/scratch/south0.png"
+    shutil.copytree(sites / "south", sites / "damaged")
+    path = sites / "damaged/train/scratch/south0.png"
     path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(DataError, match="'scratch' would have fewer than 4"):
-        make_part(config, data=str(sites / "south"), min_count=4)
+        make_part(config, data=str(sites / "damaged"), min_count=4)
 
 
 def test_parts_that_mean_other_things_are_not_added(sites: Path) -> None:
@@ -251,7 +266,7 @@ HOSTILE: dict[str, Callable[[dict[str, Any], dict[str, np.ndarray]], Any]] = {
     "counts beyond counting": sums(lambda s: np.copyto(s.counts, [2**62, 2**62, 2**62])),
     "no image": sums(lambda s: [np.copyto(a, 0) for a in (s.counts, s.first, s.second)]),
     "sums larger than their images": sums(lambda s: np.copyto(s.first, int(GRID) * 100)),
-    "the least integer": sums(lambda s: np.copyto(s.first, -(2**63))),
+    "sums far below zero": sums(lambda s: np.copyto(s.first, -(2**62))),
     "squares beyond their images": sums(lambda s: np.copyto(s.second, 2**62)),
     "a norm other than 1": sums(lambda s: np.copyto(s.second, s.second // 2)),
     "a negative variance": sums(swap_squares),
@@ -259,20 +274,18 @@ HOSTILE: dict[str, Callable[[dict[str, Any], dict[str, np.ndarray]], Any]] = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_no_part_that_no_site_makes_is_read(sites: Path, name: str) -> None:
-    part, _ = make_part(agreed(sites), data=str(sites / "south"))
-    path = sites / "hostile.part"
-    path.write_bytes(resealed(part, lambda h, t: None))
-    assert read_part(str(path)).content == part.content
-    path.write_bytes(resealed(part, HOSTILE[name]))
+def test_no_part_that_no_site_makes_is_read(tmp_path: Path, south: SitePart, name: str) -> None:
+    path = tmp_path / "hostile.part"
+    path.write_bytes(resealed(south, lambda h, t: None))
+    assert read_part(str(path)).content == south.content
+    path.write_bytes(resealed(south, HOSTILE[name]))
     with pytest.raises(CorruptError, match=r"hostile\.part is refused"):
         read_part(str(path))
 
 
-def test_a_damaged_part_is_found_by_its_checksum(sites: Path) -> None:
-    part, _ = make_part(agreed(sites), data=str(sites / "south"))
-    blob = part.to_bytes()
-    path = sites / "south.part"
+def test_a_damaged_part_is_found_by_its_checksum(tmp_path: Path, south: SitePart) -> None:
+    blob = south.to_bytes()
+    path = tmp_path / "south.part"
     for place in range(8, len(blob), len(blob) // 40):
         path.write_bytes(blob[:place] + bytes([blob[place] ^ 1]) + blob[place + 1 :])
         with pytest.raises(CorruptError):
@@ -283,7 +296,9 @@ def test_a_damaged_part_is_found_by_its_checksum(sites: Path) -> None:
 
 
 @pytest.mark.timeout(60)
-def test_only_a_regular_file_of_a_limited_size_is_read_as_a_part(sites: Path, capsys: Any) -> None:
+def test_only_a_regular_file_of_a_limited_size_is_read_as_a_part(tmp_path: Path, capsys: Any) -> None:
+    sites = tmp_path
+    (sites / "all").mkdir()
     (sites / "agreed.yaml").write_text("run: {name: r}\nmethod: {name: classes}\ntasks: [{data: x, name: defects}]\n")
     os.mkfifo(sites / "pipe.part")
     with open(sites / "sparse.part", "wb") as file:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -64,6 +64,14 @@ class TrainingBatch:
     class_tokens: Tensor  # [C, L]
 
 
+class AddedLoss(Protocol):
+    """A loss that is added to a step's, as `Method` describes these two."""
+
+    def shared_rows(self, parameters: Parameters, step: Step) -> tuple[Tensor, int] | None: ...
+
+    def extra_loss(self, parameters: Parameters, step: Step) -> Tensor | None: ...
+
+
 class Method(ABC):
     """How a task is learnt and how an image is answered, on one backbone.
 
@@ -82,6 +90,9 @@ class Method(ABC):
     answering: ClassVar[Answering] = "routed"
     """Which modules answer an image: `routed` (that of the densest Gaussian, at its weight), `latest` (the one learnt
     last, at w = 1), `frozen` (none), `joint` (all learnt, by `joint_logits`), `classes` (the class model alone)."""
+
+    replay: AddedLoss | None = None
+    """The loss of exemplars of earlier tasks, beside the method's own; set before a task is trained."""
 
     def __init__(self, backbone: Backbone):
         self.backbone = backbone

@@ -17,7 +17,6 @@ from torch import Tensor
 from diki_ray.clip.backbone import Backbone
 from diki_ray.clip.residual import Block, Parameters, ResidualBranch, Tower, per_image
 from diki_ray.learning.methods.base import Step
-from diki_ray.learning.methods.replay import Replay, share_of
 from diki_ray.learning.methods.residual import ResidualMethod
 
 
@@ -57,9 +56,6 @@ class LowRankMethod(ResidualMethod):
     sequential = True
     answering = "latest"
 
-    replay: Replay | None = None
-    """Exemplars of the tasks before; set where they are known, before a task is trained."""
-
     def __init__(self, backbone: Backbone, rank: int, alpha: float, image_depth: int | None, text_depth: int | None):
         """image_depth, text_depth: blocks from the first that are changed; None: all."""
         branch = LowRank(rank, alpha)
@@ -77,17 +73,6 @@ class LowRankMethod(ResidualMethod):
 
     def effective(self, parameters: Parameters, step: Step | None = None) -> Parameters:
         return trained(parameters)
-
-    def shared_rows(self, parameters: Parameters, step: Step) -> tuple[Tensor, int] | None:
-        if self.replay is None:
-            return None
-        return share_of(self, step, self.replay.rows(self, self.effective(parameters, step), step))
-
-    def extra_loss(self, parameters: Parameters, step: Step) -> Tensor | None:
-        if self.replay is None:
-            return None
-        assert step.shared is not None, "the platform gives the features that shared_rows returned"
-        return self.replay.loss(self, step.shared, step)
 
     def squared_distance(self, parameters: Parameters, others: Parameters) -> Tensor:
         """Σ ‖(α/r)(B A − B' A')‖² over all projections: of the weights, not of their factors."""

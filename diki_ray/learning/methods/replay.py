@@ -10,7 +10,6 @@ Shapes: n exemplars, of C classes, b of them in a step, of c classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,41 +17,47 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diki_ray.clip.residual import Parameters
-from diki_ray.learning.methods.base import Method, Step
-
-Rows = tuple[int, Callable[[slice], Tensor]]
-"""A number of rows, and what gives the features of some of them."""
+from diki_ray.learning.methods.base import AddedLoss, Method, Step
 
 _OWN_STREAM = 0x5EED
 """Keeps the exemplars drawn in a step apart from what else is drawn in it."""
 
 
 @dataclass(frozen=True, eq=False)
-class Replay:
+class Replay(AddedLoss):
     """The exemplars of the tasks before.
 
     images: [n, 3, H, W] on the CPU; classes: int64 [n]; class_tokens: [C, L]; batch_size: b; weight: λ.
     """
 
+    method: Method
     images: Tensor
     classes: Tensor
     class_tokens: Tensor
     batch_size: int
     weight: float
 
-    def rows(self, method: Method, parameters: Parameters, step: Step) -> list[Rows]:
-        """The step's exemplars, then the classes they are of."""
+    def shared_rows(self, parameters: Parameters, step: Step) -> tuple[Tensor, int]:
+        """This part's rows of b + c: features of the step's exemplars, then of the classes that they are of."""
         chosen, classes, _ = self._drawn(step)
-        images, tokens = self.images[chosen], self.class_tokens[classes]
-        return [
-            (len(images), lambda own: method.image_features(images[own].to(method.backbone.device), parameters)),
-            (len(tokens), lambda own: method.text_features(tokens[own], parameters)),
-        ]
+        own = step.share(len(chosen) + len(classes))
+        first = len(chosen)
+        images = self.images[chosen[own]]
+        tokens = self.class_tokens[classes[max(own.start - first, 0) : max(own.stop - first, 0)]]
+        backbone, effective = self.method.backbone, self.method.effective(parameters, step)
+        rows = [torch.zeros(0, backbone.embed_dim, device=backbone.device)]
+        if len(images) or backbone.in_lockstep:
+            rows.append(self.method.image_features(images.to(backbone.device), effective))
+        if len(tokens) or backbone.in_lockstep:
+            rows.append(self.method.text_features(tokens, effective))
+        return torch.cat(rows), len(chosen) + len(classes)
 
-    def loss(self, method: Method, rows: Tensor, step: Step) -> Tensor:
-        """λ times the mean cross entropy, from the features [b + c, E] of all `rows`."""
+    def extra_loss(self, parameters: Parameters, step: Step) -> Tensor:
+        """λ times the mean cross entropy of the exemplars."""
         chosen, _, labels = self._drawn(step)
-        logits = method.backbone.logits(rows[: len(chosen)], rows[len(chosen) :])
+        assert step.shared is not None, "the platform gives the features that shared_rows returned"
+        images, texts = step.shared[: len(chosen)], step.shared[len(chosen) :]
+        logits = self.method.backbone.logits(images, texts)
         return self.weight * F.cross_entropy(logits, labels.to(logits.device))
 
     def _drawn(self, step: Step) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,18 +66,3 @@ class Replay:
         chosen = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(seed))[: self.batch_size]
         classes, labels = self.classes[chosen].unique(return_inverse=True)
         return chosen, classes, labels
-
-
-def share_of(method: Method, step: Step, kinds: Sequence[Rows]) -> tuple[Tensor, int] | None:
-    """What `Method.shared_rows` returns for rows of several kinds, one kind behind the other; None for none."""
-    if not kinds:
-        return None
-    share, first, found = step.share(sum(number for number, _ in kinds)), 0, []
-    for number, features in kinds:
-        own = slice(max(share.start - first, 0), max(min(share.stop - first, number), 0))
-        if own.start < own.stop or method.backbone.in_lockstep:
-            found.append(features(own))
-        first += number
-    if not found:
-        found.append(torch.zeros(0, method.backbone.embed_dim, device=method.backbone.device))
-    return torch.cat(found), first

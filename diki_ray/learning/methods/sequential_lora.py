@@ -12,7 +12,6 @@ Published for ViT-B/16: rank and learning rate as in low_rank.py; for a stream o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import reduce
 from typing import Any, Literal
 
 import torch
@@ -71,9 +70,7 @@ class SequentialLora(LowRankMethod):
         return {name: p * self.wise_ft if name.endswith("_up") else p for name, p in factors.items()}
 
     def extra_loss(self, parameters: Parameters, step: Step) -> Tensor | None:
-        losses = (self.regulariser.penalty(parameters), super().extra_loss(parameters, step))
-        known = [loss for loss in losses if loss is not None]
-        return reduce(torch.add, known) if known else None
+        return self.regulariser.penalty(parameters)
 
     def after_step(self, parameters: Parameters, gradients: Parameters, step: Step) -> None:
         self.regulariser.after_step(parameters, gradients, step)

@@ -28,7 +28,6 @@ from diki_ray.clip.backbone import Backbone
 from diki_ray.clip.residual import Parameters
 from diki_ray.learning.methods.base import Step
 from diki_ray.learning.methods.low_rank import LowRankMethod, keep, kept, trained
-from diki_ray.learning.methods.replay import share_of
 
 
 class Zscl(LowRankMethod):
@@ -65,25 +64,24 @@ class Zscl(LowRankMethod):
         average = kept("average", parameters)  # none in a module: it holds the average itself
         return average if step is None and average else trained(parameters)
 
-    def shared_rows(self, parameters: Parameters, step: Step) -> tuple[Tensor, int] | None:
-        """Features of this part's reference images, and of what is replayed."""
+    def shared_rows(self, parameters: Parameters, step: Step) -> tuple[Tensor, int]:
+        """Features of this part's reference images."""
         images, *_ = self._learn_reference()
         chosen, _ = self._drawn(step)
-        factors = trained(parameters)
-        rows = [(len(chosen), lambda own: self.image_features(images[chosen[own]], factors))]
-        return share_of(self, step, rows + ([] if self.replay is None else self.replay.rows(self, factors, step)))
+        mine = chosen[step.share(len(chosen))]
+        if len(mine) or self.backbone.in_lockstep:
+            return self.image_features(images[mine], trained(parameters)), len(chosen)
+        return torch.zeros(0, self.backbone.embed_dim, device=self.backbone.device), len(chosen)
 
     def extra_loss(self, parameters: Parameters, step: Step) -> Tensor:
         _, frozen_images, frozen_texts = self._learn_reference()
         chosen, captions = self._drawn(step)
         factors, texts = trained(parameters), frozen_texts[captions]
         assert step.shared is not None, "the platform gives the features that shared_rows returned"
-        reference, replayed = step.shared[: len(chosen)], step.shared[len(chosen) :]
-        logits = self.backbone.logits(reference, texts)
+        logits = self.backbone.logits(step.shared, texts)
         target = self.backbone.logits(frozen_images[chosen], texts)
         distilled = self._distillation(logits, target) + self._distillation(logits.T, target.T)
-        loss = distilled + self.weight_consolidation * self.squared_distance(factors, kept("anchor", parameters))
-        return loss if self.replay is None else loss + self.replay.loss(self, replayed, step)
+        return distilled + self.weight_consolidation * self.squared_distance(factors, kept("anchor", parameters))
 
     def _drawn(self, step: Step) -> tuple[Tensor, Tensor]:
         """Which reference images and captions the step distils on, the same for all its parts."""

@@ -69,7 +69,7 @@ class Memory:
     def exemplars(self) -> list[Exemplars]:
         return [module.exemplars for module in self.earlier if module.exemplars is not None]
 
-    def replay(self, backbone: Backbone) -> Replay | None:
+    def replay(self, method: Method) -> Replay | None:
         """What the next task is trained on beside its own images; None before there is any.
 
         Raises:
@@ -83,12 +83,12 @@ class Memory:
         ):
             kept = all_of_task.chosen(places)
             classes += (kept.labels + sum(map(len, tokens))).tolist()
-            images += [_pixels(data, module.task, backbone) for data in kept.images]
-            tokens.append(backbone.tokenize(module.class_names, module.templates[0]))
+            images += [_pixels(data, module.task, method.backbone) for data in kept.images]
+            tokens.append(method.backbone.tokenize(module.class_names, module.templates[0]))
         if not images:
             return None
         s = self.settings
-        return Replay(torch.stack(images), torch.tensor(classes), torch.cat(tokens), s.batch_size, s.weight)
+        return Replay(method, torch.stack(images), torch.tensor(classes), torch.cat(tokens), s.batch_size, s.weight)
 
     @torch.no_grad()
     def with_exemplars(self, module: TaskModule, data: TaskData, method: Method) -> TaskModule:

@@ -29,7 +29,6 @@ from diki_ray.learning.collective import (
     sum_over_ranks,
 )
 from diki_ray.learning.methods import Method
-from diki_ray.learning.methods.low_rank import LowRankMethod
 from diki_ray.learning.module import TaskModule, read_tensors, write_tensors
 from diki_ray.learning.task_trainer import TaskTrainer
 from diki_ray.runs.plan import PlannedTask, build_method, load_backbone, precision_of, recipe_of
@@ -136,9 +135,8 @@ class TaskWorker:
         settings = getattr(self.config.method, "replay", None)
         if settings is None:
             return None
-        assert isinstance(self.method, LowRankMethod), "only their sections have the setting"
         memory = Memory.before(task.predecessor, settings, self._module)
-        self.method.replay = memory.replay(self.method.backbone)
+        self.method.replay = memory.replay(self.method)
         return memory
 
     def _module(self, key: str) -> TaskModule:
