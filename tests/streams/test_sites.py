@@ -48,7 +48,7 @@ def begun(command: str, folder: Path) -> subprocess.Popen[str]:
 
 
 def ended(process: subprocess.Popen[str]) -> str:
-    said, _ = process.communicate(timeout=300)
+    said, _ = process.communicate(timeout=500)
     assert process.returncode == 0, said
     return said
 
@@ -59,7 +59,7 @@ def merged(folder: Path) -> TaskModule:
     return TaskModule.from_bytes(store.read_module(entry.digest))
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_three_processes_with_folders_of_their_own_make_the_module_of_one(tmp_path: Path) -> None:
     at_a_site, at_the_centre = re.findall(r"^```bash\n(.*?)^```$", PAGE, re.M | re.S)
     for site in SITES:
