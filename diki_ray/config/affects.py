@@ -35,6 +35,12 @@ class StoredAs:
     name: str
 
 
+@dataclass(frozen=True)
+class AddedLater:
+    """A second mark: a field that came after modules had been stored. Keys and provenance do not know it where it has
+    its default value, as they did not before there was it."""
+
+
 T = TypeVar("T")
 ChangesModule = Annotated[T, Affects.MODULE]
 ChangesAnswers = Annotated[T, Affects.ANSWER]
@@ -69,9 +75,14 @@ def settings(section: BaseModel, *wanted: Affects, defaults: bool = True) -> dic
                 f"{type(section).__name__}.{own_name} does not say what it affects: write its type as "
                 "ChangesModule[…], ChangesAnswers[…] or ChangesNothing[…]"
             )
-        elif mark in wanted and (defaults or value != fields[name].get_default()):
+        elif mark in wanted and (_always_known(field, defaults) or value != fields[name].get_default()):
             found[name] = _plain(value, wanted, defaults)
     return found
+
+
+def _always_known(field: FieldInfo, defaults: bool) -> bool:
+    """Whether the field is said also where it has its default value."""
+    return defaults and not any(isinstance(m, AddedLater) for m in field.metadata)
 
 
 def _plain(value: Any, wanted: tuple[Affects, ...], defaults: bool) -> Any:
