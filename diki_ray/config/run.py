@@ -288,7 +288,8 @@ class Config(Section):
             known = protocol(name)
             known.full_id(split, self.evaluate.routing)
         except DataError as error:
-            raise ValueError(f"protocol: {error}; write NAME/SPLIT, as in mtil-1/coop") from error
+            written = "NAME/coop or NAME/zscl, or NAME/embedded where the data are drawn"
+            raise ValueError(f"protocol: {error}; write {written}") from error
         if self.tasks or (self.data.sources is None) != (split == EMBEDDED):
             place = "data.sources out" if split == EMBEDDED else "set data.sources to their folder"
             raise ValueError(f"protocol {name} has its own tasks: leave tasks out, and {place}")

@@ -199,7 +199,7 @@ LORA = {"name": "sequential_lora", "image_depth": 1, "text_depth": 1}
     LORA | {"wise_ft": 0.5},
     LORA | {"against_forgetting": "ewc"},
     LORA | {"against_forgetting": "badam"},
-    LORA | {"against_forgetting": "blip"},
+    LORA | {"against_forgetting": "blip", "blip_prior": 1e-12},
     {"name": "keep_lora", "image_depth": 1, "text_depth": 1, "rank": 2},
     {"name": "zscl", "average_every": 2, "num_reference": 16, "reference_batch": 8},
     {"name": "snd", "image_depth": 1, "text_depth": 1, "num_reference": 16, "reference_batch": 8},

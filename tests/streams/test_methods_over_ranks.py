@@ -27,7 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "c_ada": BLOCK | {"rank": 2, "scale": 1.0},  # a penalty, the same everywhere
     "sequential_lora": BLOCK | {"against_forgetting": "ewc"},  # sums, and a penalty from the second task on
     "badam": BLOCK | {"name": "sequential_lora", "against_forgetting": "badam"},  # draws
-    "blip": BLOCK | {"name": "sequential_lora", "against_forgetting": "blip"},  # draws over the sums
+    "blip": BLOCK | {"name": "sequential_lora", "against_forgetting": "blip", "blip_prior": 1e-12},  # draws in sums
     "zscl": BLOCK | {"num_reference": 15, "reference_batch": 5, "average_every": 2},  # a loss of shared rows
     "keep_lora": BLOCK | {"rank": 2},  # sums before the first step and after the last
     "snd": BLOCK | {"num_reference": 15, "reference_batch": 5},  # a loss of each part's own rows

@@ -78,7 +78,7 @@ class Mulki(LowRankMethod):
 
     def begin(self, parameters: Parameters, sums: Parameters, class_tokens: Tensor) -> Parameters:
         return parameters | {
-            PROTOTYPES: F.normalize(sums[PROTOTYPES], dim=1),
+            PROTOTYPES: F.normalize(sums[PROTOTYPES], dim=1).float(),
             FROZEN_TEXTS: self.backbone.encode_text(class_tokens),
             TEXTS_BEFORE: self.text_features(class_tokens, kept("before", parameters)),
         }
