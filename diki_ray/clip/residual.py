@@ -43,12 +43,19 @@ class Block:
 
     def projections(self) -> tuple[Tensor, Tensor, Tensor]:
         """W_q, W_k, W_v, each [D, h · d] so that q = x W_q + b; float32 on the CPU."""
+        q, k, v = self._matrices(self.attention.linear)
+        return q, k, v
+
+    def output(self) -> Tensor:
+        """W_out [h · d, D] of the output projection, likewise."""
+        return self._matrices(lambda joined: (self.attention.out(joined),))[0]
+
+    def _matrices(self, linear: Callable[[Tensor], tuple[Tensor, ...]]) -> list[Tensor]:
         like = next(p for p in self.attention.module.parameters() if p.dim() > 1)
         with torch.no_grad():
-            bias = self.attention.linear(torch.zeros_like(like[:1, :1]).expand(1, self.width))
-            images = self.attention.linear(torch.eye(self.width, dtype=like.dtype, device=like.device))
-        q, k, v = ((w.float() - b.float()).cpu() for w, b in zip(images, bias, strict=True))
-        return q, k, v
+            bias = linear(torch.zeros_like(like[:1, :1]).expand(1, self.width))
+            images = linear(torch.eye(self.width, dtype=like.dtype, device=like.device))
+        return [(w.float() - b.float()).cpu() for w, b in zip(images, bias, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -120,17 +120,47 @@ class SequentialLoraSection(LowRankSection):
     """Low-rank fine-tuning, task after task, with remedies against forgetting."""
 
     name: ChangesModule[Literal["sequential_lora"]]
-    against_forgetting: ChangesModule[Literal["none", "ewc", "badam"]] = "none"
-    """ewc: elastic weight consolidation. badam: Bayesian adaptive moment regularisation."""
+    against_forgetting: ChangesModule[Literal["none", "ewc", "badam", "blip"]] = "none"
+    """ewc: elastic weight consolidation. badam: Bayesian adaptive moment regularisation. blip: bit-level information
+    preserving."""
     wise_ft: ChangesModule[float] = Field(default=1.0, ge=0, le=1)
     """Answers are given under weights that are this share of the way from the frozen model to the fine-tuned one."""
     ewc_lambda: ChangesModule[float] = Field(default=1000.0, gt=0)
     """ewc: strength of the penalty."""
     badam_std: ChangesModule[float] = Field(default=0.01, gt=0)
     """badam: deviation of every weight before the first task."""
+    blip_prior: Annotated[ChangesModule[float], AddedLater()] = Field(default=1e-4, gt=0)
+    """blip: Fisher information of every weight before the first task, for each of the weights that feed the same
+    output; a smaller one freezes more bits. It depends on the data and is chosen on validation images."""
 
 
-class ZsclSection(LowRankSection):
+class KeepLoraSection(LowRankSection):
+    """Low-rank changes in directions that neither the pre-trained weights nor earlier tasks rely on, of the output
+    projections too."""
+
+    name: ChangesModule[Literal["keep_lora"]]
+    rank: ChangesModule[int] = Field(default=16, ge=1)
+    alpha: ChangesModule[float] = Field(default=16.0, gt=0)
+    """The change is alpha / rank times the product of the two factors."""
+    image_energy: ChangesModule[float] = Field(default=0.85, ge=0, lt=1)
+    """Share of the energy (squared singular values) of each frozen projection of the image tower whose directions no
+    task may read; the more, the less is learnt and the less forgotten."""
+    text_energy: ChangesModule[float] = Field(default=0.2, ge=0, lt=1)
+    """The same of the text tower."""
+    input_energy: ChangesModule[float] = Field(default=0.99, ge=0, lt=1)
+    """Share of the energy of a task's inputs of each projection whose directions no later task may read."""
+
+
+class ReferenceSection(LowRankSection):
+    """Low-rank changes, distilled on a reference."""
+
+    reference: ChangesModule[str | None] = None
+    """A prepared data set that is no task; with the embedded backbone its pre-training pictures by default."""
+    num_reference: ChangesModule[int] = Field(default=1024, ge=2)
+    """Images of it that are drawn from."""
+
+
+class ZsclSection(ReferenceSection):
     """Distillation from the frozen model on data of no task, and averages of the weights."""
 
     name: ChangesModule[Literal["zscl"]]
@@ -140,12 +170,35 @@ class ZsclSection(LowRankSection):
     """Of the squared distance to the weights at the start of the task."""
     average_every: ChangesModule[int] = Field(default=100, ge=1)
     """Steps from one sample of the average of the weights to the next."""
-    reference: ChangesModule[str | None] = None
-    """A prepared data set that is no task; with the embedded backbone its pre-training pictures by default."""
-    num_reference: ChangesModule[int] = Field(default=1024, ge=2)
-    """Images of it that are drawn from."""
     reference_batch: ChangesModule[int] = Field(default=64, ge=2)
-    """Images, and captions, of it in a step."""
+    """Images, and captions, of the reference in a step."""
+
+
+class SndSection(ReferenceSection):
+    """Distillation on data of no task from two teachers, the frozen model and the one before the task."""
+
+    name: ChangesModule[Literal["snd"]]
+    previous_weight: ChangesModule[float] = Field(default=9.0, ge=0)
+    """Of the distance to the features of the model before."""
+    pretrained_weight: ChangesModule[float] = Field(default=0.5, ge=0)
+    """Of the distance to the frozen model's features."""
+    reference_batch: ChangesModule[int] = Field(default=32, ge=2)
+    """Images of the reference in a step."""
+
+
+class MulkiSection(LowRankSection):
+    """Distillation on the task's own images from two teachers, and integrated weights; after MulKI's description, with
+    formulas of this platform's own."""
+
+    name: ChangesModule[Literal["mulki"]]
+    alignment: ChangesModule[float] = Field(default=1.0, ge=0)
+    """Weight of the loss that pulls images and class texts to the prototypes of their classes."""
+    distillation: ChangesModule[float] = Field(default=1.0, ge=0)
+    """Weight of the loss that keeps the teachers' relations of images to prototypes and class texts."""
+    average_decay: ChangesModule[float] = Field(default=0.9, ge=0, lt=1)
+    """What is left of the moving average of the weights after each step."""
+    interpolation: ChangesModule[float] = Field(default=0.7, gt=0, le=1)
+    """A task ends this share of the way from the weights before it to the average of those that it trained."""
 
 
 class RailSection(Section):
@@ -159,6 +212,21 @@ class RailSection(Section):
     """The regression's share of an answer; the rest is zero-shot."""
     projection_seed: ChangesModule[int] = Field(default=0, ge=0)
     """Of the random projection, which all tasks share."""
+
+
+class MahalanobisSection(Section):
+    """A low-rank Mahalanobis metric of each class on the frozen features, learnt with a moving average of the weights
+    as teacher; for streams in which the same classes come in other domains."""
+
+    name: ChangesModule[Literal["mahalanobis"]]
+    rank: ChangesModule[int] = Field(default=4, ge=1)
+    """Directions of each class's own in the metric."""
+    distillation: ChangesModule[float] = Field(default=1.0, ge=0)
+    """Weight of the loss that holds to the teacher's answers."""
+    average_decay: ChangesModule[float] = Field(default=0.99, ge=0, lt=1)
+    """What is left of the teacher after each step; the rest is what is trained."""
+    fusion: ChangesAnswers[float] = Field(default=0.9, ge=0, le=1)
+    """The metric's share of an answer; the rest is zero-shot."""
 
 
 class ClassesSection(Section):
@@ -178,8 +246,12 @@ MethodSection = Annotated[
     | Annotated[DpwSection, Tag("dpw")]
     | Annotated[CAdaSection, Tag("c_ada")]
     | Annotated[SequentialLoraSection, Tag("sequential_lora")]
+    | Annotated[KeepLoraSection, Tag("keep_lora")]
     | Annotated[ZsclSection, Tag("zscl")]
+    | Annotated[SndSection, Tag("snd")]
+    | Annotated[MulkiSection, Tag("mulki")]
     | Annotated[RailSection, Tag("rail")]
+    | Annotated[MahalanobisSection, Tag("mahalanobis")]
     | Annotated[ClassesSection, Tag("classes")],
     Discriminator(_name_of, custom_error_type="no_such_method", custom_error_message="there is no such method"),
 ]

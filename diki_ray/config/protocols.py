@@ -20,7 +20,9 @@ ROUTINGS = ("batch", "image")
 LABEL_SPACES = ("task", "seen", "all")
 ZERO_SHOT = "zero-shot, published"
 """The name of the published row of the backbone alone; it has no routing."""
-_NOT_DATASETS = ("protocols.json", "published.json")
+EMBEDDED = "embedded"
+"""The split protocol of what the embedded world draws."""
+_NOT_DATASETS = ("protocols.json", "published.json", "embedded.json")
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class Protocol:
 
     `shots` None: all training images. `template` None: each data set its own, else this one for all. `label_space`:
     "task" (the classes of the set under test), "seen" (all learnt so far) or "all" (of every set, learnt or not).
-    `own_split` is the split protocol of the paper that introduced it.
+    `own_split` is the split protocol of the paper that introduced it; `embedded`: its data sets are drawn. `held_out`
+    is the data set, the last one, that tells what the others teach of a domain never seen.
     """
 
     name: str
@@ -39,12 +42,18 @@ class Protocol:
     label_space: str
     template: str | None
     own_split: str
+    held_out: str | None = None
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The split protocols that it can be run on."""
+        return (EMBEDDED,) if self.own_split == EMBEDDED else BENCHMARK_SPLITS
 
     def full_id(self, split_protocol: str, routing: str) -> str:
         """The id that goes into a result; DataError for an unknown split protocol or routing."""
-        if split_protocol not in BENCHMARK_SPLITS or routing not in ROUTINGS:
+        if split_protocol not in self.splits or routing not in ROUTINGS:
             raise DataError(
-                f"protocol {self.name}: split protocol {split_protocol!r} is one of {BENCHMARK_SPLITS} and "
+                f"protocol {self.name}: split protocol {split_protocol!r} is one of {self.splits} and "
                 f"routing {routing!r} one of {ROUTINGS}"
             )
         return f"{self.name}/{split_protocol}/{routing}"
@@ -82,18 +91,28 @@ def _read(file: str) -> Any:
 
 @lru_cache(maxsize=1)
 def protocols() -> Mapping[str, Protocol]:
-    """All protocols by name."""
+    """All benchmarks by name."""
+    return _protocols("protocols.json")
+
+
+@lru_cache(maxsize=1)
+def embedded_protocols() -> Mapping[str, Protocol]:
+    """Those whose data sets are drawn, by name."""
+    return _protocols("embedded.json")
+
+
+def _protocols(file: str) -> Mapping[str, Protocol]:
     return {
-        name: Protocol(name=name, **{**fields, "order": tuple(fields["order"])})
-        for name, fields in _read("protocols.json").items()
+        name: Protocol(name=name, **{**fields, "order": tuple(fields["order"])}) for name, fields in _read(file).items()
     }
 
 
 def protocol(name: str) -> Protocol:
     """The protocol of that name; DataError says which there are."""
-    if name not in protocols():
-        raise DataError(f"there is no protocol {name!r}; known are {', '.join(protocols())}")
-    return protocols()[name]
+    known = {**protocols(), **embedded_protocols()}
+    if name not in known:
+        raise DataError(f"there is no protocol {name!r}; known are {', '.join(known)}")
+    return known[name]
 
 
 @lru_cache(maxsize=1)

@@ -18,7 +18,7 @@ from pydantic import Field, field_validator, model_validator
 from diki_ray.config.affects import Affects, ChangesAnswers, ChangesModule, ChangesNothing, StoredAs, settings
 from diki_ray.config.class_model import ClassModelSection, RoutingSection
 from diki_ray.config.methods import DikiSection, MethodSection
-from diki_ray.config.protocols import protocol
+from diki_ray.config.protocols import EMBEDDED, protocol
 from diki_ray.config.section import Section
 from diki_ray.config.templates import template_fault
 from diki_ray.errors import DataError
@@ -288,11 +288,11 @@ class Config(Section):
             known = protocol(name)
             known.full_id(split, self.evaluate.routing)
         except DataError as error:
-            raise ValueError(f"protocol: {error}; write NAME/coop or NAME/zscl") from error
-        if self.tasks or self.data.sources is None:
-            raise ValueError(
-                f"protocol {name} has its own tasks: leave tasks out, and set data.sources to their folder"
-            )
+            written = "NAME/coop or NAME/zscl, or NAME/embedded where the data are drawn"
+            raise ValueError(f"protocol: {error}; write {written}") from error
+        if self.tasks or (self.data.sources is None) != (split == EMBEDDED):
+            place = "data.sources out" if split == EMBEDDED else "set data.sources to their folder"
+            raise ValueError(f"protocol {name} has its own tasks: leave tasks out, and {place}")
         if self.evaluate.label_space != known.label_space:
             raise ValueError(f"protocol {name} is evaluated with evaluate.label_space={known.label_space}")
         return self

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from diki_ray.clip.residual import Parameters
 from diki_ray.learning.collective import all_reduce_sum, gather_rows, own_parts, share, sum_of_parts
-from diki_ray.learning.methods.base import AddedLoss, Method, Step
+from diki_ray.learning.methods.base import AddedLoss, Method, OwnImages, Step
 
 Gradients = Sequence[Tensor | None]
 
@@ -72,15 +72,19 @@ class StepInParts:
         if not len(images) and not self.method.backbone.in_lockstep:
             return [None] * len(self.trained), torch.zeros_like(text), text.new_zeros(3)
         with torch.enable_grad():
-            features = self.method.image_features(images, self._effective(step))
+            effective = self._effective(step)
+            features = self.method.image_features(images, effective)
             leaf = features.detach().requires_grad_()
-            logits = self.method.backbone.logits(leaf, text)
+            logits = self.method.logits(leaf, text, effective)
             labels = labels.to(text.device)
             loss = F.cross_entropy(logits, labels, reduction="sum")
-            of_features, of_text = torch.autograd.grad(loss, [leaf, text])
+            own = self.method.image_losses(OwnImages(images, labels, leaf, text), self.parameters, step)
+            whole = loss if own is None else loss + own.sum()
+            of_features, of_text, *direct = torch.autograd.grad(whole, [leaf, text, *self.trained], allow_unused=True)
         correct = (logits.argmax(1) == labels).sum().float()
         counts = torch.stack([loss.detach(), correct, torch.full_like(correct, len(labels))])
-        return self._back(features, of_features), of_text, counts
+        of_parameters = zip(direct, self._back(features, of_features), strict=True)
+        return [_added(pair) for pair in of_parameters], _or_zeros(of_text, text), counts
 
     def _extra(self, added: AddedLoss, num_own_images: int) -> list[Gradients]:
         """Gradients of an added loss for each of this worker's parts, times the number of all images, by which the sum

@@ -130,6 +130,13 @@ class TaskTrainer:
         in_lockstep = self.method.backbone.in_lockstep
         return world_size() if in_lockstep or self._num_parts is None else self._num_parts
 
+    def begin(self, sums: Parameters) -> None:
+        """Starts from what the method makes of its first sums over the training images."""
+        with torch.no_grad():
+            for name, p in self.method.begin(self.all_parameters, sums, self.class_tokens).items():
+                self.all_parameters[name].copy_(p)
+        self.best = self._copy()
+
     def step(self, images: Tensor, labels: Tensor, keys: tuple[str, ...] = ()) -> StepResult:
         """One global batch, of which this worker has one part: images [b, 3, H, W] and labels [b], b may be 0."""
         return self.step_in_parts([(images, labels)], keys)
@@ -203,7 +210,7 @@ class TaskTrainer:
         if not len(images) and not self.method.backbone.in_lockstep:
             return 0
         parameters = self.method.effective(self.all_parameters)
-        logits = self.method.backbone.logits(self.method.image_features(images, parameters), class_features)
+        logits = self.method.logits(self.method.image_features(images, parameters), class_features, parameters)
         return int((logits.argmax(1).cpu() == labels.cpu()).sum())
 
     @torch.no_grad()

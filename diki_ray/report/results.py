@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
+
+from diki_ray.config.protocols import embedded_protocols
 
 FORMAT = 1
 DOCUMENT = "results.json"
@@ -16,7 +18,7 @@ def table(results: dict[str, Any]) -> Table:
     """The accuracy matrix in percent: chance and zero-shot above it, the metrics per task below."""
     names = [t["name"] for t in results["tasks"]]
     title = f"{results['run']}: accuracy on each test set, %  ({results['protocol']})"
-    out = Table(title=Text(title), title_justify="left")
+    out = Table(title=Text(title), title_justify="left", caption_justify="left")
     out.add_column("after learning")
     for name in (*names, "mean"):
         out.add_column(Text(name), justify="right")
@@ -40,7 +42,23 @@ def table(results: dict[str, Any]) -> Table:
             metric["mean"],
             style="bold" if name == "last" else "",
         )
+    if (never_seen := held_out(results)) is not None:
+        name, accuracy, zero_shot = never_seen
+        out.caption = Text(
+            f"{name}, of a kind never seen, once all the others are learnt: {_percent(accuracy)} "
+            f"(zero-shot {_percent(zero_shot)})"
+        )
     return out
+
+
+def held_out(results: Mapping[str, Any]) -> tuple[str, float | None, float | None] | None:
+    """(name, accuracy once all the others are learnt, zero-shot accuracy) of the data set that the protocol keeps away
+    until the end; None where it keeps none away."""
+    known = embedded_protocols().get(results["protocol"].partition("/")[0])
+    names = [task["name"] for task in results["tasks"]]
+    if known is None or known.held_out is None or len(names) < 2 or names[-1] != known.held_out:
+        return None
+    return names[-1], results["accuracy"][-2][-1], results["zero_shot"][-1]
 
 
 def _percent(value: float | None) -> str:

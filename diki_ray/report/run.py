@@ -22,7 +22,7 @@ from diki_ray.json_text import parsed
 from diki_ray.report import charts
 from diki_ray.report.examples import Pictures, read_pictures
 from diki_ray.report.published import PUBLISHED_METRICS, compare
-from diki_ray.report.results import DOCUMENT, FORMAT
+from diki_ray.report.results import DOCUMENT, FORMAT, held_out
 from diki_ray.report.results_schema import check_results
 from diki_ray.store.files import read_bytes
 from diki_ray.store.run_store import RunStore
@@ -99,6 +99,7 @@ def _view(results: Results, label: str, pictures: Callable[[Mapping[str, Any]], 
         "tasks": tasks,
         "names": [t["name"] for t in tasks],
         "matrix": _matrix(results),
+        "held_out": held_out(results),
         "chance": _mean([t["chance"] for t in tasks]),
         "zero_shot": _mean(results["zero_shot"]),
         # Transfer leaves the first task out, so what it is to be read against does too.

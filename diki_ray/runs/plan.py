@@ -26,7 +26,8 @@ from diki_ray.data.index import DatasetIndex
 from diki_ray.data.prepare import Preparation
 from diki_ray.data.sources import benchmark_folders
 from diki_ray.errors import ConfigError, DataError
-from diki_ray.learning.methods import METHODS, Method, Zscl
+from diki_ray.learning.methods import METHODS, Method
+from diki_ray.learning.methods.from_reference import FromReference
 from diki_ray.learning.module import module_key, task_seed
 from diki_ray.learning.task_trainer import Recipe
 from diki_ray.runs.reference import reference_digest, reference_of
@@ -129,7 +130,7 @@ def load_backbone(config: Config) -> Backbone:
 def build_method(config: Config, backbone: Backbone) -> Method:
     settings = fitted(config, backbone).method.model_dump(exclude={"name", "reference", "num_reference", "replay"})
     method = METHODS[config.method.name](backbone, **settings)
-    if isinstance(method, Zscl):
+    if isinstance(method, FromReference):
         method.reference = partial(reference_of, config, backbone)
     return method
 
@@ -160,12 +161,16 @@ def recipe_of(config: Config) -> Recipe:
 
 def tasks_of(config: Config) -> tuple[TaskSection, ...]:
     """The configured tasks, or those of the protocol."""
-    if config.tasks or config.data.sources is None:
+    if config.tasks or config.protocol == "own":
         return config.tasks
     name, _, split = config.protocol.partition("/")
     known = protocol(name)
-    folders = benchmark_folders(known.order, config.data.sources, split)
-    common = {"template": known.template, "shots": known.shots, "split": split}
+    common = {"template": known.template, "shots": known.shots}
+    if config.data.sources is None:
+        folders = [f"embedded:{dataset}" for dataset in known.order]
+    else:
+        folders = benchmark_folders(known.order, config.data.sources, split)
+        common["split"] = split
     return tuple(
         TaskSection.model_validate(common | {"data": folder, "name": dataset})
         for dataset, folder in zip(known.order, folders, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -198,9 +199,13 @@ LORA = {"name": "sequential_lora", "image_depth": 1, "text_depth": 1}
     LORA | {"wise_ft": 0.5},
     LORA | {"against_forgetting": "ewc"},
     LORA | {"against_forgetting": "badam"},
+    LORA | {"against_forgetting": "blip", "blip_prior": 1e-12},
+    {"name": "keep_lora", "image_depth": 1, "text_depth": 1, "rank": 2},
     {"name": "zscl", "average_every": 2, "num_reference": 16, "reference_batch": 8},
+    {"name": "snd", "image_depth": 1, "text_depth": 1, "num_reference": 16, "reference_batch": 8},
+    {"name": "mulki", "image_depth": 1, "text_depth": 1},
     LORA | {"replay": {"num_images": 15, "batch_size": 4}},
-], ids=["plain", "wise_ft", "ewc", "badam", "zscl", "replay"])  # fmt: skip
+], ids=["plain", "wise_ft", "ewc", "badam", "blip", "keep_lora", "zscl", "snd", "mulki", "replay"])  # fmt: skip
 def test_a_sequential_stream_killed_between_any_steps_is_bit_equal(prepared: Path, method: dict[str, Any]) -> None:
     training = ["train.epochs=2", "train.checkpoint_every_steps=1", "train.optimizer=adamw", "train.lr=0.01"]
     plan = planned(prepared, method, *training)
@@ -209,7 +214,23 @@ def test_a_sequential_stream_killed_between_any_steps_is_bit_equal(prepared: Pat
     first, second = modules(plan, undisturbed)
     assert (first.parameters["image.layer0.q_up"] != second.parameters["image.layer0.q_up"]).any()
     kept = {name for name in second.parameters if "/" in name}
-    assert bool(kept) == ("against_forgetting" in method)  # what only training needs is gone
+    assert bool(kept) == ("against_forgetting" in method or method["name"] == "keep_lora")
+    assert not {"anchor", "average", "before"} & {name.partition("/")[0] for name in kept}  # only training needs them
+
+
+def test_metrics_of_classes_go_on_from_domain_to_domain_and_are_bit_equal_after_kills(prepared: Path) -> None:
+    """Three styles of the same classes, of which the last is answered before it is learnt."""
+    tasks = [{"data": f"embedded:{name}", "shots": 4} for name in ("gems", "gems_sketch", "gems_snow")]
+    training = ["train.epochs=2", "train.checkpoint_every_steps=1", "train.optimizer=adamw", "train.lr=0.01"]
+    method = {"name": "mahalanobis", "average_decay": 0.9}
+    plan = planned(prepared, method, *training, f"tasks={json.dumps(tasks)}")
+    undisturbed = learnt(plan)
+    assert learnt_through_kills(plan, (0, 1), (1, 1), (2, 2)).blobs == undisturbed.blobs
+    first, second, _ = modules(plan, undisturbed)
+    assert (first.parameters["low_rank"] != second.parameters["low_rank"]).any()
+    assert second.parameters["sums/count"].tolist() == [8.0] * 10
+    evaluation = evaluated(plan, undisturbed)
+    assert evaluation.accuracy()[1, 2] > evaluation.zero_shot()[2] + 0.1  # never seen
 
 
 def test_a_stream_learnt_with_rail_keeps_zero_shot_exactly_and_forgets_nothing(prepared: Path) -> None:

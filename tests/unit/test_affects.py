@@ -75,8 +75,29 @@ FAMILIES: dict[str, tuple[dict[str, Any], str, str]] = {
         "045331f34efbb79d44742e7d9694356e6b294a2f921302051379332360995a4a",
         "7f919594e30f0057e713c6ad99caf7567f6b6a9ce87c6712458768de303961fe",
     ),
+    "keep_lora": (
+        {"rank": 3},
+        "4b77c12bc64c5016fe6d088aae44cae8514d568439980fa4a5d73de143d1cb30",
+        "2ccbd98cc5def6677c026cc8292c31f00e2ca7524b8758505ecb273fe9a1a27f",
+    ),
+    "snd": (
+        {},
+        "a06a4d14e4742447f22bef5c1dee6cf329aa383a498c625d7c42929017369dff",
+        "17b3d5da84eb66f4ae2da831f5c69d26dd10eed942e88f4ec2973d77788baaa9",
+    ),
+    "mulki": (
+        {"rank": 3},
+        "46255c632662cb9bb3746a4eddc10c8c58f4a706acb57ea4634785ce907d9afb",
+        "f23af48b6577c50b52b3da2d9bc0a4701836034d87261adb500f8e80e4c71ded",
+    ),
+    "mahalanobis": (
+        {"fusion": 0.5},
+        "0170047374853471167c7ac555d619dd8040b09866e042f145b4e6bc3867b921",
+        "0e700ea1c4c41a42eec7e30df6b306779aa3505be2bd12e66bd653257cef6be4",
+    ),
 }
-"""Each method's settings, and the keys that the first version's code gave to the two tasks below."""
+"""Each method's settings, and the keys that the first version's code, or the method's own first, gave to the two tasks
+below."""
 FIRST = yaml.safe_load("""
 run: {name: r, storage: runs, seed: 0, take_over: false}
 tasks: [{data: a, name: null, template: null, shots: null, split: null}]

@@ -1,7 +1,10 @@
 """The catalogue agrees with the papers, with itself, and with what the package is told to ship."""
 
+from pathlib import Path
+
 import pytest
 
+from diki_ray.config import load as load_config
 from diki_ray.config.protocols import (
     BENCHMARK_SPLITS,
     LABEL_SPACES,
@@ -12,7 +15,10 @@ from diki_ray.config.protocols import (
     protocols,
     published,
 )
-from diki_ray.errors import DataError
+from diki_ray.errors import ConfigError, DataError
+from diki_ray.runs.plan import tasks_of
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 MTIL = ("Aircraft", "Caltech101", "CIFAR100", "DTD", "EuroSAT", "Flowers", "Food", "MNIST", "OxfordPets")
 MTIL = (*MTIL, "StanfordCars", "SUN397")
@@ -27,6 +33,19 @@ def test_every_protocol_is_there_and_well_formed():
         assert p.label_space in LABEL_SPACES
         assert p.own_split in BENCHMARK_SPLITS
         assert p.template is None or p.template.count("{}") == 1
+
+
+def test_what_is_drawn_has_a_split_of_its_own_and_needs_no_folder():
+    p = protocol("gem-styles")
+    assert p.full_id("embedded", "image") == "gem-styles/embedded/image"
+    with pytest.raises(DataError, match="one of"):
+        p.full_id("coop", "image")
+    config = load_config(CONFIGS / "gem_styles.yaml")
+    tasks = tasks_of(config)
+    assert [task.data for task in tasks] == [f"embedded:{name}" for name in p.order]
+    assert {(task.template, task.shots, task.split) for task in tasks} == {(p.template, 16, None)}
+    with pytest.raises(ConfigError, match=r"leave tasks out, and data\.sources out"):
+        load_config(CONFIGS / "gem_styles.yaml", ["data.sources=somewhere"])
 
 
 def test_orders_and_settings_are_the_published_ones():

@@ -27,6 +27,7 @@ SETTINGS: dict[str, Any] = {
     "wise_ft": 1.0,
     "ewc_lambda": 1000.0,
     "badam_std": 0.01,
+    "blip_prior": 1e-4,
 }
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from diki_ray.assets.tiny_clip.create import create
+from diki_ray.config.protocols import embedded_protocols
 from diki_ray.data.world import tasks as world
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +23,7 @@ _DIGEST = """
 import hashlib
 from diki_ray.data.world import tasks as world
 h = hashlib.sha256()
-for task in world.TASKS:
+for task in world.ALL_TASKS:
     for split in world.SPLITS:
         for picture, label in world.samples(task, split, 6):
             h.update(picture.tobytes() + bytes([label]))
@@ -95,6 +96,19 @@ def test_tasks_are_domains_with_classes_of_their_own() -> None:
         assert not seen & set(task.class_names)
         seen |= set(task.class_names)
     assert set(world.LATE_TASKS) <= set(world.TASKS)
+
+
+def test_styles_are_other_drawings_of_the_same_classes() -> None:
+    protocol = embedded_protocols()["gem-styles"]
+    assert set(protocol.order) == {"gems", *world.STYLED_TASKS}
+    assert protocol.order[-1] == protocol.held_out
+    seen: set[str] = set()
+    for name in protocol.order:
+        assert world.ALL_TASKS[name].class_names == world.TASKS["gems"].class_names
+        drawn = {hashlib.sha256(p.tobytes()).hexdigest() for p, _ in world.samples(name, "train", 20)}
+        assert len(drawn) == 20
+        assert not seen & drawn
+        seen |= drawn
 
 
 def test_unknown_names_are_refused_with_the_known_ones() -> None:

@@ -53,10 +53,10 @@ class _DrawnSplits(Mapping[str, tuple[RawItem, ...]]):
         return tuple(RawItem(f"{split}/{i:06d}", label, _DRAWN_BYTES) for i, (_, label) in enumerate(drawn))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(world.TASKS[self._task].sizes)
+        return iter(world.ALL_TASKS[self._task].sizes)
 
     def __len__(self) -> int:
-        return len(world.TASKS[self._task].sizes)
+        return len(world.ALL_TASKS[self._task].sizes)
 
 
 @lru_cache(maxsize=1)
@@ -70,9 +70,9 @@ def _world_checksum() -> str:
 
 def embedded_dataset(task: str, name: str) -> RawDataset:
     """A task of the embedded world; DataError says which there are. Nothing is drawn until its items are looked at."""
-    if task not in world.TASKS:
-        raise DataError(f"there is no embedded task {task!r}; there are {', '.join(world.TASKS)}")
-    about = world.TASKS[task]
+    if task not in world.ALL_TASKS:
+        raise DataError(f"there is no embedded task {task!r}; there are {', '.join(world.ALL_TASKS)}")
+    about = world.ALL_TASKS[task]
     return RawDataset(
         name=name,
         layout="embedded",

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from diki_ray.data.world import paint, scenes
+from diki_ray.data.world import paint, scenes, styles
 from diki_ray.data.world.emblems import CANVAS_PX, PICTOGRAMS, SHAPES, glyph, placed, shape
 
 IMAGE_SIZE_PX = 48
@@ -35,7 +35,7 @@ _SCANNED_SIZES = {"train": 900, "val": 200, "test": 697}
 class WorldTask:
     """One task of the stream."""
 
-    # Key in `TASKS`.
+    # Key in `ALL_TASKS`.
     name: str
     # Class names in label order, as they are put into the template.
     class_names: tuple[str, ...]
@@ -75,6 +75,16 @@ TASKS: dict[str, WorldTask] = _tasks(
               "flags of two known colours in the wind"),
 )  # fmt: skip
 
+# The gems again, in other styles; with `gems` a stream whose domain changes and whose classes do not.
+STYLED_TASKS: dict[str, WorldTask] = _tasks(
+    *(
+        WorldTask(f"gems_{style}", tuple(scenes.GEMS), template, _DRAWN_SIZES, description)
+        for style, (_, template, description) in styles.STYLES.items()
+    )
+)
+ALL_TASKS: dict[str, WorldTask] = TASKS | STYLED_TASKS
+_PAINTERS = scenes.PAINTERS | {f"gems_{style}": painter for style, (painter, *_) in styles.STYLES.items()}
+
 # Concepts known from pre-training in an unknown domain: zero-shot is well above chance here.
 LATE_TASKS: tuple[str, ...] = ("mist", "flags")
 
@@ -94,19 +104,19 @@ def samples(task: str, split: str, num_images: int | None = None) -> Iterator[tu
     Raises:
         ValueError: an unknown task or split, or more scans than there are.
     """
-    if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
+    if task not in ALL_TASKS:
+        raise ValueError(f"unknown task {task!r}; known: {', '.join(ALL_TASKS)}")
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
-    wanted = TASKS[task].sizes[split] if num_images is None else num_images
+    wanted = ALL_TASKS[task].sizes[split] if num_images is None else num_images
     if wanted < 0:
         raise ValueError(f"num_images must be 0 or more, not {num_images}")
     return _scans(split, wanted) if task == "digits" else _drawn(task, split, wanted)
 
 
 def _drawn(task: str, split: str, num_images: int) -> Iterator[tuple[Image.Image, int]]:
-    class_names = TASKS[task].class_names
-    painter = scenes.PAINTERS[task]
+    class_names = ALL_TASKS[task].class_names
+    painter = _PAINTERS[task]
     for index in range(num_images):
         block, place = divmod(index, len(class_names))
         label = int(_rng(task, split, "order", block).permutation(len(class_names))[place])

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,12 +57,34 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class TrainingBatch:
-    """A batch of the task's training split, once the task is trained."""
+    """A batch of the task's training split, before or after the task is trained."""
 
     images: Tensor  # [b, 3, H, W]
     labels: Tensor  # [b]
     features: Tensor  # [b, E] frozen, normalised
     class_tokens: Tensor  # [C, L]
+    seed: int = 0
+    """The batch's own, whoever computes it."""
+
+    def generator(self) -> torch.Generator:
+        """Random numbers of this batch, the same whoever computes it and whenever."""
+        return torch.Generator().manual_seed(self.seed)
+
+
+@dataclass(frozen=True, eq=False)
+class OwnImages:
+    """A part's images in a step, under training."""
+
+    images: Tensor  # [b, 3, H, W]
+    labels: Tensor  # [b], on the features' device
+    features: Tensor  # [b, E]
+    texts: Tensor  # [C, E], of all the task's classes
+
+
+def tensors_of(module: TaskModule) -> Parameters:
+    """A module's parameters, by name: safetensors gives tensors in another order in each process, and optimiser states
+    and gradients of all ranks are matched by it."""
+    return {name: torch.from_numpy(np.array(p)) for name, p in sorted(module.parameters.items())}
 
 
 class AddedLoss(Protocol):
@@ -87,6 +110,8 @@ class Method(ABC):
     """What it is, and its paper, in a phrase for people."""
     sequential: ClassVar[bool] = False
     """True: a task starts from its predecessor's parameters, and its module key includes the predecessor's key."""
+    looks_first: ClassVar[bool] = False
+    """True: before the first step the training images are gone through once, for `first_sums` and `begin`."""
     answering: ClassVar[Answering] = "routed"
     """Which modules answer an image: `routed` (that of the densest Gaussian, at its weight), `latest` (the one learnt
     last, at w = 1), `frozen` (none), `joint` (all learnt, by `joint_logits`), `classes` (the class model alone)."""
@@ -106,6 +131,13 @@ class Method(ABC):
     def initial(self, generator: torch.Generator, predecessor: Parameters | None = None) -> Parameters:
         """The tensors of a task before training; none at all: nothing is trained."""
 
+    def starting(
+        self, generator: torch.Generator, class_names: Sequence[str], predecessor: TaskModule | None
+    ) -> Parameters:
+        """The same for a task of these classes, after the predecessor's module; a method that keeps something of each
+        class says it here."""
+        return self.initial(generator, None if predecessor is None else tensors_of(predecessor))
+
     @abstractmethod
     def image_features(self, images: Tensor, parameters: Parameters, weight: float | Tensor = 1.0) -> Tensor:
         """Normalised features [B, E] of images [B, 3, H, W] under the parameters (shared, or with a leading batch
@@ -114,6 +146,16 @@ class Method(ABC):
     @abstractmethod
     def text_features(self, tokens: Tensor, parameters: Parameters, weight: float | Tensor = 1.0) -> Tensor:
         """Normalised features [C, E] of tokens [C, L], likewise."""
+
+    def first_sums(self, parameters: Parameters, batch: TrainingBatch) -> Parameters:
+        """Before a task is trained (`looks_first`): tensors to be summed over its training batches and all ranks, in
+        float64."""
+        return {}
+
+    def begin(self, parameters: Parameters, sums: Parameters, class_tokens: Tensor) -> Parameters:
+        """The tensors that training starts from, of the names and shapes of the initial ones, from these, the
+        `first_sums` and the classes' tokens [C, L]."""
+        return parameters
 
     @staticmethod
     def is_trained(name: str) -> bool:
@@ -125,6 +167,16 @@ class Method(ABC):
         """The parameters that features are computed under, if others than those that are trained: a draw around them
         in a training step, their average over steps or an interpolation elsewhere (step None)."""
         return parameters
+
+    def logits(self, features: Tensor, texts: Tensor, parameters: Parameters) -> Tensor:
+        """What a task is trained and validated by: logits [b, C] of features [b, E] among its classes' text features
+        [C, E], all under the effective parameters."""
+        return self.backbone.logits(features, texts)
+
+    def image_losses(self, own: OwnImages, parameters: Parameters, step: Step) -> Tensor | None:
+        """Added to the cross entropy of each of a part's images: losses [b], with gradients to the features, the texts
+        and the parameters."""
+        return None
 
     def extra_loss(self, parameters: Parameters, step: Step) -> Tensor | None:
         """Added to the mean cross entropy of a step: the mean over parts of what is returned for each. A penalty is the

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from diki_ray.clip.residual import Parameters
 from diki_ray.learning.methods.base import Method, TrainingBatch
+from diki_ray.learning.methods.fisher import squared_gradients
 from diki_ray.learning.methods.low_rank import keep, kept, trained
 from diki_ray.learning.methods.regulariser import Regulariser
 
@@ -39,17 +39,7 @@ class Ewc(Regulariser):
 
     def sums(self, method: Method, parameters: Parameters, batch: TrainingBatch) -> Parameters:
         """Squared gradients, image by image, and the number of images."""
-        own = {name: p.detach().requires_grad_() for name, p in trained(parameters).items()}
-        squares = {name: torch.zeros_like(p) for name, p in own.items()}
-        with torch.enable_grad():
-            texts = method.text_features(batch.class_tokens, own)
-            for image, label in zip(batch.images.split(1), batch.labels.split(1), strict=True):
-                logits = method.backbone.logits(method.image_features(image, own), texts)
-                loss = F.cross_entropy(logits, label.to(logits.device))
-                gradients = torch.autograd.grad(loss, list(own.values()), retain_graph=True, allow_unused=True)
-                for square, gradient in zip(squares.values(), gradients, strict=True):
-                    if gradient is not None:
-                        square += gradient**2
+        squares = squared_gradients(method, trained(parameters), {}, batch)
         return keep("squares", squares) | {"count/images": torch.tensor(len(batch.labels))}
 
     def finish(self, parameters: Parameters, sums: Parameters) -> Parameters:

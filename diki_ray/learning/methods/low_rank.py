@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from diki_ray.learning.methods.residual import ResidualMethod
 class LowRank(ResidualBranch):
     """y + w (α/r) x Aᵀ Bᵀ. At weight w the projection is exactly W + w (α/r) B A: an interpolation of weights."""
 
-    parts = ("q", "k", "v")
+    parts: ClassVar[tuple[str, ...]] = ("q", "k", "v")
 
     rank: int
     alpha: float
@@ -55,10 +56,11 @@ class LowRankMethod(ResidualMethod):
 
     sequential = True
     answering = "latest"
+    form: ClassVar[type[LowRank]] = LowRank
 
     def __init__(self, backbone: Backbone, rank: int, alpha: float, image_depth: int | None, text_depth: int | None):
         """image_depth, text_depth: blocks from the first that are changed; None: all."""
-        branch = LowRank(rank, alpha)
+        branch = self.form(rank, alpha)
         super().__init__(
             backbone, (_blocks(image_depth, backbone.image), branch), (_blocks(text_depth, backbone.text), branch)
         )
@@ -88,8 +90,12 @@ class LowRankMethod(ResidualMethod):
         return self.low_rank.scale**2 * total
 
 
+FIXED = "fixed"
+"""The kind of factors that are kept as they were at the start of the first task."""
+
+
 def trained(parameters: Parameters) -> Parameters:
-    """The factors alone."""
+    """The factors that get gradients alone."""
     return {name: p for name, p in parameters.items() if "/" not in name}
 
 

@@ -79,7 +79,14 @@ class Rail(UntrainedMethod):
         known = torch.tensor([name in joined.columns for name in names])
         index = torch.tensor([joined.columns.get(name, 0) for name in names])
         regressed = (self.expanded(features) @ joined.weights)[:, index] * known
-        fused = (1 - self.fusion) * zero_shot.softmax(1) + self.fusion * regressed.float()
-        seen = known[zero_shot.argmax(1)]
-        # Scores as logits: their scale changes confidences, never an answer.
-        return torch.where(seen[:, None], self.backbone.model.logit_scale.exp().float().cpu() * fused, zero_shot)
+        scale = self.backbone.model.logit_scale.exp().float().cpu()
+        return fused(zero_shot, regressed.float(), known, self.fusion, scale)
+
+
+def fused(zero_shot: Tensor, own: Tensor, known: Tensor, share: float, scale: Tensor) -> Tensor:
+    """Logits [B, C] of images whose zero-shot answer is a class that is known (bool [C]) from zero-shot and a method's
+    own scores, of which all have the given share, and of the others from zero-shot alone, as they are."""
+    mixed = (1 - share) * zero_shot.softmax(1) + share * own
+    seen = known[zero_shot.argmax(1)]
+    # Scores as logits: their scale changes confidences, never an answer.
+    return torch.where(seen[:, None], scale * mixed, zero_shot)

@@ -1,4 +1,5 @@
-"""What keeps a task's training from undoing the earlier ones, beside low-rank factors: the interface of EWC and BAdam.
+"""What keeps a task's training from undoing the earlier ones, beside low-rank factors: the interface of EWC,
+BAdam and BLIP.
 
 The base class is no regularisation: plain fine-tuning from task to task.
 """
@@ -12,9 +13,12 @@ from diki_ray.learning.methods.base import Method, Step, TrainingBatch
 
 
 class Regulariser:
+    def begun(self, start: Parameters, predecessor: Parameters | None) -> Parameters:
+        """All tensors of a task before training, from the factors at its start and all tensors of the module before."""
+        return start | self.kept(start, predecessor)
+
     def kept(self, start: Parameters, predecessor: Parameters | None) -> Parameters:
-        """What is kept beside a task's factors while it is trained, from the factors at its start and all tensors of
-        the module before."""
+        """What is kept beside a task's factors while it is trained; from the same."""
         return {}
 
     def drawn(self, factors: Parameters, parameters: Parameters, step: Step) -> Parameters:
@@ -33,5 +37,5 @@ class Regulariser:
         return {}
 
     def finish(self, parameters: Parameters, sums: Parameters) -> Parameters:
-        """What the module holds beside the factors."""
+        """What the module holds beside the factors, and in their place where it is of their names."""
         return {}

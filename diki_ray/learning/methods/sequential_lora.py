@@ -1,7 +1,7 @@
 """Low-rank fine-tuning, task after task: what every method against forgetting is to be read against.
 
 Two families of remedies on top, each in its own file or lines:
-* `against_forgetting`: `ewc` (ewc.py) or `badam` (badam.py) change the training;
+* `against_forgetting`: `ewc` (ewc.py), `badam` (badam.py) or `blip` (blip.py) change the training;
 * `wise_ft` (Wortsman et al., CVPR 2022, arXiv 2109.01903) changes only the answer: weights (1 − a) θ_0 + a θ, θ_0 the
   pre-trained ones, θ those fine-tuned so far; training goes on from θ. Their commands try a in steps of 0.1, on
   ViT-B/32; that 0.5 is good where nothing is known is the paper's, unverified.
@@ -21,8 +21,9 @@ from diki_ray.clip.backbone import Backbone
 from diki_ray.clip.residual import Parameters
 from diki_ray.learning.methods.badam import BAdam
 from diki_ray.learning.methods.base import Step, TrainingBatch
+from diki_ray.learning.methods.blip import Blip
 from diki_ray.learning.methods.ewc import Ewc
-from diki_ray.learning.methods.low_rank import LowRankMethod, trained
+from diki_ray.learning.methods.low_rank import FIXED, LowRankMethod, kept, trained
 from diki_ray.learning.methods.regulariser import Regulariser
 
 
@@ -36,6 +37,7 @@ class SequentialLora(LowRankMethod):
         remedy = {
             "ewc": " with elastic weight consolidation (Kirkpatrick et al., PNAS 2017, arXiv 1612.00796)",
             "badam": " with Bayesian adaptive moment regularisation (Foster and Brintrup, 2023, arXiv 2309.08546)",
+            "blip": " with bit-level information preserving (Shi et al., CVPR 2021, arXiv 2105.04444)",
         }.get(settings.get("against_forgetting", "none"), "")
         if settings.get("wise_ft", 1.0) < 1:
             remedy += (
@@ -46,24 +48,29 @@ class SequentialLora(LowRankMethod):
     def __init__(
         self,
         backbone: Backbone,
-        against_forgetting: Literal["none", "ewc", "badam"],
+        against_forgetting: Literal["none", "ewc", "badam", "blip"],
         wise_ft: float,
         ewc_lambda: float,
         badam_std: float,
+        blip_prior: float,
         **low_rank: Any,
     ):
         super().__init__(backbone, **low_rank)
         self.wise_ft = wise_ft
-        self.regulariser: Regulariser = {"none": Regulariser(), "ewc": Ewc(ewc_lambda), "badam": BAdam(badam_std)}[
-            against_forgetting
-        ]
+        remedies: dict[str, Regulariser] = {
+            "none": Regulariser(),
+            "ewc": Ewc(ewc_lambda),
+            "badam": BAdam(badam_std),
+            "blip": Blip(blip_prior),
+        }
+        self.regulariser = remedies[against_forgetting]
 
     def initial(self, generator: torch.Generator, predecessor: Parameters | None = None) -> Parameters:
         start = super().initial(generator, predecessor)
-        return start | self.regulariser.kept(start, predecessor)
+        return self.regulariser.begun(start, predecessor)
 
     def effective(self, parameters: Parameters, step: Step | None = None) -> Parameters:
-        factors = trained(parameters)
+        factors = trained(parameters) | kept(FIXED, parameters)
         if step is not None:
             return self.regulariser.drawn(factors, parameters, step)
         # B times a is the whole change times a: weights that are interpolated, not features.

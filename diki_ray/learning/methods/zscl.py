@@ -18,7 +18,6 @@ label smoothing of 0.2 and its warm-up of 100 steps are left out: cross entropy 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,10 +26,11 @@ from torch import Tensor
 from diki_ray.clip.backbone import Backbone
 from diki_ray.clip.residual import Parameters
 from diki_ray.learning.methods.base import Step
-from diki_ray.learning.methods.low_rank import LowRankMethod, keep, kept, trained
+from diki_ray.learning.methods.from_reference import FromReference
+from diki_ray.learning.methods.low_rank import keep, kept, trained
 
 
-class Zscl(LowRankMethod):
+class Zscl(FromReference):
     name = "zscl"
     version = 1
     summary = (
@@ -38,25 +38,20 @@ class Zscl(LowRankMethod):
         "pre-trained model while it learnt; the average of the weights answers every image"
     )
 
-    reference: Callable[[], tuple[Tensor, Sequence[str]]]
-    """Gives reference images [N, 3, H, W] and captions; set where the data are known, called before training only."""
-
     def __init__(
         self,
         backbone: Backbone,
         temperature: float,
         weight_consolidation: float,
         average_every: int,
-        reference_batch: int,
-        **low_rank: Any,
+        **others: Any,
     ):
-        super().__init__(backbone, **low_rank)
+        super().__init__(backbone, **others)
         self.temperature, self.weight_consolidation = temperature, weight_consolidation
-        self.average_every, self.reference_batch = average_every, reference_batch
-        self._known: tuple[Tensor, Tensor, Tensor] | None = None
+        self.average_every = average_every
 
     def initial(self, generator: torch.Generator, predecessor: Parameters | None = None) -> Parameters:
-        self._learn_reference()
+        self.learn_reference()
         start = super().initial(generator, predecessor)
         return start | keep("anchor", start) | keep("average", start)
 
@@ -66,29 +61,22 @@ class Zscl(LowRankMethod):
 
     def shared_rows(self, parameters: Parameters, step: Step) -> tuple[Tensor, int]:
         """Features of this part's reference images."""
-        images, *_ = self._learn_reference()
-        chosen, _ = self._drawn(step)
+        images, *_ = self.learn_reference()
+        chosen, _ = self.drawn(step)
         mine = chosen[step.share(len(chosen))]
         if len(mine) or self.backbone.in_lockstep:
             return self.image_features(images[mine], trained(parameters)), len(chosen)
         return torch.zeros(0, self.backbone.embed_dim, device=self.backbone.device), len(chosen)
 
     def extra_loss(self, parameters: Parameters, step: Step) -> Tensor:
-        _, frozen_images, frozen_texts = self._learn_reference()
-        chosen, captions = self._drawn(step)
+        _, frozen_images, frozen_texts = self.learn_reference()
+        chosen, captions = self.drawn(step)
         factors, texts = trained(parameters), frozen_texts[captions]
         assert step.shared is not None, "the platform gives the features that shared_rows returned"
         logits = self.backbone.logits(step.shared, texts)
         target = self.backbone.logits(frozen_images[chosen], texts)
         distilled = self._distillation(logits, target) + self._distillation(logits.T, target.T)
         return distilled + self.weight_consolidation * self.squared_distance(factors, kept("anchor", parameters))
-
-    def _drawn(self, step: Step) -> tuple[Tensor, Tensor]:
-        """Which reference images and captions the step distils on, the same for all its parts."""
-        images, _, texts = self._learn_reference()
-        generator = step.generator()
-        chosen = torch.randperm(len(images), generator=generator)[: self.reference_batch]
-        return chosen, torch.randperm(len(texts), generator=generator)[: self.reference_batch]
 
     def _distillation(self, logits: Tensor, target: Tensor) -> Tensor:
         t = self.temperature
@@ -101,15 +89,4 @@ class Zscl(LowRankMethod):
                 average.lerp_(parameters[name], 1 / (num_averaged + 1))
 
     def finish(self, parameters: Parameters, sums: Parameters) -> Parameters:
-        return kept("average", parameters)
-
-    @torch.no_grad()
-    def _learn_reference(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Reference images and the frozen features of images and captions; once, and not in the middle of a step."""
-        if self._known is None:
-            images, captions = self.reference()
-            tokens = self.backbone.tokenizer(list(captions))
-            image_features = torch.cat([self.backbone.encode_image(part) for part in images.split(256)])
-            text_features = torch.cat([self.backbone.encode_text(part) for part in tokens.split(256)])
-            self._known = images, image_features, text_features
-        return self._known
+        return kept("average", parameters) or parameters  # a former module's, kept, are finished

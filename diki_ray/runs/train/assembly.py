@@ -4,6 +4,8 @@ comes from."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -62,19 +64,35 @@ def assembled(
 def statistics(data: TaskData, trainer: TaskTrainer) -> tuple[Statistics, Parameters]:
     """The sums by class of the frozen features of the training images, and what the module holds with the method's own
     sums over them. The latter are added in the order of parts, so that both are the same whoever computed which."""
-    own = [_of_part(data, trainer, part) for part in data.own_parts]
+    found, sums = _summed(data, trainer, partial(trainer.method.sums, trainer.best))
+    return found, trainer.method.finish(trainer.best, sums)
+
+
+@torch.no_grad()
+def first_sums(data: TaskData, trainer: TaskTrainer) -> Parameters:
+    """The method's sums over the training images before the first step, the same whoever computed which."""
+    return _summed(data, trainer, partial(trainer.method.first_sums, trainer.all_parameters))[1]
+
+
+OfBatch = Callable[[TrainingBatch], Parameters]
+"""A method's sums over a batch."""
+
+
+def _summed(data: TaskData, trainer: TaskTrainer, of_batch: OfBatch) -> tuple[Statistics, Parameters]:
+    own = [_of_part(data, trainer, of_batch, part) for part in data.own_parts]
     parts = [part for parts in gather_objects(own) for part in parts]
     sums = Sums()
     for _, of_part in parts:
         sums.add(of_part)
-    return Statistics.merged([found for found, _ in parts]), trainer.method.finish(trainer.best, sums.tensors)
+    return Statistics.merged([found for found, _ in parts]), sums.tensors
 
 
-def _of_part(data: TaskData, trainer: TaskTrainer, part: int) -> tuple[Statistics, Parameters]:
-    sums = Sums()
+def _of_part(data: TaskData, trainer: TaskTrainer, of_batch: OfBatch, part: int) -> tuple[Statistics, Parameters]:
+    sums, numbers = Sums(), count(part, data.num_parts)  # of the canonical batches that the part has
 
     def add(images: Tensor, labels: Tensor, features: Tensor) -> None:
-        sums.add(trainer.method.sums(trainer.best, TrainingBatch(images, labels, features, trainer.class_tokens)))
+        seed = (trainer.seed * 1_000_003 + next(numbers)) % 2**63
+        sums.add(of_batch(TrainingBatch(images, labels, features, trainer.class_tokens, seed)))
 
     return class_sums(data, part, add), sums.tensors
 

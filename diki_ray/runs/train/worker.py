@@ -10,12 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 
-import numpy as np
 import torch
 
 from diki_ray.clip.backbone import Backbone
 from diki_ray.clip.recomputation import recompute_activations
-from diki_ray.clip.residual import Parameters
 from diki_ray.clip.sharded import shard
 from diki_ray.config import Config
 from diki_ray.data.stream import TrainStream
@@ -29,10 +27,11 @@ from diki_ray.learning.collective import (
     sum_over_ranks,
 )
 from diki_ray.learning.methods import Method
+from diki_ray.learning.methods.base import tensors_of
 from diki_ray.learning.module import TaskModule, read_tensors, write_tensors
 from diki_ray.learning.task_trainer import TaskTrainer
 from diki_ray.runs.plan import PlannedTask, build_method, load_backbone, precision_of, recipe_of
-from diki_ray.runs.train.assembly import assembled
+from diki_ray.runs.train.assembly import assembled, first_sums
 from diki_ray.runs.train.cost import Cost, CostMeter, merged
 from diki_ray.runs.train.observers import ConsumedSamples, Observer, Observers, ProgressReports, Training
 from diki_ray.runs.train.replay import Memory
@@ -99,7 +98,8 @@ class TaskWorker:
         former = self._module(task.former.key) if task.former is not None else None
         memory = self._recalled(task)
         training = Training(task, self._trainer(task, former))
-        self._resume(training, observers)
+        if not self._resume(training, observers) and task.num_epochs and self.method.looks_first:
+            training.trainer.begin(first_sums(data, training.trainer))
         num_skipped = self._train(training, data, observers) if training.trainer.parameters else 0
         module = assembled(data, training.trainer, observers.recorded(), num_skipped, former)
         if memory is not None:
@@ -118,17 +118,15 @@ class TaskWorker:
             self.method.backbone.tokenize(task.class_names, task.templates[0]),
             recipe_of(self.config),
             num_steps=task.num_epochs * num_batches,
-            parameters=_parameters(former)
+            parameters=tensors_of(former)
             if former is not None and task.former is not None and task.former.keeps_parameters
-            else self.method.initial(generator, self._predecessor(task)),
+            else self.method.starting(generator, task.class_names, self._predecessor(task)),
             seed=task.seed,
             num_parts=self.config.train.parts,
         )
 
-    def _predecessor(self, task: PlannedTask) -> Parameters | None:
-        if task.predecessor is None:
-            return None
-        return _parameters(self._module(task.predecessor))
+    def _predecessor(self, task: PlannedTask) -> TaskModule | None:
+        return None if task.predecessor is None else self._module(task.predecessor)
 
     def _recalled(self, task: PlannedTask) -> Memory | None:
         """What a method that replays has of the tasks before; the method gets it."""
@@ -143,13 +141,14 @@ class TaskWorker:
         """Of the run's, else of the library's: in a sweep another run may have trained the tasks before."""
         return TaskModule.from_bytes(self.store.module_by_key(key))
 
-    def _resume(self, training: Training, observers: Observer) -> None:
-        """Goes on from the newest good checkpoint, where there is one."""
+    def _resume(self, training: Training, observers: Observer) -> bool:
+        """Goes on from the newest good checkpoint; False where there is none."""
         saved = from_rank_zero(lambda: self.store.load_checkpoint(training.task.key))
         if saved is not None:
             header, arrays = read_tensors(saved[1])
             training.trainer.load_state(header, arrays)
             observers.on_resume(header)
+        return saved is not None
 
     def _train(self, training: Training, data: TaskData, observers: Observer) -> int:
         """All epochs that are left; returns how many samples all ranks skipped."""
@@ -228,9 +227,3 @@ class TaskWorker:
         self.store.commit_module(module.key, module.task, blob, metadata)
         observers.after_commit(training)
         self.store.drop_checkpoints(module.key)
-
-
-def _parameters(module: TaskModule) -> Parameters:
-    """By name: safetensors gives tensors in another order in each process, and optimiser states and gradients of all
-    ranks are matched by it."""
-    return {name: torch.from_numpy(np.array(p)) for name, p in sorted(module.parameters.items())}

@@ -1,0 +1,42 @@
+"""The data set that a protocol keeps away until the end: what the others taught of it is said below the matrix."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from rich.console import Console
+from sample_results import sample_results
+
+from diki_ray.config.protocols import protocol
+from diki_ray.report.examples import Pictures
+from diki_ray.report.results import held_out, table
+from diki_ray.report.run import render
+
+
+def results_of(protocol_id: str) -> dict[str, Any]:
+    return sample_results(protocol("gem-styles").order) | {"protocol": protocol_id}
+
+
+def printed(results: dict[str, Any]) -> str:
+    out = io.StringIO()
+    Console(file=out, width=200).print(table(results))
+    return out.getvalue()
+
+
+def test_the_accuracy_on_a_kind_never_seen_is_that_before_it_is_learnt() -> None:
+    results = results_of("gem-styles/embedded/image")
+    name, accuracy, zero_shot = held_out(results) or ("", None, None)
+    assert (name, accuracy, zero_shot) == ("gems_snow", results["accuracy"][4][5], results["zero_shot"][5])
+    shown = f"{100 * results['accuracy'][4][5]:.1f} (zero-shot {100 * results['zero_shot'][5]:.1f})"
+    assert f"gems_snow, of a kind never seen, once all the others are learnt: {shown}" in printed(results)
+    page = render([results], lambda task: Pictures())
+    assert "gems_snow, once all the others are learnt" in page
+
+
+def test_other_streams_keep_nothing_away() -> None:
+    assert held_out(results_of("own/image")) is None
+    results = results_of("gem-styles/embedded/image")
+    results["tasks"] = results["tasks"][:-1]  # not learnt to the end
+    assert held_out(results) is None
+    assert "never seen" not in printed(results_of("own/image"))
