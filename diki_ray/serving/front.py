@@ -24,6 +24,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from yarl import URL
 
 from diki_ray.errors import ConfigError
+from diki_ray.serving.doors import Doors
 from diki_ray.serving.guard import BodyTooLarge, Guard, say, too_large
 from diki_ray.serving.settings import Limits
 
@@ -119,8 +120,9 @@ class Bounded(H11Protocol):
 class Front:
     """The application of this server: it answers for its health, and passes on whole requests that have the token."""
 
-    def __init__(self, upstream: str, limits: Limits, connections: Connections) -> None:
+    def __init__(self, upstream: str, limits: Limits, connections: Connections, doors: Doors) -> None:
         self._upstream = upstream
+        self._doors = doors
         self._limits = limits
         self._registry = connections.registry
         self._requests = Counter(
@@ -211,8 +213,23 @@ class Front:
                 return True
 
     async def _forward(self, body: bytes, scope: Scope, send: Send) -> None:
+        """Passes a request to a replica's door, and to Ray Serve's proxy where no door answers. Asking twice changes
+        nothing. Metrics are of all replicas, so the proxy is asked for them."""
+        with self._doors.least_busy() as door:
+            if door is not None and scope["path"] != "/metrics":
+                try:
+                    await self._ask(door, body, scope, send)
+                    return
+                except aiohttp.ClientError:
+                    self._doors.shut(door)
+        try:
+            await self._ask(self._upstream, body, scope, send)
+        except (aiohttp.ClientError, ValueError):
+            await say(send, 502, {"error": "no replica can be reached: try again in a second."})
+
+    async def _ask(self, upstream: str, body: bytes, scope: Scope, send: Send) -> None:
         query = b"?" + scope["query_string"] if scope["query_string"] else b""
-        url = URL(self._upstream + (scope["raw_path"] + query).decode("latin-1"), encoded=True)
+        url = URL(upstream + (scope["raw_path"] + query).decode("latin-1"), encoded=True)
         headers = [(n.decode(), v.decode("latin-1")) for n, v in scope["headers"] if n.decode("latin-1") in _ASKED]
         timeout = aiohttp.ClientTimeout(total=self._limits.request_timeout_s + _UPSTREAM_GRACE_S)
         try:
@@ -222,8 +239,6 @@ class Front:
                 content = await reply.read()
         except TimeoutError:
             await say(send, 504, {"error": f"there was no answer within {self._limits.request_timeout_s:g} s."})
-        except (aiohttp.ClientError, ValueError):
-            await say(send, 502, {"error": "no replica can be reached: try again in a second."})
         else:
             if scope["path"] == "/metrics" and reply.status == 200:
                 content += generate_latest(self._registry)
@@ -251,13 +266,14 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def server_of(upstream: str, limits: Limits) -> uvicorn.Server:
-    """Returns the server of a front that passes requests on to `upstream`, as in http://127.0.0.1:8001."""
+def server_of(upstream: str, limits: Limits, doors: Doors | None = None) -> uvicorn.Server:
+    """Returns the server of a front that passes requests on to the doors, else to `upstream`, as in
+    http://127.0.0.1:8001."""
     connections = Connections(limits)
     protocol: Any = partial(Bounded, connections=connections)  # uvicorn calls it as it would a class
     return uvicorn.Server(
         uvicorn.Config(
-            Front(upstream, limits, connections),
+            Front(upstream, limits, connections, doors or Doors()),
             http=protocol,
             ws="none",
             lifespan="on",
@@ -276,9 +292,9 @@ def server_of(upstream: str, limits: Limits) -> uvicorn.Server:
 
 
 @contextmanager
-def front(listener: socket.socket, upstream: str, limits: Limits) -> Iterator[None]:
+def front(listener: socket.socket, upstream: str, limits: Limits, doors: Doors | None = None) -> Iterator[None]:
     """Answers on the listener in a thread of its own while in the block."""
-    server = server_of(upstream, limits)
+    server = server_of(upstream, limits, doors)
     thread = threading.Thread(target=server.run, args=([listener],), name="diki-serve-front", daemon=True)
     thread.start()
     try:
