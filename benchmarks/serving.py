@@ -209,7 +209,10 @@ def _server(kind: str, settings: Settings) -> Iterator[int]:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     path = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))  # for the backbone's file
     process = subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=ROOT, env=environment | {"PYTHONPATH": path}, stdout=subprocess.DEVNULL
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=environment | {"PYTHONPATH": path},
+        stdout=subprocess.DEVNULL,
     )
     try:
         _wait_for(port, process)

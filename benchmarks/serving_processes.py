@@ -3,8 +3,8 @@
     python -m benchmarks.serving_processes plain|app PORT STORAGE RUN BACKBONE   a server, until it is ended
     python -m benchmarks.serving_processes clients PORT FILE CLIENTS SECONDS     prints the seconds of every request
 
-`plain` is what one writes in ten lines: FastAPI in uvicorn, whose threads decode, and a lock around the engine. `app` is
-the platform's application in the same uvicorn: what the server would be without Ray and without its front.
+`plain` is what one writes in ten lines: FastAPI in uvicorn, whose threads decode, and a lock around the engine. `app`
+is the platform's application in the same uvicorn: what the server would be without Ray and without its front.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,9 @@ def _learnt(folder: str) -> str:
 
     storage = f"{folder}/answering"
     tasks = [{"data": "embedded:gems"}, {"data": "embedded:digits"}]
-    config = parse({"run": {"name": "answering", "storage": storage}, "tasks": tasks, "statistics": {"shrinkage": "oas"}})
+    config = parse(
+        {"run": {"name": "answering", "storage": storage}, "tasks": tasks, "statistics": {"shrinkage": "oas"}}
+    )
     backbone = load_backbone(config)
     method = build_method(config, backbone)
     store = RunStore.open(storage, "answering")
@@ -196,9 +199,7 @@ def _stages(folder: str, name: Any, command: Sequence[str]) -> dict[str, float]:
     times = [line.split(" ", 1) for line in notes.read_text().splitlines()]
     if times[-1][1] not in ("first step made", "answered"):
         raise AssertionError(f"{command} ended with {done.returncode}: {done.stdout[-500:]}{done.stderr[-2000:]}")
-    return {
-        stage: float(at) - float(before) for (before, _), (at, stage) in zip(times, times[1:], strict=False)
-    }
+    return {stage: float(at) - float(before) for (before, _), (at, stage) in pairwise(times)}
 
 
 def _rows(what: str, measured: Sequence[dict[str, float]]) -> list[dict[str, Any]]:

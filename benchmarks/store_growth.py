@@ -1,4 +1,4 @@
-"""What a store's calls take with 1 to 10,000 modules in it, on a local disk: constant, or in proportion to what is read.
+"""What a store's calls take with 1 to 10,000 modules in it, on a local disk, and how many requests a bucket would get.
 
 One run grows from size to size. Its blobs are small, for their bytes are counted elsewhere: a commit writes them, and
 opening reads none.
@@ -16,6 +16,7 @@ from benchmarks.timing import timed
 from diki_ray.store.objects import LocalObjects, ObjectInfo
 from diki_ray.store.process import this_process
 from diki_ray.store.run_store import RunStore
+
 
 class Counted(LocalObjects):
     """A folder that counts what would be requests to a bucket."""

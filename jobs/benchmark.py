@@ -53,7 +53,15 @@ SECTIONS = (
 LEFT_OUT = {"cpu": ("compile", "attention", "many_tasks"), "cuda": ("scaling", "store", "start", "many_tasks")}
 """By default: compiling takes minutes on a CPU, and so does a stream of a thousand tasks; the two workers of `scaling`
 are CPU processes, and a store and a start have little to do with a card."""
-QUICK = {"classes": [10, 100], "batch": [32], "rounds": 2, "tasks": 4, "routing_tasks": [10, 100], "modules": [10, 100], "seconds": 1.0}
+QUICK = {
+    "classes": [10, 100],
+    "batch": [32],
+    "rounds": 2,
+    "tasks": 4,
+    "routing_tasks": [10, 100],
+    "modules": [10, 100],
+    "seconds": 1.0,
+}
 SERVED_TASKS = 5
 MOST_CLASS_TASKS = 1000
 """The sums of a task of 512 dimensions take 2 MB."""

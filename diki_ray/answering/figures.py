@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
 from diki_ray.answering.metrics import Metrics, matrix_document, number
 from diki_ray.answering.routing import NO_TASK
 

@@ -27,7 +27,7 @@ from diki_ray.commands.options import (
     need,
 )
 from diki_ray.commands.output import finish_output, prepare_output, print_error
-from diki_ray.commands.places import DEFAULT_PREPARED, one_run, storage_of
+from diki_ray.commands.places import DEFAULT_PREPARED, one_run, storage_of, told_backbone
 from diki_ray.commands.serve_app import serve_app
 from diki_ray.commands.setup_app import setup_app
 from diki_ray.commands.store_app import store_app
@@ -93,6 +93,9 @@ def continual(
     from diki_ray.commands.places import configured
 
     loaded = configured(config, overrides or (), storage, run)
+    from diki_ray.clip.light_import import import_for
+
+    import_for(loaded.backbone)
     from diki_ray.commands import continual as command
 
     raise typer.Exit(command.plan(loaded, json) if plan else command.main(loaded, config))
@@ -234,6 +237,9 @@ def predict(
     need(template is None or classes is not None, "--template is for --classes")
     need(output is None or not json, "--json is for answers that are shown; --output writes them")
     given.storage, given.run, given.config = one_run(storage, run, config)
+    from diki_ray.clip.light_import import import_for
+
+    import_for(told_backbone(given))
     from diki_ray.commands import predict as command
 
     raise typer.Exit(command.main(given))

@@ -13,6 +13,7 @@ from typing import Any
 import typer
 
 import diki_ray
+from diki_ray.errors import UserError
 
 STORAGE, RUN = "DIKI_STORAGE", "DIKI_RUN"
 DEFAULT_STORAGE, DEFAULT_PREPARED = "storage", "prepared"
@@ -56,6 +57,25 @@ def configured(file: str, overrides: Sequence[str], storage: str | None, run: st
     from diki_ray import config
 
     return _placed(config.load(config_file(file), overrides), storage, run)
+
+
+def told_backbone(given: Any) -> Any:
+    """The backbone that a command on a stored run answers with: its option's, else its configuration's, else the
+    stored one; None where there is none to be read, which the command itself says."""
+    from diki_ray.config import BackboneSection, parse_stored
+    from diki_ray.config.yaml_text import read_tree
+    from diki_ray.store.objects import Objects
+    from diki_ray.store.run_store import CONFIG_DOCUMENT
+
+    if given.backbone is not None:
+        return BackboneSection(name=given.backbone, directory=given.directory)
+    if given.config is not None:
+        return given.config.backbone
+    try:
+        text = Objects.open(given.storage).get(f"runs/{given.run}/results/{CONFIG_DOCUMENT}")
+        return None if text is None else parse_stored(read_tree(text.decode(), given.run), given.run).backbone
+    except (UserError, ValueError):
+        return None
 
 
 def configured_sweep(file: str, overrides: Sequence[str], storage: str | None) -> Any:

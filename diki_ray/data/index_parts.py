@@ -40,7 +40,7 @@ def unpacked(data: Any) -> tuple[Iterator[int], Iterator[int]]:
 
 @dataclass(frozen=True)
 class PartOf(Sequence[int]):
-    """The lengths, or the checksums, of one shard's samples: a sequence whose numbers are read when one is asked for."""
+    """The lengths, or the checksums, of one shard's samples, which are read when one of them is asked for."""
 
     where: str
     sha256: str

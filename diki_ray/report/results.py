@@ -38,7 +38,9 @@ def _worst(out: Table, results: dict[str, Any]) -> None:
     known = [j for j in range(len(names)) if columns[3][j] is not None]
     for j in sorted(known, key=lambda j: columns[3][j])[:WORST]:
         out.add_row(Text(names[j]), *(_percent(column[j]) for column in columns))
-    out.caption = f"the {WORST} tasks of the lowest accuracy; transfer {_percent(metrics['transfer']['mean'])}, average "
+    out.caption = (
+        f"the {WORST} tasks of the lowest accuracy; transfer {_percent(metrics['transfer']['mean'])}, average "
+    )
     out.caption += f"{_percent(metrics['average']['mean'])}; the report has every task"
 
 

@@ -63,7 +63,7 @@ class Door:
 
 
 class Doors:
-    """Knows the doors of all replicas, by URL, and how many requests each has. Without any, Ray Serve's proxy answers."""
+    """Knows the doors of all replicas, by URL, and how many requests each has; Ray Serve's proxy answers without."""
 
     def __init__(self) -> None:
         self._at_work: dict[str, int] = {}

@@ -21,7 +21,20 @@ def measured(tmp_path: Path, *more: object) -> tuple[dict[str, Any], str]:
     """The sections of the benchmark at its smallest, and what it printed. It stops by itself when port and platform
     compute different losses or answers."""
     sizes = ["--classes", "4", "--batch", "8", "16", "--rounds", "1", "--tasks", "3", "--stream-classes", "3"]
-    fixed = ["--routing-tasks", "5", "70", "--modules", "2", "4", "--seconds", "0.5", "--threads", "1", "--output", tmp_path]
+    fixed = [
+        "--routing-tasks",
+        "5",
+        "70",
+        "--modules",
+        "2",
+        "4",
+        "--seconds",
+        "0.5",
+        "--threads",
+        "1",
+        "--output",
+        tmp_path,
+    ]
     done = run_job("benchmark", "--model", "debug", "--device", "cpu", *sizes, *fixed, *more)
     sections = json.loads((tmp_path / "debug.json").read_text())["sections"]
     assert all(title in done.stdout for title in sections)

@@ -160,9 +160,7 @@ def in_parts(tmp_path, monkeypatch):
     """Six shards of 3 samples, saved as a large index is: two shards a part."""
     monkeypatch.setattr(indexes, "MOST_INLINE_SAMPLES", 10)
     monkeypatch.setattr(index_parts, "PART_SAMPLES", 6)
-    shards = tuple(
-        Shard(f"train-{n:06d}.tar", 3, 10240, SHA, (4 + n, 5, 6), (n, 0xFFFFFFFF, 3)) for n in range(6)
-    )
+    shards = tuple(Shard(f"train-{n:06d}.tar", 3, 10240, SHA, (4 + n, 5, 6), (n, 0xFFFFFFFF, 3)) for n in range(6))
     whole = toy(tmp_path, splits={"train": Split("train", shards, (6, 12))})
     whole.save()
     return whole
@@ -192,7 +190,7 @@ def test_of_a_large_index_the_samples_are_read_when_they_are_asked_for(tmp_path,
 
 def test_a_damaged_part_of_an_index_is_said_to_be(tmp_path, in_parts):
     shards = DatasetIndex.load(str(tmp_path)).split("train").shards
-    first, second, third = sorted(tmp_path.glob("part-*"))
+    first, second, _ = sorted(tmp_path.glob("part-*"))
     first.write_bytes(first.read_bytes().replace(b"4 5", b"5 5"))
     second.unlink()
     for shard, said in ((shards[0], "does not have the checksum"), (shards[2], "there is no .*part-000001")):
