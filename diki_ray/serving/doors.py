@@ -33,6 +33,7 @@ class Door:
         self._server = uvicorn.Server(
             uvicorn.Config(
                 self._limited,
+                interface="asgi3",
                 lifespan="off",
                 ws="none",
                 log_config=None,
