@@ -10,6 +10,7 @@ import pickle
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from benchmarks.timing import timed
@@ -66,7 +67,7 @@ def store_growth(sizes: Sequence[int]) -> list[dict[str, Any]]:
 
 
 def _grown_to(storage: str, store: RunStore, epoch: int, size: int) -> dict[str, Any]:
-    commits = [_ms(lambda n=n: _commit(store, epoch, n)) for n in range(len(store.modules()), size)]
+    commits = [_ms(partial(_commit, store, epoch, n)) for n in range(len(store.modules()), size)]
     opened = _ms(lambda: RunStore.open(storage, RUN))
     snapshot = _ms(lambda: store.compact(epoch))
     (kept,) = store.objects.list(f"{store.log.folder}/snapshots")

@@ -25,7 +25,7 @@ from diki_ray.store.interface import HeldRun
 
 MAX_PAIRED_TASKS = 32
 MAX_TASKS = 512
-"""A task has up to 16 series; a scrape of so many tasks takes a megabyte."""
+"""A task has about 20 series; a scrape of so many tasks takes a megabyte."""
 STORE_EVERY_S = 5.0
 PHASES = ("plan", "cluster", "train", "evaluate", "done", "failed")
 UNNAMED = "unreadable"

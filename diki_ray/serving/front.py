@@ -40,9 +40,9 @@ _ANSWERED = ("allow", "content-security-policy", "content-type", "retry-after", 
 class Front:
     """The application of this server: it answers for its health, and passes on whole requests that have the token."""
 
-    def __init__(self, upstream: str, limits: Limits, connections: Connections, doors: Doors) -> None:
+    def __init__(self, upstream: str, limits: Limits, connections: Connections, doors: Doors | None = None) -> None:
         self._upstream = upstream
-        self._doors = doors
+        self._doors = doors or Doors()
         self._limits = limits
         self._registry = connections.registry
         self._requests = Counter(
@@ -193,7 +193,7 @@ def server_of(upstream: str, limits: Limits, doors: Doors | None = None) -> uvic
     protocol: Any = partial(Bounded, connections=connections)  # uvicorn calls it as it would a class
     return uvicorn.Server(
         uvicorn.Config(
-            Front(upstream, limits, connections, doors or Doors()),
+            Front(upstream, limits, connections, doors),
             http=protocol,
             ws="none",
             lifespan="on",

@@ -204,3 +204,31 @@ def test_a_damaged_part_of_an_index_is_said_to_be(tmp_path, in_parts):
     (tmp_path / "index.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match="is no part of an index"):
         DatasetIndex.load(str(tmp_path))
+
+
+def test_an_index_of_a_hundred_million_samples_opens_without_any_of_them(tmp_path):
+    """Its parts are not even there."""
+    num_shards, in_shard = 10_000, 10_000
+    content = {
+        "format": indexes.FORMAT_IN_PARTS,
+        "name": "large",
+        "split_protocol": "own",
+        "templates": ["a photo of a {}."],
+        "class_names": ["one"],
+        "provenance": {},
+        "splits": {
+            "train": {
+                "num_samples": num_shards * in_shard,
+                "samples_per_class": [num_shards * in_shard],
+                "shards": [
+                    Shard(f"train-{n:06d}.tar", in_shard, 10**9, SHA).as_json((f"part-{n // 6:06d}.index.json", SHA))
+                    for n in range(num_shards)
+                ],
+            }
+        },
+    }
+    content["checksum"] = hashlib.sha256(indexes._canonical(content)).hexdigest()
+    (tmp_path / "index.json").write_text(json.dumps(content))
+    opened = DatasetIndex.load(str(tmp_path))
+    assert opened.split("train").num_samples == 100_000_000
+    assert len(pickle.dumps(opened)) < 8e6  # what a worker is sent
