@@ -17,7 +17,7 @@ def headline(report: dict[str, Any]) -> str:
     return (
         f"{report['model']} on {report['machine']}, {_threads(report)}, {report['date']}; {versions}; "
         f"matrix products {report['matrix_flop_per_s'] / 1e9:,.0f} GFLOP/s; "
-        f"peak memory {report['peak_memory_bytes'] / 1e6:,.0f} MB"
+        f"peak memory {report['peak_memory_bytes'] / 1e6:,.0f} MB; took {sum(report['seconds'].values()):,.0f} s"
     )
 
 

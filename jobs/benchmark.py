@@ -158,9 +158,13 @@ def measure(a: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> di
         "model": a.model,
         "matrix_flop_per_s": throughput,
         "sections": {},
+        "seconds": {},
     }
     for name in a.sections:
+        started = time.monotonic()
         report["sections"][name] = rows = sections[name]()
+        report["seconds"][name] = time.monotonic() - started
+        print(f"{name}: {report['seconds'][name]:,.0f} s", file=sys.stderr, flush=True)
         for row in rows if name == "training" else []:
             row["fraction_of_matrix_throughput"] = row["flop_per_s"] / throughput
         report["peak_memory_bytes"] = (
