@@ -27,7 +27,7 @@ from diki_ray.serving.settings import Settings
 
 APP_NAME = "diki"
 _PROXY_START_S = 30.0
-_DOORS_EVERY_S = 2.0
+_DOORS_EVERY_S = 5.0
 _DOORS_TIMEOUT_S = 5.0
 _PROXY_GRACE_S = 5.0
 """The proxy's own limit comes so much later than the application's, which can say why."""
