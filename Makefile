@@ -4,7 +4,8 @@
 # make cluster      the files under cluster/ alone; needs kubectl, docker compose and Prometheus' tools, and says loudly what it left out
 # make chaos       every test of recovery, of sweeps, of several nodes, of shared-out weights and of the benchmark, long ones too
 # make soak         KILLS (50) random kills over a long stream: bit-equal results and nothing left behind
-# make gpu         parity and benchmark on a CUDA card; says loudly when there is none
+# make gpu         parity, then everything that docs/benchmarks.md has not measured, on a CUDA card, into build/gpu; about half
+#                  an hour, each section says its seconds; says loudly when there is no card
 # make browser      report.html and the server's page in a real Chromium, where there is one; screenshots in build/
 # make load         clients side by side on a server of the quickstart's run: throughput, latency, nothing mixed up
 # make audit        known vulnerabilities of what is installed; fails, too, where their list cannot be reached
@@ -43,7 +44,10 @@ load: quickstart
 .PHONY: gpu
 gpu: env-test
 	$(BIN)/python -m pytest -rs -m "long or not long" tests/gpu tests/unit/test_benchmark.py tests/streams/test_benchmark_job.py tests/unit/test_transfer.py
-	$(BIN)/python jobs/benchmark.py --model ViT-B-16 --device cuda
+	$(BIN)/python jobs/benchmark.py --model ViT-B-16 --device cuda --output build/gpu
+	$(BIN)/python jobs/benchmark.py --model ViT-B-16 --device cuda --sections compile --compile-mode reduce-overhead --output build/gpu/graphs
+	$(BIN)/python jobs/benchmark.py --model ViT-B-16 --device cuda --sections routing class_model --batch 64 --output build/gpu/routing
+	@echo "build/gpu/*.md has what was measured, with its seconds: docs/benchmarks.md says which line each section fills."
 
 .PHONY: audit
 audit: env

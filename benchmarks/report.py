@@ -17,7 +17,7 @@ def headline(report: dict[str, Any]) -> str:
     return (
         f"{report['model']} on {report['machine']}, {_threads(report)}, {report['date']}; {versions}; "
         f"matrix products {report['matrix_flop_per_s'] / 1e9:,.0f} GFLOP/s; "
-        f"peak memory {report['peak_memory_bytes'] / 1e6:,.0f} MB"
+        f"peak memory {report['peak_memory_bytes'] / 1e6:,.0f} MB; took {sum(report['seconds'].values()):,.0f} s"
     )
 
 
@@ -26,7 +26,13 @@ def tables(report: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[s
     for section, rows in report["sections"].items():
         shown = [{UNITS.get(k, (1, k))[1]: v * UNITS[k][0] if k in UNITS else v for k, v in r.items()} for r in rows]
         columns = [column.replace("_", " ") for column in shown[0]]
-        yield section, columns, [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in r.values()] for r in shown]
+        yield section, columns, [[_text(v) for v in r.values()] for r in shown]
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def show(report: dict[str, Any], console: Console) -> None:

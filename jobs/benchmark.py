@@ -26,14 +26,19 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # `benchmarks` lies beside t
 
 from benchmarks import (
     attention,
+    decoding,
     evaluation,
     feeding,
     growth,
     layout,
+    many_tasks,
     matrix,
     processes,
     report,
     routing,
+    serving,
+    start,
+    store_growth,
     timing,
     training,
 )
@@ -41,12 +46,23 @@ from benchmarks.world import MODELS, World
 
 SECTIONS = (
     *("training", "evaluation", "ablation", "stream", "growth", "routing", "class_model"),
-    *("input", "scaling", "memory", "layout"),
-    *("compile", "attention"),
+    *("input", "scaling", "memory", "layout", "decoding", "store"),
+    *("start", "serving", "serving_stages"),
+    *("compile", "attention", "many_tasks"),
 )
-LEFT_OUT = {"cpu": ("compile", "attention"), "cuda": ("scaling",)}
-"""By default: compiling takes minutes on a CPU, and the two workers of `scaling` are CPU processes."""
-QUICK = {"classes": [10, 100], "batch": [32], "rounds": 2, "tasks": 4, "routing_tasks": [10, 100]}
+LEFT_OUT = {"cpu": ("compile", "attention", "many_tasks"), "cuda": ("scaling", "store", "start", "many_tasks")}
+"""By default: compiling takes minutes on a CPU, and so does a stream of a thousand tasks; the two workers of `scaling`
+are CPU processes, and a store and a start have little to do with a card."""
+QUICK = {
+    "classes": [10, 100],
+    "batch": [32],
+    "rounds": 2,
+    "tasks": 4,
+    "routing_tasks": [10, 100],
+    "modules": [10, 100],
+    "seconds": 1.0,
+}
+SERVED_TASKS = 5
 MOST_CLASS_TASKS = 1000
 """The sums of a task of 512 dimensions take 2 MB."""
 
@@ -67,6 +83,9 @@ def main() -> int:
     parser.add_argument("--stream-classes", type=int, default=20, help="of each of its tasks")
     parser.add_argument("--stream-batches", type=int, default=4, help="test batches of each of its tasks")
     parser.add_argument("--routing-tasks", type=int, nargs="+", default=[10, 100, 1000, 5000])
+    parser.add_argument("--modules", type=int, nargs="+", default=[1, 10, 100, 1000, 10_000], help="of a store")
+    parser.add_argument("--stream-of", type=int, default=1000, help="tasks, of the section many_tasks")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each load of a server in each round")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--compile-mode", help="of torch.compile; `reduce-overhead` is CUDA graphs")
     parser.add_argument("--quick", action="store_true", help=f"small sizes: {QUICK}")
@@ -120,6 +139,12 @@ def measure(a: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> di
         "scaling": lambda: [row for b in a.batch for row in processes.scaling(a.model, classes, b, a.rounds)],
         "memory": lambda: processes.memory(a.model, a.device, classes, batch),
         "layout": lambda: [layout.layout(world, batch, a.rounds)],
+        "decoding": lambda: decoding.decoding(world.image_size, a.rounds),
+        "store": lambda: store_growth.store_growth(a.modules),
+        "start": lambda: start.start(few),
+        "serving": lambda: serving.serving(world, SERVED_TASKS, a.stream_classes, a.seconds, few),
+        "serving_stages": lambda: serving.stages(world, SERVED_TASKS, a.stream_classes, a.rounds),
+        "many_tasks": lambda: many_tasks.many_tasks(world, a.stream_of),
         "compile": lambda: [training.compiled(world, classes, batch, a.rounds, a.compile_mode)],
         "attention": lambda: [attention.attention(world, batch, a.rounds)],
     }
@@ -133,9 +158,13 @@ def measure(a: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> di
         "model": a.model,
         "matrix_flop_per_s": throughput,
         "sections": {},
+        "seconds": {},
     }
     for name in a.sections:
+        started = time.monotonic()
         report["sections"][name] = rows = sections[name]()
+        report["seconds"][name] = time.monotonic() - started
+        print(f"{name}: {report['seconds'][name]:,.0f} s", file=sys.stderr, flush=True)
         for row in rows if name == "training" else []:
             row["fraction_of_matrix_throughput"] = row["flop_per_s"] / throughput
         report["peak_memory_bytes"] = (

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
 
 from diki_ray.answering.metrics import Metrics, matrix_document, number
 from diki_ray.answering.routing import NO_TASK
@@ -177,7 +176,11 @@ def auroc(weights: Sequence[np.ndarray], known: Sequence[bool]) -> float | None:
     if all(known) or not any(known):
         return None
     truth = np.concatenate([np.full(len(w), k) for w, k in zip(weights, known, strict=True)])
-    return float(roc_auc_score(truth, np.concatenate(weights)))
+    # The area is the share of pairs in the right order, ties half (Mann and Whitney): a sum of mean ranks.
+    _, place, counts = np.unique(np.concatenate(weights), return_inverse=True, return_counts=True)
+    rank = (np.cumsum(counts) - (counts - 1) / 2)[place]
+    positive, negative = int(truth.sum()), int((~truth).sum())
+    return float((rank[truth].sum() - positive * (positive + 1) / 2) / (positive * negative))
 
 
 def _joined(test_sets: Sequence[TestSet], row: int) -> tuple[np.ndarray, np.ndarray]:

@@ -13,17 +13,20 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from diki_ray.config.templates import template_fault
+from diki_ray.data.index_parts import MOST_INLINE_SAMPLES, PART_FILE, PartOf, packed, unpacked, write_parts
 from diki_ray.errors import DataError
 from diki_ray.json_text import parsed
 from diki_ray.store.files import folders, join, read_bytes, scheme_of, write_bytes
 
 INDEX_FILE = "index.json"
 FORMAT = 1
+FORMAT_IN_PARTS = 2
+"""Of an index of so many samples that their lengths and checksums lie beside it (index_parts.py)."""
 TAR_BLOCK_BYTES = 512
 SPLIT_PROTOCOLS = ("coop", "zscl", "own", "embedded")
 
@@ -33,15 +36,15 @@ class Shard:
     """One tar of a split.
 
     `blocks[i]` is the length of sample i in blocks of 512 bytes, headers and padding included; `crc32[i]` is the CRC-32
-    of those bytes. `sha256` is over the whole file.
+    of those bytes. `sha256` is over the whole file. Of a large data set both are read when they are first asked for.
     """
 
     file: str
     num_samples: int
     num_bytes: int
     sha256: str
-    blocks: tuple[int, ...] = ()
-    crc32: tuple[int, ...] = ()
+    blocks: Sequence[int] = ()
+    crc32: Sequence[int] = ()
 
     def check(self, where: str) -> None:
         """Raise DataError unless the numbers agree with each other; `where` names the index in the message."""
@@ -52,34 +55,37 @@ class Shard:
                 f"{where}: shard {self.file} says {self.num_samples} samples, but lists {len(self.blocks)} lengths "
                 f"and {len(self.crc32)} checksums; prepare the data set again"
             )
-        if any(b < 2 for b in self.blocks) or sum(self.blocks) * TAR_BLOCK_BYTES > self.num_bytes:
+        # A part that is read later has its own checksum, and is compared with the shard's number of samples then.
+        known = self.blocks if isinstance(self.blocks, tuple) else ()
+        if any(b < 2 for b in known) or sum(known) * TAR_BLOCK_BYTES > self.num_bytes:
             raise DataError(f"{where}: the samples of shard {self.file} do not fit its {self.num_bytes} bytes")
         if not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
             raise DataError(f"{where}: shard {self.file} has no SHA-256 checksum")
 
-    def as_json(self) -> dict[str, Any]:
-        """A JSON object; lengths and checksums as one string each, a line instead of one for every sample."""
+    def as_json(self, part: tuple[str, str] | None = None) -> dict[str, Any]:
+        """A JSON object; with the file and sha256 of the part that has its lengths and checksums, else with these."""
         return {
             "file": self.file,
             "num_samples": self.num_samples,
             "num_bytes": self.num_bytes,
             "sha256": self.sha256,
-            "blocks": " ".join(map(str, self.blocks)),
-            "crc32": "".join(f"{c:08x}" for c in self.crc32),
-        }
+        } | (packed(self.blocks, self.crc32) if part is None else {"part": list(part)})
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Shard:
-        """The inverse of `as_json`; KeyError, TypeError or ValueError where `data` has another shape."""
-        crc = str(data["crc32"])
-        return cls(
-            file=str(data["file"]),
-            num_samples=int(data["num_samples"]),
-            num_bytes=int(data["num_bytes"]),
-            sha256=str(data["sha256"]),
-            blocks=tuple(int(b) for b in str(data["blocks"]).split()),
-            crc32=tuple(int(crc[i : i + 8], 16) for i in range(0, len(crc), 8)),
-        )
+    def from_json(cls, data: Mapping[str, Any], folder: str = "") -> Shard:
+        """The inverse of `as_json`; KeyError, TypeError or ValueError where `data` has another shape. folder: of the
+        parts."""
+        file, num_samples = str(data["file"]), int(data["num_samples"])
+        blocks: Sequence[int]
+        crc32: Sequence[int]
+        if "part" in data:
+            name, sha256 = map(str, data["part"])
+            if not re.fullmatch(PART_FILE, name):
+                raise ValueError(f"{name!r} is no part of an index")
+            blocks, crc32 = (PartOf(join(folder, name), sha256, file, column, num_samples) for column in (0, 1))
+        else:
+            blocks, crc32 = map(tuple, unpacked(data))
+        return cls(file, num_samples, int(data["num_bytes"]), str(data["sha256"]), blocks, crc32)
 
 
 @dataclass(frozen=True)
@@ -167,8 +173,12 @@ class DatasetIndex:
 
     def save(self) -> None:
         """Write `index.json` into `uri`, atomically; the shards must be there already. Durable when it returns."""
+        shards = [shard for split in self.splits.values() for shard in split.shards]
+        parts: dict[str, tuple[str, str]] = {}
+        if sum(shard.num_samples for shard in shards) > MOST_INLINE_SAMPLES:
+            parts = write_parts(self.uri, [(shard.file, shard.blocks, shard.crc32) for shard in shards])
         content = {
-            "format": FORMAT,
+            "format": FORMAT_IN_PARTS if parts else FORMAT,
             "name": self.name,
             "split_protocol": self.split_protocol,
             "templates": list(self.templates),
@@ -178,7 +188,7 @@ class DatasetIndex:
                 name: {
                     "num_samples": split.num_samples,
                     "samples_per_class": list(split.samples_per_class),
-                    "shards": [shard.as_json() for shard in split.shards],
+                    "shards": [shard.as_json(parts.get(shard.file)) for shard in split.shards],
                 }
                 for name, split in self.splits.items()
             },
@@ -201,14 +211,14 @@ class DatasetIndex:
         try:
             data = parsed(raw)
             checksum = data.pop("checksum", None)
-            if data["format"] != FORMAT:
+            if data["format"] not in (FORMAT, FORMAT_IN_PARTS):
                 raise DataError(f"{where} has format {data['format']}, this version reads {FORMAT}: prepare it again")
             if checksum != hashlib.sha256(_canonical(data)).hexdigest():
                 raise DataError(f"{where} does not have the checksum it was written with: prepare the data set again")
             splits = {
                 name: Split(
                     name=name,
-                    shards=tuple(Shard.from_json(shard) for shard in split["shards"]),
+                    shards=tuple(Shard.from_json(shard, uri) for shard in split["shards"]),
                     samples_per_class=tuple(split["samples_per_class"]),
                 )
                 for name, split in data["splits"].items()

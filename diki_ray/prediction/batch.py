@@ -24,7 +24,14 @@ from diki_ray.data.inputs import InputPart, to_json
 from diki_ray.errors import ConfigError, DataError, UserError
 from diki_ray.learning.methods import METHODS
 from diki_ray.prediction.batch_output import open_output
-from diki_ray.prediction.batch_worker import IMAGES_PER_PASS, Learnt, Worker, interpolation_error, read_parts
+from diki_ray.prediction.batch_worker import (
+    CALLS_AT_ONCE,
+    IMAGES_PER_PASS,
+    Learnt,
+    Worker,
+    interpolation_error,
+    read_parts,
+)
 from diki_ray.runs.run_cluster import cluster
 
 MAX_BLOCKS = 1024
@@ -154,6 +161,7 @@ def answer_parts(
                 concurrency=num,
                 num_cpus=workers.cpus,
                 num_gpus=workers.gpus,
+                max_concurrency=CALLS_AT_ONCE,
             )
         )
         for table in _or_reason(answered.iter_batches(batch_size=None, batch_format="pyarrow")):

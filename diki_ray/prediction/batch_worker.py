@@ -6,6 +6,7 @@ them.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -29,6 +30,7 @@ from diki_ray.runs.stored_run import config_of, open_learnt
 
 IMAGES_PER_PASS = 64
 ROWS_PER_BLOCK = 64
+CALLS_AT_ONCE = 2
 TABLE_BYTES = 2 * 2**30
 """A worker keeps so many bytes of class features."""
 MAX_ASPECT_RATIO = 30.0
@@ -94,17 +96,20 @@ class Learnt:
 
 
 class Worker:
-    """A Ray Data actor that takes undecoded images and gives answers, one row for each."""
+    """A Ray Data actor that takes undecoded images and gives answers, one row for each. CALLS_AT_ONCE may call it at
+    the same time: while the images of one call are answered, those of the next are decoded."""
 
     def __init__(self, learnt: Any) -> None:
         run: Learnt = ray.get(learnt)
         self._predictor = run.predictor()
         self._threads = ThreadPoolExecutor(run.config.data.num_threads)
+        self._answering = threading.Lock()  # the backbone holds the residual in use
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         found = list(self._threads.map(self._pixels, rows["data"].to_pylist(), rows["error"].to_pylist()))
         ready = [pixels for pixels in found if not isinstance(pixels, str)]
-        answers = iter(self._predictor.answer_pixels(torch.stack(ready)) if ready else ())
+        with self._answering:
+            answers = iter(self._predictor.answer_pixels(torch.stack(ready)) if ready else ())
         answered = [
             {"image": image} | ({"error": pixels} if isinstance(pixels, str) else asdict(next(answers)))
             for image, pixels in zip(rows["image"].to_pylist(), found, strict=True)

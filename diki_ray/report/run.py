@@ -31,6 +31,8 @@ REPORT = "report.html"
 SUMMARY = ("transfer", "average", "last", "forgetting", "backward_transfer")
 MAX_SQUARE_TASKS = 64
 """Up to here the page has tables of a cell for every pair of tasks; a thousand tasks would make 300 MB of them."""
+MAX_DETAILED_TASKS = 128
+"""Charts and examples of so many tasks are shown, of a longer stream those of the lowest accuracy at the end."""
 STAGES = ("plan", "cluster", "train", "evaluate")
 
 Results = Mapping[str, Any]
@@ -93,6 +95,9 @@ def _labels(runs: Sequence[Results]) -> list[str]:
 
 def _view(results: Results, label: str, pictures: Callable[[Mapping[str, Any]], Pictures]) -> dict[str, Any]:
     tasks = results["tasks"]
+    last = results["metrics"]["last"]["per_task"]
+    worst = sorted(range(len(tasks)), key=lambda j: 0.0 if last[j] is None else last[j])[:MAX_DETAILED_TASKS]
+    shown = [(tasks[j], last[j]) for j in sorted(worst)]
     return {
         "label": label,
         "results": results,
@@ -105,10 +110,10 @@ def _view(results: Results, label: str, pictures: Callable[[Mapping[str, Any]], 
         # Transfer leaves the first task out, so what it is to be read against does too.
         "zero_shot_of_transfer": _mean(results["zero_shot"][1:]),
         "last_by_task": dict(zip([t["name"] for t in tasks], results["metrics"]["last"]["per_task"], strict=True)),
-        "curves": [_curves(t) for t in tasks],
+        "curves": [_curves(t) for t, _ in shown],
         "routing": _routing(tasks),
-        "weights": [_weights(t) for t in tasks],
-        "pictures": [pictures(t) for t in tasks],
+        "weights": [_weights(t) for t, _ in shown],
+        "examples": [{"task": t, "pictures": pictures(t), "last": value} for t, value in shown],
         "num_parameters": sum(t["module"]["num_parameters"] for t in tasks),
         "total_s": sum(results["seconds"].values()),
         "stages": list(_in_order(results["seconds"], STAGES).items()),

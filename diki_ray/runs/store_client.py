@@ -125,6 +125,9 @@ class StoreClient(HeldRun):
     def modules(self) -> tuple[Entry, ...]:
         return self.snapshot()[1]
 
+    def has_module(self, key: str) -> bool:
+        return self._read(RunStore.has_module, key)
+
     def read_module(self, digest: str) -> bytes:
         return self._ask_for(lambda references: ray.get(references[0]), StoreActor.module, digest)
 

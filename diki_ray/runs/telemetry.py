@@ -3,7 +3,8 @@
 Names by Prometheus' conventions: base units (seconds, bytes, ratios from 0 to 1), `_total` for counters, `_info` for
 constants. A task's label is its name. Two families have a series for every pair of tasks (accuracy after each stage,
 routing); beyond MAX_PAIRED_TASKS only their last stage and their diagonal are kept, or a stream of a thousand tasks
-would have a million series.
+would have a million series. Beyond MAX_TASKS not every task has series: of training those that were trained last, of
+results those of the lowest accuracy; means are of all.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from diki_ray.runs.progress import BATCHES
 from diki_ray.store.interface import HeldRun
 
 MAX_PAIRED_TASKS = 32
+MAX_TASKS = 512
+"""A task has about 20 series; a scrape of so many tasks takes a megabyte."""
 STORE_EVERY_S = 5.0
 PHASES = ("plan", "cluster", "train", "evaluate", "done", "failed")
 UNNAMED = "unreadable"
@@ -35,6 +38,7 @@ class Telemetry:
     def __init__(self, config: Config, protocol: str) -> None:
         self.registry = registry = CollectorRegistry()
         self._seen: dict[tuple[Any, ...], float] = {}
+        self._trained: dict[str, None] = {}
         self._store: HeldRun | None = None
         self._keys: Collection[str] = ()
         self._store_asked = 0.0
@@ -105,6 +109,7 @@ class Telemetry:
                 self.evaluated.set(event["done"] / max(event["total"], 1))
             return
         task = event["task"]
+        self._make_room(task)
         self.loss.labels(task).set(event["loss"])
         self.accuracy.labels(task).set(event["accuracy"])
         self.throughput.labels(task).set(event["images_per_s"])
@@ -116,6 +121,18 @@ class Telemetry:
                 self.validation.labels(task).set(event["validation_accuracy"])
         if time.monotonic() - self._store_asked > STORE_EVERY_S:
             self.observe_store()
+
+    def _make_room(self, task: str) -> None:
+        """For the series of a task in training: those of the task that was heard of longest ago go."""
+        self._trained.pop(task, None)
+        self._trained[task] = None
+        if len(self._trained) > MAX_TASKS:
+            oldest = next(iter(self._trained))
+            del self._trained[oldest]
+            for family in (self.loss, self.accuracy, self.validation, self.throughput, self.progress, self.epochs):
+                family.remove(oldest)
+            self.nonfinite.remove(oldest)
+            self._seen.pop((self.nonfinite, oldest), None)
 
     def observe_store(self) -> None:
         """Sizes and counts of the store as it is now; nothing while it does not answer."""
@@ -138,7 +155,8 @@ class Telemetry:
         tasks = results["tasks"]
         names = [t["name"] for t in tasks]
         last = len(names) - 1
-        for j, task in enumerate(tasks):
+        worst = sorted(range(len(names)), key=lambda j: results["accuracy"][last][j] or 0.0)[:MAX_TASKS]
+        for j, task in ((j, tasks[j]) for j in sorted(worst)):
             name = task["name"]
             self.zero_shot.labels(name).set(results["zero_shot"][j])
             self.chance.labels(name).set(task["chance"])

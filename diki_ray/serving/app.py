@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 import warnings
 from collections.abc import Awaitable, Callable, Mapping
@@ -22,6 +23,7 @@ from torch import Tensor
 import diki_ray
 from diki_ray.answering.class_features import Candidates
 from diki_ray.errors import CorruptError
+from diki_ray.serving.batches import Batches
 from diki_ray.serving.decoding import Decoder
 from diki_ray.serving.engine import Question, answer_questions
 from diki_ray.serving.guard import BodyTooLarge, Guard, too_large
@@ -51,26 +53,20 @@ ROUTES = ("/", "/healthz", "/metrics", "/openapi.json", "/predict", "/tasks")
 
 
 class Service:
-    """Holds what a replica needs: the run, the model's thread, the threads that decode. `ask` answers a question."""
+    """Holds what a replica needs: the run, the model's thread, the threads that decode. `ask` answers a question, by
+    default together with whatever else waits."""
 
     def __init__(self, settings: Settings, ask: Ask | None = None) -> None:
         warnings.filterwarnings("ignore", module="PIL")  # its remarks on odd files, of which strangers may send many
         self.settings = settings
         self.snapshots = Snapshots(settings)
         self.metrics = Metrics(self.snapshots)
-        self.ask = ask or self._ask_alone
+        self.ask = ask or self._ask
         self.decoders = ThreadPoolExecutor(settings.decode_threads, "diki-serve-decode")
         self._decoder = Decoder(settings.decode_threads, settings.decode_timeout_s)
-        self._model = ThreadPoolExecutor(1, "diki-serve-model")
+        self._batches = Batches(self._answer_together, settings.max_batch_size, settings.batch_wait_s)
         self._num_waiting = 0
-
-    async def answer_together(self, questions: list[Question]) -> list[ImageAnswer | None]:
-        """Answers these questions in one pass, in the one thread that the model has."""
-        started = time.monotonic()
-        answers = await asyncio.get_running_loop().run_in_executor(self._model, answer_questions, questions)
-        self.metrics.batch_images.observe(len(questions))
-        self.metrics.batch_seconds.observe(time.monotonic() - started)
-        return answers
+        self._counting = threading.Lock()  # requests come in the event loops of a replica's door and of Ray Serve
 
     async def predict(self, files: list[bytes], asked: Asked, deadline: float) -> PredictResponse:
         """Answers all images under the snapshot that is current now.
@@ -122,7 +118,7 @@ class Service:
         self.snapshots.close()
         self.decoders.shutdown(wait=False, cancel_futures=True)
         self._decoder.close()
-        self._model.shutdown(wait=False, cancel_futures=True)
+        self._batches.close()
 
     def _candidates(self, snapshot: Snapshot, asked: Asked) -> tuple[Candidates, ...]:
         if asked.classes is not None:
@@ -137,12 +133,20 @@ class Service:
         return to_pixels(data, where, self._decoder, preprocess, self.settings)
 
     def _waits(self, more: int) -> None:
-        self._num_waiting += more
-        self.metrics.waiting.set(self._num_waiting)
+        with self._counting:
+            self._num_waiting += more
+            self.metrics.waiting.set(self._num_waiting)
 
-    async def _ask_alone(self, question: Question) -> ImageAnswer | None:
-        (answer,) = await self.answer_together([question])
-        return answer
+    async def _ask(self, question: Question) -> ImageAnswer | None:
+        return await asyncio.wrap_future(self._batches.ask(question))
+
+    def _answer_together(self, questions: list[Question]) -> list[ImageAnswer | None]:
+        """Answers these questions in one pass."""
+        started = time.monotonic()
+        answers = answer_questions(questions)
+        self.metrics.batch_images.observe(len(questions))
+        self.metrics.batch_seconds.observe(time.monotonic() - started)
+        return answers
 
 
 class Busy(Exception):

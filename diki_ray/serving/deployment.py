@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import ray
 import torch
 from prometheus_client.metrics_core import Metric
 from ray import serve
@@ -15,8 +16,7 @@ from ray.serve import Application
 from starlette.types import ASGIApp
 
 from diki_ray.serving.app import Service, build_app
-from diki_ray.serving.engine import Question
-from diki_ray.serving.schema import ImageAnswer
+from diki_ray.serving.doors import Door
 from diki_ray.serving.settings import Settings, parse_settings, token_digest
 
 METRICS_TIMEOUT_S = 5.0
@@ -29,21 +29,13 @@ class Answering:
 
     def __init__(self, settings: Settings) -> None:
         torch.set_num_threads(1)  # two replicas with two threads each on two cores collapse
-        self._service = Service(settings, self._ask)
-        batch: Any = self._ask_together  # Ray's types do not know what its decorator adds
-        batch.set_max_batch_size(settings.max_batch_size)
-        batch.set_batch_wait_timeout_s(settings.batch_wait_s)
+        self._service = Service(settings)
         self._service.snapshots.follow()
+        # As many as Ray Serve lets work and wait (`deploy`).
+        self._door = Door(build_app(self._service), 2 * settings.max_requests)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return build_app(self._service, self._metrics_of_all)
-
-    async def _ask(self, question: Question) -> ImageAnswer | None:
-        return await self._ask_together(question)
-
-    @serve.batch
-    async def _ask_together(self, questions: list[Question]) -> list[ImageAnswer | None]:
-        return await self._service.answer_together(questions)
 
     async def _metrics_of_all(self) -> Mapping[str, list[Metric]]:
         """A scrape reaches one replica, whichever; it answers for all, or counters would jump between them."""
@@ -51,6 +43,10 @@ class Answering:
         handle = serve.get_deployment_handle(context.deployment, context.app_name)
         replies = await handle.broadcast("metrics").results_async(timeout_s=METRICS_TIMEOUT_S)
         return dict(replies)
+
+    async def door(self) -> tuple[str, int]:
+        """Returns the node that this replica is on, and the port of its door there."""
+        return ray.get_runtime_context().get_node_id(), self._door.port
 
     async def metrics(self) -> tuple[str, list[Metric]]:
         return serve.get_replica_context().replica_tag, self._service.metrics.collected()

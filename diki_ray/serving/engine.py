@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ def answer_questions(questions: Sequence[Question]) -> list[ImageAnswer | None]:
 def _response(decision: Decision) -> ImageAnswer:
     assert decision.zero_shot is not None  # it was asked for
     return ImageAnswer(
-        **asdict(decision.answer),
+        **vars(decision.answer),
         top=_best(decision.names, decision.logits),
         plain_clip=_best(decision.names, decision.zero_shot),
     )

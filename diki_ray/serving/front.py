@@ -18,109 +18,31 @@ from typing import Any
 
 import aiohttp
 import uvicorn
-from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client import Counter, generate_latest
 from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
 from yarl import URL
 
 from diki_ray.errors import ConfigError
+from diki_ray.serving.connections import UPSTREAM_GRACE_S, Bounded, Connections
+from diki_ray.serving.doors import Doors
 from diki_ray.serving.guard import BodyTooLarge, Guard, say, too_large
 from diki_ray.serving.settings import Limits
 
 HEALTH = ("/healthz", "/-/healthz")
 """The second is the name by which KubeRay asks Ray Serve's proxy."""
 
-_UPSTREAM_GRACE_S = 10.0
-"""The replicas' own limit comes so much earlier, and they can say why."""
 _HEALTH_TIMEOUT_S = 2.0
 _ASKED = ("accept", "authorization", "content-type")
 """Headers that are passed on; among the others are Ray Serve's own, which would change its timeouts."""
 _ANSWERED = ("allow", "content-security-policy", "content-type", "retry-after", "www-authenticate")
 
 
-class Connections:
-    """Knows which connections wait for a request's head, the longest first, and has a place for one more always."""
-
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
-        self.registry = CollectorRegistry()
-        self.closed = Counter(
-            "diki_serve_front_closed", "Connections closed by their limits.", ["reason"], registry=self.registry
-        )
-        self._waiting: dict[Bounded, None] = {}
-
-    def wait(self, connection: Bounded) -> None:
-        self._waiting.pop(connection, None)
-        self._waiting[connection] = None
-
-    def leave(self, connection: Bounded) -> None:
-        self._waiting.pop(connection, None)
-
-    def make_room(self, number: int) -> None:
-        """Closes the connection that has waited longest if there are more than may be. At most half of all send bodies
-        or are answered (Front), so there is one that waits, and an honest one gets in whoever holds the others."""
-        if number > self.limits.max_connections and self._waiting:
-            next(iter(self._waiting)).cut("too many connections")
-
-
-class Bounded(H11Protocol):
-    """One connection, which is cut when a request's head, or the request as a whole, takes longer than it may."""
-
-    def __init__(self, *arguments: Any, connections: Connections, **named: Any) -> None:
-        super().__init__(*arguments, **named)
-        self._bounds = connections
-        self._timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self._wait()
-        self._bounds.make_room(len(self.connections))
-
-    def data_received(self, data: bytes) -> None:
-        former = self.cycle
-        super().data_received(data)
-        if self.cycle is not former and not self.cycle.response_complete:
-            self._work()
-
-    def on_response_complete(self) -> None:
-        former = self.cycle
-        super().on_response_complete()
-        if self.cycle is former:
-            self._wait()
-        else:  # the next request was here already
-            self._work()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._bounds.leave(self)
-        if self._timer is not None:
-            self._timer.cancel()
-        super().connection_lost(exc)
-
-    def cut(self, reason: str) -> None:
-        """Closes the connection at once: whoever does not read would keep an orderly end waiting."""
-        self._bounds.leave(self)
-        self._bounds.closed.labels(reason).inc()
-        self.transport.abort()
-
-    def _wait(self) -> None:
-        self._bounds.wait(self)
-        self._within(self._bounds.limits.header_timeout_s, "slow head")
-
-    def _work(self) -> None:
-        self._bounds.leave(self)
-        self._within(2 * self._bounds.limits.request_timeout_s + _UPSTREAM_GRACE_S, "slow request")
-
-    def _within(self, seconds: float, reason: str) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self.loop.call_later(seconds, self.cut, reason)
-
-
 class Front:
     """The application of this server: it answers for its health, and passes on whole requests that have the token."""
 
-    def __init__(self, upstream: str, limits: Limits, connections: Connections) -> None:
+    def __init__(self, upstream: str, limits: Limits, connections: Connections, doors: Doors | None = None) -> None:
         self._upstream = upstream
+        self._doors = doors or Doors()
         self._limits = limits
         self._registry = connections.registry
         self._requests = Counter(
@@ -211,10 +133,25 @@ class Front:
                 return True
 
     async def _forward(self, body: bytes, scope: Scope, send: Send) -> None:
+        """Passes a request to a replica's door, and to Ray Serve's proxy where no door answers. Asking twice changes
+        nothing. Metrics are of all replicas, so the proxy is asked for them."""
+        with self._doors.least_busy() as door:
+            if door is not None and scope["path"] != "/metrics":
+                try:
+                    await self._ask(door, body, scope, send)
+                    return
+                except aiohttp.ClientError:
+                    self._doors.shut(door)
+        try:
+            await self._ask(self._upstream, body, scope, send)
+        except (aiohttp.ClientError, ValueError):
+            await say(send, 502, {"error": "no replica can be reached: try again in a second."})
+
+    async def _ask(self, upstream: str, body: bytes, scope: Scope, send: Send) -> None:
         query = b"?" + scope["query_string"] if scope["query_string"] else b""
-        url = URL(self._upstream + (scope["raw_path"] + query).decode("latin-1"), encoded=True)
+        url = URL(upstream + (scope["raw_path"] + query).decode("latin-1"), encoded=True)
         headers = [(n.decode(), v.decode("latin-1")) for n, v in scope["headers"] if n.decode("latin-1") in _ASKED]
-        timeout = aiohttp.ClientTimeout(total=self._limits.request_timeout_s + _UPSTREAM_GRACE_S)
+        timeout = aiohttp.ClientTimeout(total=self._limits.request_timeout_s + UPSTREAM_GRACE_S)
         try:
             async with self._session.request(
                 scope["method"], url, data=body or None, headers=headers, timeout=timeout, allow_redirects=False
@@ -222,8 +159,6 @@ class Front:
                 content = await reply.read()
         except TimeoutError:
             await say(send, 504, {"error": f"there was no answer within {self._limits.request_timeout_s:g} s."})
-        except (aiohttp.ClientError, ValueError):
-            await say(send, 502, {"error": "no replica can be reached: try again in a second."})
         else:
             if scope["path"] == "/metrics" and reply.status == 200:
                 content += generate_latest(self._registry)
@@ -251,13 +186,14 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def server_of(upstream: str, limits: Limits) -> uvicorn.Server:
-    """Returns the server of a front that passes requests on to `upstream`, as in http://127.0.0.1:8001."""
+def server_of(upstream: str, limits: Limits, doors: Doors | None = None) -> uvicorn.Server:
+    """Returns the server of a front that passes requests on to the doors, else to `upstream`, as in
+    http://127.0.0.1:8001."""
     connections = Connections(limits)
     protocol: Any = partial(Bounded, connections=connections)  # uvicorn calls it as it would a class
     return uvicorn.Server(
         uvicorn.Config(
-            Front(upstream, limits, connections),
+            Front(upstream, limits, connections, doors),
             http=protocol,
             ws="none",
             lifespan="on",
@@ -276,9 +212,9 @@ def server_of(upstream: str, limits: Limits) -> uvicorn.Server:
 
 
 @contextmanager
-def front(listener: socket.socket, upstream: str, limits: Limits) -> Iterator[None]:
+def front(listener: socket.socket, upstream: str, limits: Limits, doors: Doors | None = None) -> Iterator[None]:
     """Answers on the listener in a thread of its own while in the block."""
-    server = server_of(upstream, limits)
+    server = server_of(upstream, limits, doors)
     thread = threading.Thread(target=server.run, args=([listener],), name="diki-serve-front", daemon=True)
     thread.start()
     try:

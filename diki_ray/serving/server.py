@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,11 +21,14 @@ from diki_ray.runs.cluster import connected
 from diki_ray.runs.local_cluster import LOOPBACK
 from diki_ray.runs.stored_run import config_of, open_learnt
 from diki_ray.serving.deployment import deploy
+from diki_ray.serving.doors import Doors
 from diki_ray.serving.front import front, listen
 from diki_ray.serving.settings import Settings
 
 APP_NAME = "diki"
 _PROXY_START_S = 30.0
+_DOORS_EVERY_S = 5.0
+_DOORS_TIMEOUT_S = 5.0
 _PROXY_GRACE_S = 5.0
 """The proxy's own limit comes so much later than the application's, which can say why."""
 
@@ -68,10 +72,34 @@ def serving(
             upstream = f"http://{LOOPBACK}:{options.port}"
             _wait_for_proxy(upstream)
             shown = f"[{host}]" if ":" in host else host
-            with front(listener, upstream, settings):
+            doors = Doors()
+            with _following(doors), front(listener, upstream, settings, doors):
                 yield f"http://{shown}:{port}"
         finally:
             serve.shutdown()
+
+
+@contextmanager
+def _following(doors: Doors) -> Iterator[None]:
+    """Keeps the doors those of the replicas there are, where all of them are on this node."""
+    handle, node, ended = serve.get_app_handle(APP_NAME), ray.get_runtime_context().get_node_id(), threading.Event()
+
+    def follow() -> None:
+        while not ended.is_set():
+            try:
+                found = handle.broadcast("door").results(timeout_s=_DOORS_TIMEOUT_S)
+            except Exception:  # a replica that dies may raise anything of Ray's: its proxy answers then
+                found = []
+            doors.set([port for _, port in found] if {at for at, _ in found} == {node} else [])
+            ended.wait(_DOORS_EVERY_S)
+
+    thread = threading.Thread(target=follow, name="diki-serve-doors", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(_DOORS_TIMEOUT_S)
 
 
 def absolute(storage: str) -> str:

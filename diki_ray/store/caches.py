@@ -24,6 +24,10 @@ class Cache:
         """Keep bytes under a name that says what they depend on; durable when it returns."""
         self._objects.put(_path(name), digest_of(data).encode() + data)
 
+    def names(self) -> frozenset[str]:
+        """Return the names that something is kept under, by one listing."""
+        return frozenset(info.path.removeprefix("cache/") for info in self._objects.list("cache"))
+
     def get(self, name: str) -> bytes | None:
         """Return the bytes kept under `name`; None when there are none or they are damaged."""
         kept = self._objects.get(_path(name)) or b""

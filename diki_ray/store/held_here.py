@@ -34,6 +34,9 @@ class HeldHere(HeldRun):
     def modules(self) -> tuple[Entry, ...]:
         return self._store.modules()
 
+    def has_module(self, key: str) -> bool:
+        return self._store.has_module(key)
+
     def read_module(self, digest: str) -> bytes:
         return self._store.read_module(digest)
 

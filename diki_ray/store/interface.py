@@ -31,6 +31,10 @@ class ReadableRun(Protocol):
         """Return the run's modules in the order in which their tasks were first committed."""
         ...
 
+    def has_module(self, key: str) -> bool:
+        """Tell whether a module under `key` is part of the run, at the same cost however many there are."""
+        ...
+
     def read_module(self, digest: str) -> bytes:
         """Return the module's bytes, verified against their sha256; CorruptError otherwise."""
         ...

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -109,33 +109,61 @@ class State:
         return next((entry for entry in self.removed if entry.task == task), None)
 
 
+class Replay:
+    """A state to which entries are added one by one; an entry takes the same time however many modules there are."""
+
+    def __init__(self, state: State | None = None) -> None:
+        state = state or State()
+        self.seq = state.seq
+        self._epoch, self._lease, self._tokens = state.epoch, state.lease, list(state.tokens)
+        self._modules = {entry.task: entry for entry in state.modules}
+        self._removed = {entry.task: entry for entry in state.removed}
+
+    def add(self, entry: Entry) -> bool:
+        """Follow one more entry; one of a writer that had lost the run has no effect, and False is returned."""
+        self.seq = entry.seq
+        if entry.kind == "lease":
+            if entry.epoch <= self._epoch:
+                return False
+            self._lease = entry
+            self._tokens.append(holder_of(entry).token)
+        elif entry.epoch < self._epoch or (entry.epoch == self._epoch and self._lease is None):
+            return False
+        elif entry.kind == "release":
+            self._lease = None
+        elif entry.kind == "rollback":
+            # It carries the modules it leaves, so that following it needs no look into the past.
+            self._modules = {m["task"]: Entry(**m) for m in entry.metadata["modules"]}
+            self._removed = {}
+            return True
+        else:
+            self._removed.pop(entry.task, None)
+            if entry.kind == "module":
+                self._modules[entry.task] = entry  # in the place of the one before, where there is one
+            else:
+                self._modules.pop(entry.task, None)
+                self._removed[entry.task] = entry
+            return True
+        self._epoch = entry.epoch
+        return True
+
+    def state(self) -> State:
+        """Return what all entries so far add up to."""
+        modules, removed = tuple(self._modules.values()), tuple(self._removed.values())
+        return State(self.seq, self._epoch, self._lease, tuple(self._tokens), modules, removed)
+
+
 def follow(state: State, entry: Entry) -> State:
-    """Return the state after one more entry. An entry of a writer that had lost the run only moves the number on."""
-    after = replace(state, seq=entry.seq)
-    if entry.kind == "lease":
-        if entry.epoch <= state.epoch:
-            return after
-        return replace(after, epoch=entry.epoch, lease=entry, tokens=(*state.tokens, holder_of(entry).token))
-    if entry.epoch < state.epoch or (entry.epoch == state.epoch and state.lease is None):
-        return after
-    if entry.kind == "release":
-        return replace(after, epoch=entry.epoch, lease=None)
-    others = tuple(gone for gone in state.removed if gone.task != entry.task)
-    if entry.kind == "module":
-        return replace(after, modules=_with_module(state.modules, entry), removed=others)
-    if entry.kind == "remove":
-        kept = tuple(module for module in state.modules if module.task != entry.task)
-        return replace(after, modules=kept, removed=(*others, entry))
-    # A rollback carries the modules it leaves, so that following it needs no look into the past.
-    return replace(after, modules=tuple(Entry(**module) for module in entry.metadata["modules"]), removed=())
+    """Return the state after one more entry."""
+    return replay([entry], state)
 
 
 def replay(entries: Iterable[Entry], state: State | None = None) -> State:
     """Return the state after `entries`, from `state` (default: the empty run)."""
-    state = state or State()
+    replayed = Replay(state)
     for entry in entries:
-        state = follow(state, entry)
-    return state
+        replayed.add(entry)
+    return replayed.state()
 
 
 def holder_of(lease: Entry) -> Holder:
@@ -223,12 +251,6 @@ def canonical(content: Any) -> bytes:
 def digest_of(data: bytes) -> str:
     """Return the sha256 of the bytes in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
-
-
-def _with_module(modules: tuple[Entry, ...], entry: Entry) -> tuple[Entry, ...]:
-    if any(module.task == entry.task for module in modules):
-        return tuple(entry if module.task == entry.task else module for module in modules)
-    return (*modules, entry)
 
 
 _HOLDER: TypeAdapter[Holder] = TypeAdapter(Holder)

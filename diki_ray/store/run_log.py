@@ -9,7 +9,6 @@ library/upkeep.json              there while someone purges or imports: no lease
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any
 
 from diki_ray.errors import CorruptError, FencedError, LeaseHeldError, StorageError, UserError
@@ -17,6 +16,7 @@ from diki_ray.store.log import (
     Entry,
     Holder,
     Kind,
+    Replay,
     State,
     decode_entry,
     decode_state,
@@ -56,10 +56,11 @@ class RunLog:
     def refresh(self, listed: bool = False) -> State:
         """Follow what was appended since; `listed` reads many entries at once (the first time, a long log)."""
         last = max(self._listed_numbers(), default=0) if listed else 0
-        for entry in self.entries(self.state.seq + 1, last):
-            self.state = follow(self.state, entry)
-        while (entry_or_none := self._read(self.state.seq + 1)) is not None:
-            self.state = follow(self.state, entry_or_none)
+        entries = self.entries(self.state.seq + 1, last)
+        while (entry := self._read(self.state.seq + 1 + len(entries))) is not None:
+            entries.append(entry)
+        if entries:
+            self.state = replay(entries, self.state)
         return self.state
 
     def entries(self, first: int, last: int) -> list[Entry]:
@@ -170,16 +171,15 @@ class RunLog:
         found = [
             (path, "a damaged snapshot: the log is read instead") for path in self.damaged if "/snapshots/" in path
         ]
-        state = State()
+        replayed = Replay()
         for seq in range(1, self.state.seq + 1):
             try:
                 entry = self._decoded(seq, self.objects.get(self.path(seq)))
             except CorruptError as error:
                 found.append((self.path(seq), str(error)))
                 continue
-            if follow(state, entry) == replace(state, seq=seq):
+            if not replayed.add(entry):
                 found.append((self.path(seq), "written by a driver that had lost the run: it has no effect"))
-            state = follow(state, entry)
         return found
 
     def path(self, seq: int) -> str:

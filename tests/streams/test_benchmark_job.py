@@ -11,7 +11,8 @@ from job_process import run_job
 
 SECTIONS = [
     *("training", "evaluation", "ablation", "stream", "growth", "routing", "class_model"),
-    *("input", "scaling", "memory", "layout"),
+    *("input", "scaling", "memory", "layout", "decoding", "store"),
+    *("start", "serving", "serving_stages"),
 ]
 PLOTS = ("classes", "batches", "ablation", "routing")
 
@@ -20,7 +21,20 @@ def measured(tmp_path: Path, *more: object) -> tuple[dict[str, Any], str]:
     """The sections of the benchmark at its smallest, and what it printed. It stops by itself when port and platform
     compute different losses or answers."""
     sizes = ["--classes", "4", "--batch", "8", "16", "--rounds", "1", "--tasks", "3", "--stream-classes", "3"]
-    fixed = ["--routing-tasks", "5", "70", "--threads", "1", "--output", tmp_path]
+    fixed = [
+        "--routing-tasks",
+        "5",
+        "70",
+        "--modules",
+        "2",
+        "4",
+        "--seconds",
+        "0.5",
+        "--threads",
+        "1",
+        "--output",
+        tmp_path,
+    ]
     done = run_job("benchmark", "--model", "debug", "--device", "cpu", *sizes, *fixed, *more)
     sections = json.loads((tmp_path / "debug.json").read_text())["sections"]
     assert all(title in done.stdout for title in sections)
@@ -28,7 +42,7 @@ def measured(tmp_path: Path, *more: object) -> tuple[dict[str, Any], str]:
 
 
 def test_the_benchmark_at_its_smallest_writes_a_table_json_and_plots(tmp_path: Path) -> None:
-    few = ["training", "evaluation", "routing", "class_model"]
+    few = ["training", "evaluation", "routing", "class_model", "store"]
     sections, page = measured(tmp_path, "--sections", *few)
     assert list(sections) == few
     for row in sections["training"]:
@@ -36,6 +50,7 @@ def test_the_benchmark_at_its_smallest_writes_a_table_json_and_plots(tmp_path: P
         assert row["fraction_of_matrix_throughput"] > 0
     assert {r["same_route"] for r in sections["routing"]} == {1.0}
     assert [r["classes"] for r in sections["class_model"]] == [100, 1400]
+    assert [r["modules"] for r in sections["store"]] == [2, 4]
     assert {p.name for p in tmp_path.glob("*.svg")} == {f"debug_{n}.svg" for n in PLOTS if n != "ablation"}
     assert page.count("| classes | batch | images per s |") == 2
 
@@ -53,5 +68,6 @@ def test_all_of_the_benchmark_at_its_smallest(tmp_path: Path) -> None:
         ("training", True, True),
         ("evaluation", True, True),
     ]
+    assert {r["of"] for r in sections["serving"]} == {"served", "app", "plain", "engine"}
     assert {p.name for p in tmp_path.glob("*.svg")} == {f"debug_{n}.svg" for n in PLOTS}
     assert all(f"### debug: {section}\n" in page for section in SECTIONS)

@@ -206,6 +206,9 @@ class MemoryCache:
     def __init__(self) -> None:
         self.kept: dict[str, bytes] = {}
 
+    def names(self) -> frozenset[str]:
+        return frozenset(self.kept)
+
     def get(self, name: str) -> bytes | None:
         return self.kept.get(name)
 

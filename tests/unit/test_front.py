@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import resource
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
 
 import pytest
 import requests
+from starlette.types import Receive, Scope, Send
 
 from diki_ray.errors import ConfigError
+from diki_ray.serving.doors import Door, Doors
 from diki_ray.serving.front import front, listen
+from diki_ray.serving.guard import say
 from diki_ray.serving.settings import Limits, token_digest
 
 TOKEN = "a-token-of-these-tests-0123456789"
@@ -206,3 +211,49 @@ def test_the_fronts_own_metrics_come_with_the_replicas(port: int) -> None:
 def test_a_port_that_is_taken_is_said_to_be(port: int) -> None:
     with pytest.raises(ConfigError, match=f"on 127.0.0.1:{port}"):
         listen("127.0.0.1", port)
+
+
+def test_a_replicas_door_answers_and_when_it_is_gone_ray_serves_proxy_does(port: int) -> None:
+    async def replica(scope: Scope, receive: Receive, send: Send) -> None:
+        await say(send, 200, {"from": "the door"})
+
+    door, doors = Door(replica, max_requests=1), Doors()
+    doors.set([door.port])
+    with listen("127.0.0.1", 0) as listener, front(listener, f"http://127.0.0.1:{port}", Limits(), doors):
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        assert requests.post(f"{url}/predict", b"x", timeout=5).json() == {"from": "the door"}
+        assert requests.get(f"{url}/metrics", headers=RIGHT, timeout=5).status_code == 200  # of all replicas
+        door.close()
+        deadline = time.monotonic() + 10
+        while (answer := requests.post(f"{url}/predict", b"x", headers=RIGHT, timeout=5).text) != "x":
+            assert answer == '{"from": "the door"}'  # it ends in its own time
+            assert time.monotonic() < deadline
+        with doors.least_busy() as left:
+            assert left is None
+
+
+def test_a_door_lets_so_many_in_and_the_least_busy_one_is_asked() -> None:
+    inside, go_on = threading.Event(), threading.Event()
+
+    async def replica(scope: Scope, receive: Receive, send: Send) -> None:
+        inside.set()
+        while not go_on.is_set():
+            await asyncio.sleep(0.01)
+        await say(send, 200, {})
+
+    door = Door(replica, max_requests=1)
+    url = f"http://127.0.0.1:{door.port}"
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(requests.get, url, timeout=10)
+        assert inside.wait(10)
+        assert requests.get(url, timeout=10).status_code == 503
+        go_on.set()
+        assert first.result().status_code == 200
+    door.close()
+    doors = Doors()
+    doors.set([1, 2])
+    with doors.least_busy() as one, doors.least_busy() as other:
+        assert {one, other} == {"http://127.0.0.1:1", "http://127.0.0.1:2"}
+        doors.set([2])  # the other's replica is gone
+    with doors.least_busy() as left:
+        assert left == "http://127.0.0.1:2"

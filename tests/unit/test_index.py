@@ -1,11 +1,15 @@
 """The index of a prepared data set: round trip, digest, and a sentence for everything that is wrong with one."""
 
 import dataclasses
+import hashlib
 import json
 import os
+import pickle
 
 import pytest
 
+from diki_ray.data import index as indexes
+from diki_ray.data import index_parts
 from diki_ray.data.index import DatasetIndex, Shard, Split
 from diki_ray.errors import DataError, StorageError
 from diki_ray.store.files import read_bytes, scheme_of, write_bytes
@@ -149,3 +153,82 @@ def test_a_save_is_readable_json(tmp_path):
     content = json.loads((tmp_path / "index.json").read_text())
     assert content["splits"]["train"]["shards"][0]["blocks"] == "4 5 6"
     assert content["splits"]["train"]["shards"][0]["crc32"] == "00000001ffffffff00000003"
+
+
+@pytest.fixture
+def in_parts(tmp_path, monkeypatch):
+    """Six shards of 3 samples, saved as a large index is: two shards a part."""
+    monkeypatch.setattr(indexes, "MOST_INLINE_SAMPLES", 10)
+    monkeypatch.setattr(index_parts, "PART_SAMPLES", 6)
+    shards = tuple(Shard(f"train-{n:06d}.tar", 3, 10240, SHA, (4 + n, 5, 6), (n, 0xFFFFFFFF, 3)) for n in range(6))
+    whole = toy(tmp_path, splits={"train": Split("train", shards, (6, 12))})
+    whole.save()
+    return whole
+
+
+def test_of_a_large_index_the_samples_are_read_when_they_are_asked_for(tmp_path, in_parts, monkeypatch):
+    read = []
+
+    def counted(uri, *arguments):
+        read.append(uri.rpartition("/")[2])
+        return read_bytes(uri, *arguments)
+
+    monkeypatch.setattr(index_parts, "read_bytes", counted)
+    opened = DatasetIndex.load(str(tmp_path))
+    shards = opened.split("train").shards
+    assert (opened.split("train").num_samples, len(shards[5].blocks), read) == (18, 3, [])
+    assert opened.digest() == in_parts.digest()
+    again = pickle.loads(pickle.dumps(shards[4]))
+    assert [tuple(again.blocks[:2]), shards[4].crc32[1]] == [(8, 5), 0xFFFFFFFF]
+    assert read == ["part-000002.index.json"]
+    for shard, right in zip(shards, in_parts.split("train").shards, strict=True):
+        assert (tuple(shard.blocks), tuple(shard.crc32)) == (right.blocks, right.crc32)
+    assert sorted(read) == [f"part-{n:06d}.index.json" for n in range(3)]
+    opened.save()
+    assert DatasetIndex.load(str(tmp_path)) == opened
+
+
+def test_a_damaged_part_of_an_index_is_said_to_be(tmp_path, in_parts):
+    shards = DatasetIndex.load(str(tmp_path)).split("train").shards
+    first, second, _ = sorted(tmp_path.glob("part-*"))
+    first.write_bytes(first.read_bytes().replace(b"4 5", b"5 5"))
+    second.unlink()
+    for shard, said in ((shards[0], "does not have the checksum"), (shards[2], "there is no .*part-000001")):
+        with pytest.raises(DataError, match=said):
+            shard.blocks[0]
+    assert shards[4].blocks[0] == 8
+    content = json.loads((tmp_path / "index.json").read_text())
+    content["splits"]["train"]["shards"][4]["part"][0] = "../elsewhere/part-000002.index.json"
+    del content["checksum"]
+    content["checksum"] = hashlib.sha256(indexes._canonical(content)).hexdigest()
+    (tmp_path / "index.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="is no part of an index"):
+        DatasetIndex.load(str(tmp_path))
+
+
+def test_an_index_of_a_hundred_million_samples_opens_without_any_of_them(tmp_path):
+    """Its parts are not even there."""
+    num_shards, in_shard = 10_000, 10_000
+    content = {
+        "format": indexes.FORMAT_IN_PARTS,
+        "name": "large",
+        "split_protocol": "own",
+        "templates": ["a photo of a {}."],
+        "class_names": ["one"],
+        "provenance": {},
+        "splits": {
+            "train": {
+                "num_samples": num_shards * in_shard,
+                "samples_per_class": [num_shards * in_shard],
+                "shards": [
+                    Shard(f"train-{n:06d}.tar", in_shard, 10**9, SHA).as_json((f"part-{n // 6:06d}.index.json", SHA))
+                    for n in range(num_shards)
+                ],
+            }
+        },
+    }
+    content["checksum"] = hashlib.sha256(indexes._canonical(content)).hexdigest()
+    (tmp_path / "index.json").write_text(json.dumps(content))
+    opened = DatasetIndex.load(str(tmp_path))
+    assert opened.split("train").num_samples == 100_000_000
+    assert len(pickle.dumps(opened)) < 8e6  # what a worker is sent

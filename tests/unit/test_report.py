@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 from sample_results import HOSTILE, sample_results, with_test_shards
 
 from diki_ray.config import parse
@@ -25,7 +26,8 @@ from diki_ray.report import next_steps as next_steps_module
 from diki_ray.report.examples import Pictures, read_pictures
 from diki_ray.report.next_steps import next_steps
 from diki_ray.report.published import compare
-from diki_ray.report.run import MAX_SQUARE_TASKS, load_results, render
+from diki_ray.report.results import table
+from diki_ray.report.run import MAX_DETAILED_TASKS, MAX_SQUARE_TASKS, load_results, render
 
 NAMES = ["digits", "neon", "mist"]
 
@@ -125,6 +127,28 @@ def test_a_long_stream_has_no_table_of_all_pairs() -> None:
     assert "Only the last of 100 rows is shown" in text
     assert "its own task" in text
     assert f"{100 * results['accuracy'][-1][5]:.1f}" in text
+
+
+def test_of_very_many_tasks_the_worst_are_shown_in_detail_and_the_page_stays_small() -> None:
+    names = [f"t{n}" for n in range(1000)]
+    results = sample_results(names, epochs=1)
+    last = results["metrics"]["last"]["per_task"]
+    read: list[str] = []
+
+    def pictures(task: Any) -> Pictures:
+        read.append(task["name"])
+        return no_pictures(task)
+
+    html = render([results], pictures)
+    assert len(html) < 6e6
+    assert read == [names[j] for j in sorted(sorted(range(1000), key=last.__getitem__)[:MAX_DETAILED_TASKS])]
+    assert "Of 1000 tasks the 128 of the lowest accuracy" in Page(html).text
+    shown = Console(width=160, file=io.StringIO())
+    shown.print(table(results))
+    lines = shown.file.getvalue().splitlines()
+    assert len(lines) < 30
+    worst = min(range(1000), key=last.__getitem__)
+    assert any(f"{names[worst]} " in line and f"{100 * last[worst]:.1f}" in line for line in lines)
 
 
 def test_missing_values_are_gaps_and_not_errors() -> None:

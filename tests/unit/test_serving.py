@@ -58,7 +58,7 @@ def limited(service: Service, ask: Ask | None = None, **limits: object) -> TestC
     """A client of the same run and engine under other settings."""
     other = copy.copy(service)
     other.settings = service.settings.model_copy(update=limits)
-    other.ask = ask or other._ask_alone
+    other.ask = ask or other._ask
     return TestClient(build_app(other))
 
 

@@ -225,3 +225,13 @@ class TestClocks:
             assert len(RunStore(objects, store.run).modules()) == 4
             assert RunStore(objects, store.run).get_document("results.json") == {"step": 3}
             assert RunStore(objects, store.run).verify() == ()
+
+
+def test_a_large_document_is_written_without_a_line_for_each_value(disk):
+    store, epoch = held(disk)
+    for size in (10, 600):
+        document = {"accuracy": [[0.123456] * size] * size, "run": "x"}
+        store.put_document(epoch, "results.json", document)
+        assert store.get_document("results.json") == document
+        text = Path(disk.uri, "runs/run/results/results.json").read_text()
+        assert text.count("\n") == (size * size + 2 * size + 4 if size == 10 else 0)

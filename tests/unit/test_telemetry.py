@@ -18,7 +18,7 @@ from sample_results import sample_results
 from diki_ray.config import Config, parse
 from diki_ray.errors import ConfigError, StorageError
 from diki_ray.runs.progress import BATCHES, SCORES
-from diki_ray.runs.telemetry import MAX_PAIRED_TASKS, Telemetry, exporting
+from diki_ray.runs.telemetry import MAX_PAIRED_TASKS, MAX_TASKS, Telemetry, exporting
 from diki_ray.store.interface import HeldRun
 
 NAMES = ["digits", "neon", "mist"]
@@ -242,6 +242,25 @@ def test_a_long_stream_keeps_its_last_stage_and_its_diagonal() -> None:
     assert len(families["diki_routed_ratio"].samples) == 2 * len(names)
     assert read(telemetry, "diki_accuracy_ratio", task="t3", stage="4") == results["accuracy"][3][3]
     assert read(telemetry, "diki_accuracy_ratio", task="t3", stage=str(len(names))) == results["accuracy"][-1][3]
+
+
+def test_the_number_of_series_is_bounded_however_many_tasks_there_are() -> None:
+    names = [f"t{n}" for n in range(MAX_TASKS + 100)]
+    telemetry, results = Telemetry(config(), "own/image"), sample_results(names, epochs=1)
+    for name in names:
+        telemetry.on_event(step(name, 1, kind="epoch", num_nonfinite=1))
+    telemetry.on_results(results)
+    families = {f.name: f for f in telemetry.registry.collect()}
+    assert len(families["diki_train_loss"].samples) == MAX_TASKS
+    assert read(telemetry, "diki_train_loss", task=names[-1]) == 2.0  # the last that were trained
+    assert read(telemetry, "diki_train_loss", task=names[99]) is None
+    assert len(families["diki_zero_shot_accuracy_ratio"].samples) == MAX_TASKS
+    worst = min(range(len(names)), key=results["accuracy"][-1].__getitem__)
+    assert read(telemetry, "diki_zero_shot_accuracy_ratio", task=names[worst]) == results["zero_shot"][worst]
+    telemetry.on_event(step("t0", 2, num_nonfinite=3))
+    assert read(telemetry, "diki_train_nonfinite_steps_total", task="t0") == 3  # it is back, and counts from nothing
+    samples = sum(len(family.samples) for family in telemetry.registry.collect())
+    assert samples < 22 * MAX_TASKS
 
 
 def test_names_units_and_help_follow_the_conventions() -> None:

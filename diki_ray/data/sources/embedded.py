@@ -7,9 +7,9 @@ import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 
-import matplotlib
 import PIL
 
 from diki_ray.data.sources.raw import RawDataset, RawItem
@@ -62,7 +62,7 @@ class _DrawnSplits(Mapping[str, tuple[RawItem, ...]]):
 @lru_cache(maxsize=1)
 def _world_checksum() -> str:
     """Of everything that decides the pictures: the code that draws them and the libraries that rasterise."""
-    found = hashlib.sha256(f"{PIL.__version__} {matplotlib.__version__}".encode())
+    found = hashlib.sha256(f"{PIL.__version__} {version('matplotlib')}".encode())
     for file in sorted(Path(world.__file__).parent.glob("world*.py")):
         found.update(file.read_bytes())
     return found.hexdigest()

@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -100,6 +99,8 @@ def shape(name: str) -> Image.Image:
 @functools.cache
 def glyph(character: str, font: str) -> Image.Image:
     """Mask of one character in a font that matplotlib ships (its file name without `.ttf`)."""
+    import matplotlib  # a slow import that drawing alone needs
+
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{font}.ttf"
     # Basic layout: the same outlines whether or not this machine's Pillow found a text-shaping library.
     typeface = ImageFont.truetype(str(path), 3 * MASK_PX, layout_engine=ImageFont.Layout.BASIC)

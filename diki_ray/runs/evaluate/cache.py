@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -23,6 +23,8 @@ from diki_ray.runs.plan import Plan, precision_of
 class CacheStore(Protocol):
     """Where derived arrays are kept: the storage's `Cache`, or nowhere."""
 
+    def names(self) -> frozenset[str]: ...
+
     def get(self, name: str) -> bytes | None: ...
 
     def put(self, name: str, data: bytes) -> None: ...
@@ -30,6 +32,9 @@ class CacheStore(Protocol):
 
 class NoCache:
     """Neither reads nor keeps."""
+
+    def names(self) -> frozenset[str]:
+        return frozenset()
 
     def get(self, name: str) -> bytes | None:
         return None
@@ -58,15 +63,18 @@ class AnswerCache:
         """Whether the test set was read before: what is new of it is then computed for the images that need it."""
         return self._store.get(self._names[NO_TASK]) is not None
 
-    def load(self) -> Answers | None:
-        """None where not even the frozen features are known."""
+    def load(self, kept: Container[str]) -> Answers | None:
+        """None where not even the frozen features are known.
+
+        kept: the cache's `names`. Of a thousand tasks each would else be asked for on each of a thousand test sets.
+        """
         blob = self._store.get(self._names[NO_TASK])
         if blob is None:
             return None
         header, arrays = read_tensors(blob)
         rows = {NO_TASK: _rows(header, arrays)}
         for task in (t for t in self._names if t != NO_TASK):
-            if (blob := self._store.get(self._names[task])) is not None:
+            if self._names[task] in kept and (blob := self._store.get(self._names[task])) is not None:
                 rows[task] = _rows(*read_tensors(blob))
         self._stored = dict(rows)
         sample = rows[NO_TASK].wanted.sample

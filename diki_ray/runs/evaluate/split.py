@@ -83,7 +83,8 @@ class SplitEvaluation:
         modules = [TaskModule.from_bytes(read_module(digest)) for digest in digests]
         self.router = SplitRouter.of(plan.config, build_router(plan.config, plan.embed_dim, modules))
         self.caches = [AnswerCache(plan, cache, j, digests, split) for j in range(len(plan.tasks))]
-        self.known = [c.load() for c in self.caches]
+        kept = cache.names()
+        self.known = [c.load(kept) for c in self.caches]
         self.routes: list[RoutesAfter] = []
         self.key_of = score_keys(plan)
         self.by_set = answers_by_set(plan.config)

@@ -90,7 +90,7 @@ class TaskWorker:
 
     def learn(self, task: PlannedTask) -> None:
         """Trains, takes the statistics of, and commits one task; nothing when its module is already there."""
-        if from_rank_zero(lambda: task.key in {entry.key for entry in self.store.modules()}):
+        if from_rank_zero(lambda: self.store.has_module(task.key)):
             return
         meter = CostMeter(self.method.backbone.device)
         data = TaskData(self.config, task, self.method.backbone)

@@ -1,0 +1,72 @@
+"""Images that wait are answered together, as many as one pass takes, in the one thread that the model has."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from diki_ray.serving.engine import Question
+from diki_ray.serving.schema import ImageAnswer
+
+AnswerAll = Callable[[list[Question]], list[ImageAnswer | None]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Waiting:
+    question: Question
+    answer: Future[ImageAnswer | None] = field(default_factory=Future)
+    since: float = field(default_factory=time.monotonic)
+
+
+class Batches:
+    """Hands questions to `answer_all`, at most `max_size` at once. While one pass is computed the next one fills, so
+    that nothing but the first image after a pause waits: at most `wait_s`, for others that come with it."""
+
+    def __init__(self, answer_all: AnswerAll, max_size: int, wait_s: float) -> None:
+        self._answer_all, self._max_size, self._wait_s = answer_all, max_size, wait_s
+        self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="diki-serve-model", daemon=True).start()
+
+    def ask(self, question: Question) -> Future[ImageAnswer | None]:
+        """Returns the answer that will be; None in it: the question's deadline came first. A future that is cancelled
+        before its pass begins is left out of it."""
+        waiting = _Waiting(question)
+        self._queue.put(waiting)
+        return waiting.answer
+
+    def close(self) -> None:
+        """Ends the thread once what was asked before is answered."""
+        self._queue.put(None)
+
+    def _run(self) -> None:
+        while (first := self._queue.get()) is not None:
+            batch, ended = self._filled(first)
+            asked = [w for w in batch if w.answer.set_running_or_notify_cancel()]
+            try:
+                answers = self._answer_all([w.question for w in asked]) if asked else []
+            except Exception as error:  # whoever asked hears of it; the thread goes on
+                for w in asked:
+                    w.answer.set_exception(error)
+            else:
+                for w, answer in zip(asked, answers, strict=True):
+                    w.answer.set_result(answer)
+            if ended:
+                return
+
+    def _filled(self, first: _Waiting) -> tuple[list[_Waiting], bool]:
+        """Returns a pass's questions, and whether the end was met among them."""
+        batch = [first]
+        while len(batch) < self._max_size:
+            left = first.since + self._wait_s - time.monotonic()
+            try:
+                waiting = self._queue.get(timeout=left) if left > 0 else self._queue.get_nowait()
+            except queue.Empty:
+                break
+            if waiting is None:
+                return batch, True
+            batch.append(waiting)
+        return batch, False
