@@ -76,7 +76,8 @@ class ClassRouter:
 class ClassHead:
     """Answers by the class model, alone or beside what a trained module says.
 
-    beside: the factor of the class model's logits where they are added to a module's; None: they are the answer.
+    beside: the weight of the class model's logits in the mean with a module's, whose weight is 1; None: they are the
+        answer. A mean, for the sum of two logits that are each calibrated would be sure of itself too often.
     """
 
     def __init__(self, models: ClassModels, beside: float | None) -> None:
@@ -94,4 +95,4 @@ class ClassHead:
         if not learnt:
             return zero_shot
         scores = ClassDensities(self.models.of(learnt), frozen).logits(zero_shot, names)
-        return scores if self._beside is None else own + self._beside * scores
+        return scores if self._beside is None else (own + self._beside * scores) / (1 + self._beside)

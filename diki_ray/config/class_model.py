@@ -24,8 +24,8 @@ class ClassModelSection(Section):
     (`method.name: classes`), or beside trained modules. Its values were chosen on validation images of seven sets."""
 
     beside_modules: ChangesAnswers[float] = Field(default=2.5, ge=0)
-    """The factor of its logits where they are added to those of a trained, routed module; 0: the module alone. Only
-    with `routing.density: classes`."""
+    """The weight of its logits in the mean with those of a trained, routed module, which have 1; 0: the module alone.
+    Only with `routing.density: classes`."""
     likelihood_ratio: ChangesAnswers[float] = Field(default=0.5, ge=0)
     """The factor of the log likelihood ratio between classes learnt and one never seen, where these are compared."""
     own_covariance: ChangesAnswers[float] = Field(default=0.2, ge=0, le=1)

@@ -95,7 +95,7 @@ def _how_it_answers(config: Mapping[str, Any], answering: str) -> str:
             f"`{config['statistics']['shrinkage']}`."
         )
     beside = config["class_model"]["beside_modules"]
-    head = f"; its logits are added to a module's own, times {beside:g}" if beside else ""
+    head = f"; the answer is the mean of its logits, with the weight {beside:g}, and the module's own" if beside else ""
     return f"Images are routed and modules weighed by the class model{head}."
 
 

@@ -85,7 +85,7 @@ def test_classes_of_the_users_own_are_answered_by_zero_shot_bit_for_bit(alone: S
     assert torch.equal(logits(predictor, images, names), zero_shot)
 
 
-def test_beside_a_module_the_logits_of_both_are_added(beside: StoredRun) -> None:
+def test_beside_a_module_the_answer_is_the_weighted_mean_of_both(beside: StoredRun) -> None:
     predictor, images, names = predictor_of(beside), pixels(beside, *TASKS), ["red", "blue", "moss", "fern"]
     both, head = logits(predictor, images, names), predictor.head
     assert head is not None
@@ -93,10 +93,9 @@ def test_beside_a_module_the_logits_of_both_are_added(beside: StoredRun) -> None
     own = logits(predictor, images, names)
     frozen = predictor.frozen_features(images)
     zero_shot = predictor.zero_shot_logits(frozen, [Candidates.of(predictor.backbone, names, ["a {}."])])
-    expected = own + beside.config.class_model.beside_modules * ClassDensities(
-        head.models.of([0, 1, 2]), frozen
-    ).logits(zero_shot, names)
-    torch.testing.assert_close(both, expected)
+    weight = beside.config.class_model.beside_modules
+    scores = ClassDensities(head.models.of([0, 1, 2]), frozen).logits(zero_shot, names)
+    torch.testing.assert_close(both, (own + weight * scores) / (1 + weight))
     assert not torch.allclose(own, zero_shot)  # the modules do say something
 
 
