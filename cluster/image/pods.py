@@ -1,8 +1,8 @@
 """The pods of an overlay as containers of Podman: what the rendered manifests say, and what KubeRay 1.7 adds to it.
 
-Taken from the manifests: images, commands, environment, limits of processors and memory, user and groups, read-only root
-file systems, dropped capabilities, volumes and where they are mounted, probes, grace periods. A field that is neither
-done here nor named in NOT_DONE is an error, so that nothing of a manifest is passed over in silence.
+Taken from the manifests: images, commands, environment, limits of processors and memory, user and groups, read-only
+root file systems, dropped capabilities, volumes and where they are mounted, probes, grace periods. A field that is
+neither done here nor named in NOT_DONE is an error, so that nothing of a manifest is passed over in silence.
 
 KubeRay's part is written down here by its source (ray-operator/controllers/ray/common: pod.go, job.go): the line of
 `ray start`, the environment that it gives, the submitter's command. Each pod has a network of its own.
@@ -126,9 +126,7 @@ def arguments(pod: str, spec: dict[str, Any], container: dict[str, Any], secrets
         container: One of its containers.
         secrets: The value of each "secret/key" that the environment may name.
     """
-    grace, of_pod, volumes, _ = take(
-        spec, "terminationGracePeriodSeconds", "securityContext", "volumes", "containers"
-    )
+    grace, of_pod, volumes, _ = take(spec, "terminationGracePeriodSeconds", "securityContext", "volumes", "containers")
     not_root, user, group, seccomp = take(of_pod, "runAsNonRoot", "runAsUser", "fsGroup", "seccompProfile")
     name, image, env, limits, security, mounts, _, work_dir, *_ = take(
         container,
@@ -139,7 +137,7 @@ def arguments(pod: str, spec: dict[str, Any], container: dict[str, Any], secrets
         security, "allowPrivilegeEscalation", "readOnlyRootFilesystem", "capabilities"
     )
     cpu, memory = take(take(limits, "limits")[0], "cpu", "memory")
-    assert not_root and not escalation and read_only and capabilities == {"drop": ["ALL"]}, (pod, name)
+    assert (not_root, escalation, read_only, capabilities) == (True, False, True, {"drop": ["ALL"]}), (pod, name)
     assert seccomp == {"type": "RuntimeDefault"}, pod  # which is Podman's default as well
     num_bytes = int(quantity(memory))
     words = [
@@ -161,7 +159,7 @@ def arguments(pod: str, spec: dict[str, Any], container: dict[str, Any], secrets
 
 
 def _folder(pod: str, volume: dict[str, Any], group: int) -> Path:
-    """Where a volume lies on this machine: a claim for all pods, an empty directory for its pod, with fsGroup's rights."""
+    """Where a volume lies here, with the rights of fsGroup: a claim for all pods, an empty directory for its pod."""
     claim = volume.get("persistentVolumeClaim")
     folder = VOLUMES / (claim["claimName"] if claim else f"{pod}-{volume['name']}")
     if not folder.exists():
@@ -235,9 +233,7 @@ class Cluster:
     def _token(self) -> dict[str, str]:
         return {"RAY_AUTH_MODE": self.spec["authOptions"]["mode"], "RAY_AUTH_TOKEN": TOKEN}
 
-    def _start_pod(
-        self, pod: str, spec: dict[str, Any], index: int, options: list[str], command: list[str]
-    ) -> None:
+    def _start_pod(self, pod: str, spec: dict[str, Any], index: int, options: list[str], command: list[str]) -> None:
         """Start a pod's containers: the first with these options and this command, the others in its network."""
         self._pods[pod] = []
         self.addresses[pod] = f"{SUBNET}.{10 + 20 * self.number + index}"
@@ -266,7 +262,7 @@ class Cluster:
         return pod
 
     def wait_for(self, pod: str, *probes: str) -> float:
-        """Ask these probes of a Ray pod, from outside as the kubelet does, until all are content; the seconds it took."""
+        """Ask these probes of a Ray pod, from outside as the kubelet does, until all are content; the seconds taken."""
         is_head = pod == self.head
         group = self.spec["headGroupSpec"] if is_head else self.spec["workerGroupSpecs"][0]
         container = group["template"]["spec"]["containers"][0]
@@ -314,7 +310,8 @@ class Cluster:
 
     def kill(self, pod: str) -> None:
         """SIGKILL to all of a pod, as when its machine is lost."""
-        run("podman", "rm", "--force", "--ignore", "--time=0", *reversed(self._pods.pop(pod)))
+        for container in reversed(self._pods.pop(pod)):  # the others use the first one's network
+            run("podman", "rm", "--force", "--ignore", "--time=0", container)
         del self.addresses[pod]
 
 
