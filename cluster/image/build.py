@@ -21,7 +21,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pods import OUTPUT, ROOT, cluster_of, run, say, ulimits
+from commands import OUTPUT, ROOT, run, say, ulimits
+from manifests import cluster_of
 
 DOCKERFILE = ROOT / "cluster" / "docker" / "Dockerfile"
 CONSTRAINTS = DOCKERFILE.with_name("constraints.txt")

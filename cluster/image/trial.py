@@ -1,7 +1,7 @@
 """The cluster of overlays/kind and the service of overlays/kind-serve, run from the image in containers: `make image`,
 second half, after build.py; `trial.py job` or `trial.py serve` for one of them (serve needs what job left).
 
-The pods are those of the rendered manifests (pods.py, which also says what is not emulated). Tried, each with an
+The pods are those of the rendered manifests (manifests.py; pods.py says what is not emulated). Tried, each with an
 assertion: the job; the same again; a worker's machine lost; the head lost; where the store is; the service with and
 without its token; an upgrade to a second cluster while clients ask. What was seen goes into build/image/trial.json.
 """
@@ -9,7 +9,6 @@ without its token; an upgrade to a second cluster while clients ask. What was se
 from __future__ import annotations
 
 import base64
-import io
 import json
 import re
 import shutil
@@ -24,7 +23,9 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import yaml
-from pods import NETWORK, OUTPUT, SUBNET, TOKEN, VOLUMES, Cluster, ask, resource_of, run, say
+from commands import OUTPUT, ask, run, say
+from manifests import VOLUMES, resource_of
+from pods import NETWORK, SUBNET, TOKEN, Cluster
 
 EPOCH = re.compile(r"\[(\d)/\d\] (\w+)  epoch (\d+)/\d+")
 STORAGE = "/mnt/diki/runs"
@@ -101,12 +102,9 @@ def disturbed() -> dict[str, Any]:
         lines = wait_for_epoch(cluster, submitter, task=2, epoch=5)
         lost = cluster.nodes_of("RayTrainWorker")[0]
         say(f"killing {lost}")
-        began = time.monotonic()
         cluster.kill(lost)
-        cluster.start_worker(workers[lost])
-        while len(epochs(cluster.log(submitter))) <= lines:
-            assert_runs(cluster, submitter)
-        worker_s = time.monotonic() - began
+        workers = [pod for pod in workers if pod != lost] + [cluster.start_worker()]
+        worker_s = cluster.wait(submitter, "other epoch", lambda: len(epochs(cluster.log(submitter))) > lines)
         say(f"trained on after {worker_s:.0f} s")
 
         wait_for_epoch(cluster, submitter, task=4, epoch=5)
@@ -127,35 +125,32 @@ def disturbed() -> dict[str, Any]:
     return {"after_worker_lost_s": round(worker_s), "after_head_lost_s": round(head_s)}
 
 
-def begin(cluster: Cluster, num_workers: int = 2) -> dict[str, int]:
-    """Start the head and then the workers, as its `wait-gcs-ready` makes them wait; the number of each worker's pod."""
+def begin(cluster: Cluster, num_workers: int = 2) -> list[str]:
+    """Start the head and then the workers, as their `wait-gcs-ready` makes them wait; the workers' pods."""
     cluster.start_head()
     head_s = cluster.wait_for(cluster.head, "startupProbe", "readinessProbe", "livenessProbe")
-    workers = {cluster.start_worker(number): number for number in range(1, num_workers + 1)}
+    workers = [cluster.start_worker() for _ in range(num_workers)]
     worker_s = max(cluster.wait_for(pod, "startupProbe", "livenessProbe") for pod in workers)
     say(f"{cluster.name}: the head is there after {head_s:.0f} s, {num_workers} worker(s) {worker_s:.0f} s later")
     assert ask(f"http://{cluster.head_ip}:8265/api/jobs/")[0] == 401, "the jobs API answers without the token"
     return workers
 
 
-def lose_head(cluster: Cluster, submitter: str, workers: dict[str, int]) -> None:
+def lose_head(cluster: Cluster, submitter: str, workers: list[str]) -> None:
     """Lose the head's machine, and do what KubeRay does: a new head, a new pod for each that ends."""
     began = time.monotonic()
     cluster.kill(cluster.head)
     cluster.start_head()
-    cluster.wait_for(cluster.head, "startupProbe")
-    for pod, number in workers.items():
-        while cluster.is_running(pod):
-            assert time.monotonic() < began + 300, f"{pod} outlived its head"
-            time.sleep(1)
+    for pod in workers:
+        cluster.wait_for_end(pod, patience_s=300)
         cluster.kill(pod)
-        cluster.start_worker(number)
     say(f"the old workers had ended after {time.monotonic() - began:.0f} s")
-    while cluster.is_running(submitter):
-        assert time.monotonic() < began + 300, "the submitter did not notice that its head was lost"
-        time.sleep(1)
-    say(f"the submitter had ended after {time.monotonic() - began:.0f} s")
+    cluster.wait_for(cluster.head, "startupProbe")
+    for _ in workers:
+        cluster.start_worker()
+    cluster.wait_for_end(submitter, patience_s=300)
     cluster.kill(submitter)
+    say(f"the submitter had ended after {time.monotonic() - began:.0f} s")
 
 
 class Epoch(NamedTuple):
@@ -172,26 +167,19 @@ def epochs(log: str) -> list[Epoch]:
 
 def wait_for_epoch(cluster: Cluster, submitter: str, task: int, epoch: int) -> int:
     """Wait until the line of this epoch of the task at this place; the number of epochs' lines until then."""
-    while True:
-        found = epochs(cluster.log(submitter))
-        if any((one.place, one.number) >= (task, epoch) for one in found):
-            return len(found)
-        assert_runs(cluster, submitter)
 
+    def is_there() -> bool:
+        return any(one[::2] >= (task, epoch) for one in epochs(cluster.log(submitter)))
 
-def assert_runs(cluster: Cluster, submitter: str) -> None:
-    if not cluster.is_running(submitter):
-        sys.exit(f"{submitter} ended early:\n{cluster.log(submitter)[-4000:]}")
-    time.sleep(1)
+    cluster.wait(submitter, f"epoch {epoch} of task {task}", is_there)
+    return len(epochs(cluster.log(submitter)))
 
 
 def wait_for_end(cluster: Cluster, submitter: str) -> str:
     """Wait until the submitter has ended well; the job's log."""
-    while cluster.is_running(submitter):
-        time.sleep(1)
+    code = cluster.wait_for_end(submitter)
     log = cluster.log(submitter)
-    code = run("podman", "inspect", "--format={{.State.ExitCode}}", f"{submitter}-ray-job-submitter").stdout.strip()
-    if code != "0" or "Last" not in log:
+    if code != 0 or "Last" not in log:
         sys.exit(f"{submitter} ended with {code}:\n{log[-4000:]}")
     return log
 
@@ -265,7 +253,7 @@ def serve(cluster: Cluster) -> list[str]:
     for worker in workers:
         cluster.wait_for(worker, "readinessProbe")
     say(f"{cluster.name} is ready to answer")
-    return list(workers)
+    return workers
 
 
 def gems() -> list[tuple[bytes, str]]:
@@ -305,7 +293,7 @@ class Clients:
             number += NUM_CLIENTS
             body = json.dumps({"images": [base64.b64encode(image).decode()]}).encode()
             status, said = ask(f"http://{self.address}:8000/predict", body, headers, timeout=40)
-            told = json.load(io.BytesIO(said))["answers"][0]["class_name"] if status == 200 else status
+            told = json.loads(said)["answers"][0]["class_name"] if status == 200 else status
             self.answers.append({right: "right"}.get(told, "wrong" if status == 200 else f"status {status}"))
 
 

@@ -11,8 +11,9 @@ import pytest
 from cluster_overlays import ROOT, pod_templates, ray_cluster, tool
 
 sys.path.insert(0, str(ROOT / "cluster" / "image"))
+import manifests
+
 import build
-import pods
 
 SECRETS = {"diki-serve/token": "its-token"}
 
@@ -20,22 +21,22 @@ SECRETS = {"diki-serve/token": "its-token"}
 @pytest.fixture(autouse=True)
 def elsewhere(monkeypatch, tmp_path):
     tool("kubectl", "NOTHING of cluster/image was checked")
-    monkeypatch.setattr(pods, "VOLUMES", tmp_path)
-    monkeypatch.setattr(pods, "_give_to_group", lambda *_: None)
+    monkeypatch.setattr(manifests, "VOLUMES", tmp_path)
+    monkeypatch.setattr(manifests, "_give_to_group", lambda *_: None)
 
 
 def words(overlay, pod, container=0):
     spec = dict(pod_templates(overlay))[pod]["spec"]
-    return pods.arguments("a-pod", spec, spec["containers"][container], SECRETS)
+    return manifests.arguments("a-pod", spec, spec["containers"][container], SECRETS)
 
 
 def test_ray_is_started_as_kuberay_starts_it():
     cluster = ray_cluster("kind")
-    assert pods.ray_start(cluster["headGroupSpec"], None) == (
+    assert manifests.ray_start(cluster["headGroupSpec"], None) == (
         "ray start --head --block --dashboard-agent-listen-port=52365 --dashboard-host=0.0.0.0 --memory=4294967296"
         " --metrics-export-port=8080 --no-monitor --num-cpus=0"
     )
-    assert pods.ray_start(cluster["workerGroupSpecs"][0], "head") == (
+    assert manifests.ray_start(cluster["workerGroupSpecs"][0], "head") == (
         "ray start --address=head:6379 --block --dashboard-agent-listen-port=52365 --memory=4294967296"
         " --metrics-export-port=8080 --num-cpus=2"
     )
@@ -49,8 +50,8 @@ def test_every_container_has_the_manifests_confinement_limits_and_environment(ov
             confined = {"--user=1000", "--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges"}
             assert confined <= set(told), (pod, container["name"])
             limits = container["resources"]["limits"]
-            assert f"--memory={int(pods.quantity(limits['memory']))}" in told
-            assert f"--cpus={pods.quantity(limits['cpu'])}" in told
+            assert f"--memory={int(manifests.quantity(limits['memory']))}" in told
+            assert f"--cpus={manifests.quantity(limits['cpu'])}" in told
             for variable in container["env"]:
                 assert f"--env={variable['name']}={variable.get('value', SECRETS['diki-serve/token'])}" in told
             assert told[-1] == f"localhost/{container['image']}"
@@ -72,19 +73,19 @@ def test_a_field_of_the_manifests_that_the_trial_does_not_do_is_an_error(where):
     places |= {"limits": container["resources"]["limits"]}
     places[where]["somethingNew"] = "1"
     with pytest.raises(SystemExit, match="somethingNew"):
-        pods.arguments("a-pod", spec, container, {})
+        manifests.arguments("a-pod", spec, container, {})
 
 
 def test_a_privileged_container_is_not_run():
     spec = copy.deepcopy(dict(pod_templates("kind"))["head"]["spec"])
     spec["containers"][0]["securityContext"]["allowPrivilegeEscalation"] = True
     with pytest.raises(AssertionError):
-        pods.arguments("a-pod", spec, spec["containers"][0], {})
+        manifests.arguments("a-pod", spec, spec["containers"][0], {})
 
 
 @pytest.mark.parametrize(("text", "number"), [("2", 2), ("500m", 0.5), ("4Gi", 4 * 2**30), ("512Mi", 2**29)])
 def test_quantities_are_kubernetes_own(text, number):
-    assert pods.quantity(text) == number
+    assert manifests.quantity(text) == number
 
 
 def test_the_package_index_of_this_machine_is_handed_to_the_build(tmp_path):
