@@ -2,6 +2,7 @@
 # make check        environment, lint, types, unit tests: no cluster, at most 3 minutes on two idle cores
 # make test         the same and every other test that is not marked long: at most 12 minutes
 # make cluster      the files under cluster/ alone; needs kubectl, docker compose and Prometheus' tools, and says loudly what it left out
+# make image        the image built and overlays/kind run from it in containers, 20 minutes and 30 GB; as root on Debian, with buildah, Podman, kubectl
 # make chaos       every test of recovery, of sweeps, of several nodes, of shared-out weights and of the benchmark, long ones too
 # make soak         KILLS (50) random kills over a long stream: bit-equal results and nothing left behind
 # make gpu         parity, then everything that docs/benchmarks.md has not measured, on a CUDA card, into build/gpu; about half
@@ -32,6 +33,11 @@ test: env-test lint types
 
 cluster: env-test
 	$(BIN)/python -m pytest -rs tests/unit/test_cluster_*.py
+
+.PHONY: image
+image: env-test
+	$(BIN)/python cluster/image/build.py
+	$(BIN)/python cluster/image/trial.py
 
 .PHONY: browser
 browser: env-test
