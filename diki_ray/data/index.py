@@ -46,6 +46,11 @@ class Shard:
     blocks: Sequence[int] = ()
     crc32: Sequence[int] = ()
 
+    def __post_init__(self) -> None:
+        for name in ("blocks", "crc32"):
+            if isinstance(values := getattr(self, name), list):  # as it comes back from the JSON of another process
+                object.__setattr__(self, name, tuple(values))
+
     def check(self, where: str) -> None:
         """Raise DataError unless the numbers agree with each other; `where` names the index in the message."""
         if not re.fullmatch(r"[\w][\w.-]*\.tar", self.file):

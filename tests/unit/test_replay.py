@@ -137,6 +137,7 @@ def test_twelve_transforms_of_which_the_first_leaves_the_image_as_it_is() -> Non
 def test_the_loss_of_a_step_is_that_of_its_batch_and_of_its_exemplars(tmp_path: Path, num_parts: int) -> None:
     backbone = load(str(write_tiny_backbone(tmp_path)))
     remedies: dict[str, Any] = {"against_forgetting": "none", "wise_ft": 1.0, "ewc_lambda": 1.0, "badam_std": 0.01}
+    remedies["blip_prior"] = 1e-4
     method = SequentialLora(backbone, **remedies, rank=2, alpha=1.0, image_depth=1, text_depth=1)
     generator = torch.Generator().manual_seed(1)
     start = {n: torch.randn(p.shape, generator=generator) * 0.3 for n, p in method.initial(generator).items()}
