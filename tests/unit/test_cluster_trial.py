@@ -11,9 +11,8 @@ import pytest
 from cluster_overlays import ROOT, pod_templates, ray_cluster, tool
 
 sys.path.insert(0, str(ROOT / "cluster" / "image"))
-import manifests
-
 import build
+import manifests
 
 SECRETS = {"diki-serve/token": "its-token"}
 
