@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+from collections.abc import Iterator
 from importlib.metadata import distributions
 
 KEPT_SECRETS = re.compile(r"\.netrc|\.git|\.env|\.npmrc|\.pypirc|auth_token|id_(rsa|ed25519|ecdsa)|.*\.kubeconfig")
@@ -16,23 +17,24 @@ EMPTY = ("/root/.cache", "/home/ray/.cache", "/tmp", "/var/tmp", "/var/cache/apt
 """Folders that are empty or not there, but for the locks of apt."""
 
 
-def files(top):
+def files(top: str) -> Iterator[str]:
     for folder, folders, names in os.walk(top):
         folders[:] = [name for name in folders if os.path.join(folder, name) not in ("/proc", "/sys", "/dev")]
         yield from (os.path.join(folder, name) for name in (*folders, *names))
 
 
-def packages():
+def packages() -> Iterator[tuple[str, str, str]]:
     for distribution in distributions():
         yield "pypi", re.sub(r"[-_.]+", "-", distribution.metadata["Name"]).lower(), distribution.version
     listed = subprocess.run(
         ["dpkg-query", "--show", "--showformat=${Package} ${Version}\n"], capture_output=True, text=True, check=True
     )
     for line in listed.stdout.splitlines():
-        yield "deb/debian", *line.split()
+        name, version = line.split()
+        yield "deb/debian", name, version
 
 
-def holds_a_secret(path):
+def holds_a_secret(path: str) -> bool:
     if not os.path.isfile(path) or os.path.islink(path) or os.path.getsize(path) > 1_000_000:
         return False
     with open(path, "rb") as file:

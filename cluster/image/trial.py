@@ -293,8 +293,10 @@ class Clients:
             number += NUM_CLIENTS
             body = json.dumps({"images": [base64.b64encode(image).decode()]}).encode()
             status, said = ask(f"http://{self.address}:8000/predict", body, headers, timeout=40)
-            told = json.loads(said)["answers"][0]["class_name"] if status == 200 else status
-            self.answers.append({right: "right"}.get(told, "wrong" if status == 200 else f"status {status}"))
+            if status != 200:
+                self.answers.append(f"status {status}")
+                continue
+            self.answers.append("right" if json.loads(said)["answers"][0]["class_name"] == right else "wrong")
 
 
 if __name__ == "__main__":
