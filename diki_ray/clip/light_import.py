@@ -48,7 +48,9 @@ def _without_compiler() -> Iterator[None]:
     package.__path__ = []
 
     def is_compile_supported(device: Any) -> Any:
-        return importlib.import_module("torch._dynamo.utils").is_compile_supported(device)
+        from torch._dynamo.utils import is_compile_supported as compiler_says
+
+        return compiler_says(device)
 
     functions.is_compile_supported = is_compile_supported  # type: ignore[attr-defined]
     sys.modules.update(zip(_COMPILER, (package, functions), strict=True))
