@@ -129,7 +129,7 @@ class SequentialLoraSection(LowRankSection):
     """ewc: strength of the penalty."""
     badam_std: ChangesModule[float] = Field(default=0.01, gt=0)
     """badam: deviation of every weight before the first task."""
-    blip_prior: Annotated[ChangesModule[float], AddedLater()] = Field(default=1e-4, gt=0)
+    blip_prior: Annotated[ChangesModule[float], AddedLater()] = Field(default=1e-10, gt=0)
     """blip: Fisher information of every weight before the first task, for each of the weights that feed the same
     output; a smaller one freezes more bits. It depends on the data and is chosen on validation images."""
 
