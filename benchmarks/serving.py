@@ -166,7 +166,8 @@ def engine_rate(settings: Settings, files: Sequence[bytes], seconds: float) -> f
     torch.set_num_threads(1)
     snapshot, images = Snapshots(settings).current, [decode_image(data) for data in files]
     engine = Batches(answer_questions, settings.max_batch_size, settings.batch_wait_s)
-    end, preprocess = time.perf_counter() + seconds, snapshot.predictor.backbone.preprocess
+    started = time.perf_counter()
+    end, preprocess = started + seconds, snapshot.predictor.backbone.preprocess
 
     def feed(first: int) -> int:
         """A few passes of images are under way at any time, so that the engine never waits."""
@@ -177,11 +178,10 @@ def engine_rate(settings: Settings, files: Sequence[bytes], seconds: float) -> f
             if len(under_way) >= 2 * settings.max_batch_size:
                 under_way.pop(0).result()
                 done += 1
-        return done
+        return done + sum(future.result() is not None for future in under_way)
 
     try:
         with ThreadPoolExecutor(FEEDERS) as feeders:
-            started = time.perf_counter()
             answered = sum(feeders.map(feed, range(FEEDERS)))
             return answered / (time.perf_counter() - started)
     finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,22 +48,29 @@ def answer_questions(questions: Sequence[Question]) -> list[ImageAnswer | None]:
         pixels = torch.stack([questions[n].pixels for n in rows])
         candidates = [questions[n].candidates for n in rows]
         predictor = questions[rows[0]].snapshot.predictor
-        for n, decision in zip(rows, decide(predictor, pixels, candidates, zero_shot=True), strict=True):
-            answers[n] = _response(decision)
+        for n, answer in zip(rows, _answered(decide(predictor, pixels, candidates, zero_shot=True)), strict=True):
+            answers[n] = answer
     return answers
 
 
-def _response(decision: Decision) -> ImageAnswer:
-    assert decision.zero_shot is not None  # it was asked for
-    return ImageAnswer(
-        **vars(decision.answer),
-        top=_best(decision.names, decision.logits),
-        plain_clip=_best(decision.names, decision.zero_shot),
-    )
+def _answered(decisions: Sequence[Decision]) -> list[ImageAnswer]:
+    """Returns decisions as they are sent; the best classes of those that chose among the same names at once."""
+    answers: list[Any] = [None] * len(decisions)
+    groups: dict[int, list[int]] = {}
+    for n, decision in enumerate(decisions):
+        groups.setdefault(id(decision.names), []).append(n)
+    for group in groups.values():
+        of = [decisions[n] for n in group]
+        top = _best(of[0].names, [d.logits for d in of])
+        plain = _best(of[0].names, [d.zero_shot for d in of if d.zero_shot is not None])  # they were asked for
+        for n, d, best, plain_best in zip(group, of, top, plain, strict=True):
+            answers[n] = ImageAnswer(**vars(d.answer), top=best, plain_clip=plain_best)
+    return answers
 
 
-def _best(names: Sequence[str], logits: Tensor) -> list[Choice]:
-    """Returns the best classes by their logits [C], the best of them first; of equals the one that was named first."""
-    confidence, index = logits.softmax(0).sort(descending=True, stable=True)
-    best = zip(index[:NUM_TOP].tolist(), confidence[:NUM_TOP].tolist(), strict=True)
-    return [Choice(class_name=names[i], confidence=c) for i, c in best]
+def _best(names: Sequence[str], logits: Sequence[Tensor]) -> list[list[Choice]]:
+    """Returns for each image the best classes by its logits [C], the best of them first; of equals the one that was
+    named first."""
+    confidence, index = torch.stack(tuple(logits)).softmax(1).sort(dim=1, descending=True, stable=True)
+    best = zip(index[:, :NUM_TOP].tolist(), confidence[:, :NUM_TOP].tolist(), strict=True)
+    return [[Choice(class_name=names[i], confidence=c) for i, c in zip(*row, strict=True)] for row in best]
