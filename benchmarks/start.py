@@ -77,8 +77,10 @@ def child(spawned: str, command: str, *arguments: str) -> int:
     import torch  # noqa: F401
 
     note("torch imported")
-    import open_clip  # noqa: F401
+    from diki_ray.clip.light_import import import_for
+    from diki_ray.config import BackboneSection
 
+    import_for(BackboneSection(name="embedded"))  # as both commands do
     note("open_clip imported")
     if command == "continual":
         import ray  # noqa: F401
@@ -154,7 +156,12 @@ def _learnt(folder: str) -> str:
     storage = f"{folder}/answering"
     tasks = [{"data": "embedded:gems"}, {"data": "embedded:digits"}]
     config = parse(
-        {"run": {"name": "answering", "storage": storage}, "tasks": tasks, "statistics": {"shrinkage": "oas"}}
+        {
+            "run": {"name": "answering", "storage": storage},
+            "tasks": tasks,
+            "method": {"image_depth": 4, "text_depth": 3},
+            "statistics": {"shrinkage": "oas"},
+        }
     )
     backbone = load_backbone(config)
     method = build_method(config, backbone)
