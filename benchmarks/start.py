@@ -77,10 +77,9 @@ def child(spawned: str, command: str, *arguments: str) -> int:
     import torch  # noqa: F401
 
     note("torch imported")
-    from diki_ray.clip.light_import import import_for
-    from diki_ray.config import BackboneSection
+    os.environ.setdefault("DIKI_LIGHT_IMPORT", "1")  # as every command does
+    from diki_ray.clip import light_import  # noqa: F401
 
-    import_for(BackboneSection(name="embedded"))  # as both commands do
     note("open_clip imported")
     if command == "continual":
         import ray  # noqa: F401
