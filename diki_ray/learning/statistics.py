@@ -26,6 +26,9 @@ EXACT_ROWS = 4096
 """Rows whose products are summed in float64 at once: 4,096 · 2⁴⁰ = 2⁵² is the last sum that is sure to be exact."""
 LARGEST = 2**62
 """No sum may reach it; 4 million images whose features all lie in one dimension would."""
+MOST_DIMENSIONS = 8192
+"""Of an embedding, several times those of the largest CLIPs. The second moments of more would fill a machine's memory
+when a few megabytes of a stored file are read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,9 +53,14 @@ class Statistics:
         """The statistics of features [N, E] of norm 1 (any float dtype) with labels [N] in 0 … C − 1.
 
         Raises:
-            DataError: a feature is not finite, or larger than 1, which features of norm 1 are not.
+            DataError: a feature is not finite, or larger than 1, which features of norm 1 are not; or there are more
+                than MOST_DIMENSIONS.
         """
         x = np.asarray(features, dtype=np.float64)
+        if x.shape[1] > MOST_DIMENSIONS:
+            raise DataError(
+                f"the backbone's features have {x.shape[1]:,} dimensions, and at most {MOST_DIMENSIONS:,} are added up."
+            )
         if not np.isfinite(x).all() or (x.size and np.abs(x).max() > 1 + 1e-3):
             raise DataError(
                 "the frozen features of some images are not finite numbers of norm 1: the backbone's weights are "
@@ -146,8 +154,12 @@ class Statistics:
     def from_tensors(tensors: dict[str, np.ndarray]) -> Statistics:
         """Raises CorruptError when the arrays are not those of statistics."""
         try:
-            counts, first, packed = tensors["counts"], _wide(tensors["first"]), _wide(tensors["second"])
-            num_classes, e = first.shape
+            counts, first, packed = (tensors[name] for name in ("counts", "first", "second"))
+            _, num_classes, e = first.shape
+            # Before anything of these sizes is made.
+            if not 0 < e <= MOST_DIMENSIONS or packed.shape[1:] != (e * (e + 1) // 2,):
+                raise ValueError(f"sums of shapes {first.shape} and {packed.shape} do not fit each other")
+            first, packed = _wide(first), _wide(packed)
             lower = np.zeros((e, e), np.int64)
             lower[np.tril_indices(e)] = packed
         except (KeyError, ValueError, IndexError) as error:
@@ -176,6 +188,8 @@ def _wide(planes: np.ndarray) -> np.ndarray:
     """The inverse of `_narrow`."""
     if planes.dtype != np.uint8 or not 1 <= len(planes) <= 8:
         raise ValueError(f"{planes.dtype} planes of shape {planes.shape} hold no integers")
-    sign = np.where(planes[-1:] >= 128, np.uint8(255), np.uint8(0))
-    full = np.concatenate([planes, np.repeat(sign, 8 - len(planes), 0)])
-    return np.ascontiguousarray(np.moveaxis(full, 0, -1)).view("<i8")[..., 0].astype(np.int64)
+    values = np.empty(planes.shape[1:], "<i8")
+    low_to_high = values[..., None].view(np.uint8)
+    low_to_high[..., : len(planes)] = np.moveaxis(planes, 0, -1)
+    low_to_high[..., len(planes) :] = np.where(planes[-1] >= 128, np.uint8(255), np.uint8(0))[..., None]
+    return values.astype(np.int64, copy=False)

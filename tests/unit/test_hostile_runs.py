@@ -160,6 +160,7 @@ WITH_CLASSES: dict[str, Change] = {
     "sums that are no bytes": lambda h, t: t.update({"statistics/first": np.zeros((2, 64))}),
     "sums of nothing": lambda h, t: t.update({"statistics/second": np.zeros((0,), np.uint8)}),
     "a class more": lambda h, t: h["class_names"].append("more"),
+    "dimensions that fill memory": lambda h, t: t.update({"statistics/first": np.zeros((1, 2, 10**6), np.uint8)}),
 }
 
 

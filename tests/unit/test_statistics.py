@@ -1,11 +1,13 @@
 """The sums that a task's images leave behind: exact, whoever added them up in whichever order."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
 from diki_ray.errors import CorruptError, DataError
 from diki_ray.learning.moments import Moments
-from diki_ray.learning.statistics import Statistics
+from diki_ray.learning.statistics import MOST_DIMENSIONS, Statistics
 
 RNG = np.random.default_rng(0)
 
@@ -93,6 +95,29 @@ def test_sums_that_would_leave_their_range_are_refused() -> None:
     big = Statistics(np.ones(1, np.int64), np.zeros((1, 1), np.int64), np.full((1, 1), 2**61))
     with pytest.raises(DataError, match="divide it"):
         big.merge(big)
+
+
+@pytest.mark.parametrize("dimensions", [50_000, MOST_DIMENSIONS + 1])
+def test_dimensions_that_a_file_only_claims_take_no_memory(dimensions: int) -> None:
+    """With squares that fit them and with ones that do not: 60 KB asked for 20 GB, which a machine may even have."""
+    fitting = dimensions * (dimensions + 1) // 2 if dimensions == MOST_DIMENSIONS + 1 else 3
+    claimed = {
+        "counts": np.ones(1, np.int64),
+        "first": np.zeros((1, 1, dimensions), np.uint8),
+        "second": np.zeros((1, fitting), np.uint8),
+    }
+    tracemalloc.start()
+    try:
+        with pytest.raises(CorruptError, match="do not fit"):
+            Statistics.from_tensors(claimed)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_features_of_more_dimensions_than_can_be_read_again_are_not_added_up() -> None:
+    with pytest.raises(DataError, match="8,193 dimensions"):
+        Statistics.of(np.zeros((1, MOST_DIMENSIONS + 1)), np.zeros(1, np.int64), 1)
 
 
 def test_other_arrays_are_no_statistics() -> None:
