@@ -175,12 +175,10 @@ def auroc(weights: Sequence[np.ndarray], known: Sequence[bool]) -> float | None:
     where all or none are."""
     if all(known) or not any(known):
         return None
+    from sklearn.metrics import roc_auc_score  # a second to import, which a first answer need not wait for
+
     truth = np.concatenate([np.full(len(w), k) for w, k in zip(weights, known, strict=True)])
-    # The area is the share of pairs in the right order, ties half (Mann and Whitney): a sum of mean ranks.
-    _, place, counts = np.unique(np.concatenate(weights), return_inverse=True, return_counts=True)
-    rank = (np.cumsum(counts) - (counts - 1) / 2)[place]
-    positive, negative = int(truth.sum()), int((~truth).sum())
-    return float((rank[truth].sum() - positive * (positive + 1) / 2) / (positive * negative))
+    return float(roc_auc_score(truth, np.concatenate(weights)))
 
 
 def _joined(test_sets: Sequence[TestSet], row: int) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from noise_images import draw
 
 from diki_ray.learning.module import TaskModule
 from diki_ray.store.run_store import RunStore
@@ -20,16 +20,6 @@ from diki_ray.store.run_store import RunStore
 ROOT = Path(__file__).parent.parent.parent
 PAGE = (ROOT / "docs" / "sites.md").read_text()
 SITES = {"north": {"crack": 12, "dent": 14}, "south": {"dent": 11, "scratch": 13}, "east": {"crack": 15, "scratch": 3}}
-
-
-def draw(folder: Path, site: str) -> None:
-    for name, count in SITES[site].items():
-        for split, number in (("train", count), ("val", 1), ("test", 1)):
-            (folder / split / name).mkdir(parents=True, exist_ok=True)
-            for n in range(number):
-                seed = [sum(map(ord, site + name + split)), n]
-                pixels = np.random.default_rng(seed).integers(0, 255, (24, 24, 3), np.uint8)
-                Image.fromarray(pixels).save(folder / split / name / f"{site}{n}.png")
 
 
 def begun(command: str, folder: Path) -> subprocess.Popen[str]:
@@ -63,7 +53,7 @@ def merged(folder: Path) -> TaskModule:
 def test_three_processes_with_folders_of_their_own_make_the_module_of_one(tmp_path: Path) -> None:
     at_a_site, at_the_centre = re.findall(r"^```bash\n(.*?)^```$", PAGE, re.M | re.S)
     for site in SITES:
-        draw(tmp_path / site / "images", site)
+        draw(tmp_path / site / "images", SITES[site], site)
     said = [ended(process) for process in [begun(at_a_site, tmp_path / site) for site in SITES]]
     assert "Left out, as they have fewer than 10: scratch" in said[2]
     assert "crack 12, dent 14" in said[0]
@@ -76,7 +66,7 @@ def test_three_processes_with_folders_of_their_own_make_the_module_of_one(tmp_pa
 
     one = tmp_path / "one"
     for site in SITES:
-        draw(one / "images", site)
+        draw(one / "images", SITES[site], site)
     for path in (one / "images/train/scratch").glob("east*.png"):  # too few, so that they stayed at their site
         path.unlink()
     ended(begun(f"{at_a_site}diki-ray site merge my.part --config agreed.yaml --json", one))

@@ -6,13 +6,14 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from learning import learnt, modules, tiny_plan
+from noise_images import draw
 from PIL import Image
 from tiny_backbone import write_tiny_backbone
 
@@ -34,17 +35,6 @@ SITES: dict[str, dict[str, int]] = {
     "east": {"crack": 11, "dent": 1},
 }
 CLASSES = ("crack", "dent", "scratch")
-
-
-def draw(folder: Path, counts: Mapping[str, int], site: str) -> None:
-    """Images of noise: so many of each class to train on, and one each to validate and to test."""
-    for name, count in counts.items():
-        for split, number in (("train", count), ("val", 1), ("test", 1)):
-            (folder / split / name).mkdir(parents=True, exist_ok=True)
-            for n in range(number):
-                seed = [sum(map(ord, site + name + split)), n]
-                pixels = np.random.default_rng(seed).integers(0, 255, (24, 24, 3), np.uint8)
-                Image.fromarray(pixels).save(folder / split / name / f"{site}{n}.png")
 
 
 @pytest.fixture(scope="module")

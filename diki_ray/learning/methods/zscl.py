@@ -89,4 +89,4 @@ class Zscl(FromReference):
                 average.lerp_(parameters[name], 1 / (num_averaged + 1))
 
     def finish(self, parameters: Parameters, sums: Parameters) -> Parameters:
-        return kept("average", parameters) or parameters  # a former module's, kept, are finished
+        return kept("average", parameters)
