@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,8 +49,9 @@ def config(folder: Path, name: str, concurrent_tasks: int) -> Config:
 
 
 def digests(storage: Path) -> dict[str, str]:
-    """Key -> digest of every module of the library."""
-    return {info.path: (storage / info.path).read_text() for info in Objects.open(str(storage)).list("library/keys")}
+    """Key -> digest of every module of the library; beside it stands what learning cost, which is never the same."""
+    records = [storage / info.path for info in Objects.open(str(storage)).list("library/keys")]
+    return {content["key"]: content["digest"] for content in (json.loads(r.read_text())["content"] for r in records)}
 
 
 @contextmanager
