@@ -3,7 +3,7 @@
 # make test         the same and every other test that is not marked long: at most 12 minutes
 # make cluster      the files under cluster/ alone; needs kubectl, docker compose and Prometheus' tools, and says loudly what it left out
 # make image        the image built and overlays/kind run from it in containers, 20 minutes and 30 GB; as root on Debian, with buildah, Podman, kubectl
-# make chaos       every test of recovery, of sweeps, of several nodes, of shared-out weights and of the benchmark, long ones too
+# make chaos        every test of tests/chaos, and every test anywhere that is marked long
 # make soak         KILLS (50) random kills over a long stream: bit-equal results and nothing left behind
 # make gpu         parity, then everything that docs/benchmarks.md has not measured, on a CUDA card, into build/gpu; about half
 #                  an hour, each section says its seconds; says loudly when there is no card
@@ -62,7 +62,7 @@ audit: env
 
 .PHONY: chaos soak
 chaos: env-test
-	$(BIN)/python -m pytest -m "long or not long" --durations=0 tests/chaos tests/streams/test_benchmark_job.py $(patsubst %,tests/ray/test_%.py,continual many_nodes submission sweep rehearse)
+	$(BIN)/python -m pytest -m "long or chaos" --durations=0
 
 .PHONY: docs tutorial
 docs: env

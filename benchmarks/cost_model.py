@@ -1,11 +1,12 @@
 """The seconds that a training step takes on W devices, from what one device needs and the sizes of the messages.
 
-    t(W) = t_image(B/W) + t_text(C/W) + t_sum(4·(P + 3)) + t_gather(4·C·E) + t_sum(4·C·E)
+    t(W) = t_image(B/W) + t_text(C/W) + t_gather(4·(P + 3)·N/W) + t_gather(4·C·E/W) + t_gather(4·C·E·N/W)
 
-B images, C classes, P trainable numbers, E dimensions, all float32. The gradient with the losses is one summing
-all-reduce; class features are gathered forward, and their gradients summed backward. With a ring of links of
-bandwidth β and latency α: t_sum(m) = 2(W − 1)(α + m/(W·β)), t_gather(m) = (W − 1)(α + m/(W·β)). Nothing overlaps, and
-the towers' times are taken to be linear in B/W and C/W, above a floor that launching their kernels takes.
+B images, C classes, P trainable numbers, E dimensions, N parts of a step, all float32. Each worker gathers what the
+parts give and adds it in their order (`diki_ray/learning/collective.py`): the gradients with the losses, the class
+features, and the gradients of those. With a ring of links of bandwidth β and latency α, and m bytes from each worker,
+t_gather(m) = (W − 1)(α + m/β). Nothing overlaps, and the towers' times are taken to be linear in B/W and C/W, above a
+floor that launching their kernels takes.
 """
 
 from __future__ import annotations
@@ -37,15 +38,15 @@ class Step:
 
 
 def step_seconds(step: Step, link: Link, num_workers: int) -> float:
-    """t(W); for one worker the measured time itself."""
+    """t(W) with as many parts as workers, the default; for one worker the measured time itself."""
     w = num_workers
 
-    def ring(num_bytes: float) -> float:
-        return (w - 1) * (link.latency_s + num_bytes / (w * link.bytes_per_s))
+    def gather(num_bytes: float) -> float:
+        return (w - 1) * (link.latency_s + num_bytes / link.bytes_per_s)
 
     image, text = (min(t, max(t / w, step.floor_s)) for t in (step.image_s, step.text_s))
     gradient, features = 4 * (step.num_parameters + 3), 4 * step.num_classes * step.embed_dim
-    return image + text + 2 * ring(gradient) + ring(features) + 2 * ring(features)
+    return image + text + gather(gradient) + gather(features / w) + gather(features)
 
 
 def speedup(step: Step, link: Link, num_workers: int) -> float:

@@ -16,6 +16,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("RAY_worker_niceness", "0")  # workers that yield to every other test keep theirs waiting
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 FOLDERS = ("unit", "chaos", "ray", "browser", "streams")
@@ -33,6 +34,9 @@ class Ended(NamedTuple):
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: FOLDERS.index(item.path.parent.name) if item.path.parent.name in FOLDERS else 0)
+    for item in items:
+        if item.path.parent.name == "chaos":
+            item.add_marker("chaos")
 
 
 @pytest.fixture(autouse=True)

@@ -118,6 +118,7 @@ def test_any_number_of_evaluation_workers_gives_the_same_numbers(
         assert one[name] == two[name], name
 
 
+@pytest.mark.long
 def test_two_parts_train_the_modules_of_one_whoever_computes_them(storage: Path, debug: Callable[..., Config]) -> None:
     """Not the same bytes (sums are rounded in another order), the same module to 1e-5 over these steps; with the number
     of parts in its key. The ledger says that the same samples were consumed. Where the two parts were computed by two

@@ -15,7 +15,7 @@ from diki_ray.store.run_store import RunStore
 
 DEBUG = Path(__file__).parents[2] / "configs" / "debug.yaml"
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.long]
 
 
 def modules(storage: Path) -> dict[str, tuple[str, str]]:

@@ -64,6 +64,7 @@ def test_deepspeed_that_is_not_installed(
     assert "DeepSpeed is not installed here; `DS_BUILD_OPS=0 pip install 'diki-ray[deepspeed]'` on every node" in said
 
 
+@pytest.mark.long
 def test_a_shard_that_is_missing(tmp_path: Path, said_by: Callable[..., str]) -> None:
     from diki_ray.data import prepare
 

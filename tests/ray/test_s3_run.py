@@ -9,6 +9,7 @@ from job_process import run_job
 from s3_server import s3_bucket
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_learn_and_run_again_on_s3(prepared: Path) -> None:
     command = ("continual", "--config", "configs/debug.yaml", "run.storage=s3://runs/team", f"data.root={prepared}")

@@ -84,6 +84,7 @@ def test_twenty_orders_train_the_modules_of_one(config: Config, local_cluster: s
     assert not any(line.startswith("[") for line in said)
 
 
+@pytest.mark.long
 def test_every_orders_matrix_is_the_direct_evaluations(config: Config, local_cluster: str) -> None:
     """Number by number: the accuracies, zero-shot and the weight's AUROC, at both routings."""
     config = config.model_copy(update={"tasks": config.tasks[:3]})

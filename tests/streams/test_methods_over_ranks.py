@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from fake_store import RUN, FakeStore
@@ -16,8 +17,8 @@ from diki_ray.store.run_store import RunStore
 
 TASKS = [{"data": f"embedded:{name}", "shots": 2} for name in ("digits", "gems")]
 """20 images each, in batches of 7: the last has 6."""
-MOST = 3
-"""Workers."""
+NUMBERS = [2, pytest.param(3, marks=pytest.mark.long)]
+"""Workers beside the one that they are compared with."""
 BLOCK = {"image_depth": 1, "text_depth": 1}
 METHODS: dict[str, dict[str, Any]] = {
     "rail": {"hidden_dim": 16},  # sums alone
@@ -57,29 +58,25 @@ def learn(plan: Plan, folder: Path, rank: int = 0) -> None:
         worker.learn(task)
 
 
-def one_of_many(rank: int, folder: str) -> None:
-    """One process takes part in the groups it is needed for: starting it is what costs."""
+def one_of_many(rank: int, folder: str, number: int) -> None:
+    """One process learns with every method: starting it is what costs."""
     torch.set_num_threads(1)
     for name in METHODS:
         plan = plan_in(Path(folder), name)
-        for number in range(2, MOST + 1):
-            if rank < number:
-                group = f"file://{folder}/group-{name}-{number}"
-                dist.init_process_group("gloo", group, world_size=number, rank=rank)
-                learn(plan, Path(folder) / f"{name}-{number}", rank)
-                dist.destroy_process_group()
+        dist.init_process_group("gloo", f"file://{folder}/group-{name}", world_size=number, rank=rank)
+        learn(plan, Path(folder) / f"{name}-{number}", rank)
+        dist.destroy_process_group()
 
 
-def test_any_number_of_workers_learns_the_same_modules_to_the_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", NUMBERS)
+def test_any_number_of_workers_learns_the_same_modules_to_the_bit(tmp_path: Path, number: int) -> None:
     plans = {name: plan_in(tmp_path, name) for name in METHODS}  # prepares, before two do at once
-    run_ranks(one_of_many, str(tmp_path), num_ranks=MOST)
+    run_ranks(one_of_many, str(tmp_path), number, num_ranks=number)
     for name, plan in plans.items():
         learn(plan, tmp_path / f"{name}-1")
-    for name in METHODS:
         expected = digests(tmp_path / f"{name}-1")
         assert len(set(expected)) == 2
-        for number in range(2, MOST + 1):
-            assert digests(tmp_path / f"{name}-{number}") == expected, f"{name} with {number} workers"
+        assert digests(tmp_path / f"{name}-{number}") == expected, name
 
 
 def digests(folder: Path) -> list[str]:

@@ -80,7 +80,7 @@ def test_the_cost_model_computed_by_hand() -> None:
     link = Link(bytes_per_s=1e9, latency_s=1e-4)
     assert step_seconds(step, link, 1) == pytest.approx(0.4)
     gradient, features = 4 * 163_843, 4 * 100 * 512
-    messages = 2 * 3 * (1e-4 + gradient / 4e9) + 3 * 3 * (1e-4 + features / 4e9)
+    messages = 3 * (3e-4 + (gradient + features / 4 + features) / 1e9)  # three messages, over three links each
     assert step_seconds(step, link, 4) == pytest.approx(0.1 + messages)
     assert speedup(step, link, 4) == pytest.approx(0.4 / (0.1 + messages))
     floored = Step(image_s=0.3, text_s=0.1, num_classes=100, floor_s=0.05)

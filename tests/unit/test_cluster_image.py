@@ -63,6 +63,7 @@ def smoke_test():
     return code.replace("\\\n", "")
 
 
+@pytest.mark.long
 def test_the_smoke_test_within_the_build_passes_here_and_finds_a_package_without_its_configurations(tmp_path):
     command = [sys.executable, "-c", smoke_test()]
     assert subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.startswith("torch")
