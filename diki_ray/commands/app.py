@@ -129,9 +129,9 @@ def rehearse(
 ) -> None:
     """Rehearse a benchmark without its data, on the cluster and the storage where it is to run.
 
-    Fabricates the benchmark's data sets, a few images of noise for each class, in ./rehearsal, in the layout of the
-    split, and runs the benchmark's own configuration on them with the embedded CLIP for one epoch. Takes minutes. Its
-    accuracies mean nothing.
+    It writes stand-ins for the benchmark's data sets to ./rehearsal, with a few images of noise for each class, in the
+    layout of the split. Then it runs the benchmark's own configuration on them for one epoch with the embedded CLIP.
+    This takes minutes. The accuracies mean nothing.
     """
     from diki_ray.commands.places import rehearsed
 
@@ -150,14 +150,18 @@ def prepare(
     data: Annotated[str, typer.Option(help="With --protocol: the folder that holds the data sets' folders.")] = ".",
     split: Annotated[str | None, typer.Option(metavar="[coop|zscl]", help="Default: the benchmark's own.")] = None,
     shots: Annotated[int | None, typer.Option(help="Training images a class. Default: all.")] = None,
-    seed: Annotated[int, typer.Option(help="Of shots, held-out images and order.")] = 0,
-    template: Annotated[str | None, typer.Option(help="Instead of the data set's own: 'a photo of a {}.'")] = None,
+    seed: Annotated[int, typer.Option(help="Seed that draws shots, held-out images and the order.")] = 0,
+    template: Annotated[
+        str | None, typer.Option(help="Caption to use instead of the data set's own, as in 'a photo of a {}.'")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Instead of the data set's own; one SOURCE only.")] = None,
     class_names: Annotated[list[str] | None, typer.Option(help="For sources that number their classes.")] = None,
     resize: Annotated[int | None, typer.Option(metavar="PX", help="Store images at the backbone's size.")] = None,
     format: Annotated[str, typer.Option(metavar="[png|jpeg]", help="With --resize.")] = "png",
     max_skipped: Annotated[int | None, typer.Option(help="Default: 1 % of the images, at least 8.")] = None,
-    num_cpus: Annotated[int | None, typer.Option(help="Of a cluster started here. Default: the machine's.")] = None,
+    num_cpus: Annotated[
+        int | None, typer.Option(help="CPUs of a cluster that is started here. Default: all of this machine.")
+    ] = None,
 ) -> None:
     """Turn data sets into shards.
 
@@ -194,9 +198,9 @@ def evaluate(
 ) -> None:
     """Evaluate what a run has learnt, under any routing, label space and order, without training.
 
-    In this process, without a cluster; what was computed before is taken from the storage's cache. Beside the
-    accuracies: each class, who answers whose images, calibration of confidences (ECE), and the AUROC of the
-    integration weight for learnt against unlearnt domains.
+    It runs in this process, without a cluster, and takes earlier results from the storage's cache. Beside the
+    accuracies it reports each class, which task's module answers which task's images, the calibration of confidences
+    (ECE), and how well the integration weight tells learnt from unlearnt domains (AUROC).
     """
     given = Namespace(**locals())
     need(routing in (None, "image", "batch"), "--routing is image or batch")
@@ -219,20 +223,30 @@ def predict(
     pretrained: Pretrained = None,
     directory: Directory = None,
     classes: Annotated[str | None, typer.Option(metavar="A,B,…", help="Choose among these, learnt or not.")] = None,
-    template: Annotated[str | None, typer.Option(help="Their caption. Default: 'a photo of a {}.'")] = None,
+    template: Annotated[
+        str | None, typer.Option(help="Caption of the named classes. Default: 'a photo of a {}.'")
+    ] = None,
     json: Json = False,
     output: Annotated[str | None, typer.Option(metavar="PLACE", help="FILE.jsonl or FOLDER.parquet.")] = None,
-    max_skipped: Annotated[int | None, typer.Option(metavar="N", help="Stop once more are unusable.")] = None,
-    address: Annotated[str | None, typer.Option(help="Of the cluster. Default: RAY_ADDRESS, else one here.")] = None,
+    max_skipped: Annotated[
+        int | None, typer.Option(metavar="N", help="Stop when more than N images are unusable. Default: never.")
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="With --output: address of a Ray cluster. Default: RAY_ADDRESS, else a cluster is started here."
+        ),
+    ] = None,
     num_workers: Annotated[int | None, typer.Option(help="Default: as many as there is room for.")] = None,
     cpus_per_worker: float = 1.0,
     gpus_per_worker: float = 0.0,
 ) -> None:
     """Answer images with what a run has learnt.
 
-    Needs the run's storage and no cluster. By default among all classes learnt; with --classes among any you name.
-    With --output any number of images over Ray: files, folders, globs, prepared data sets and WebDataset tars. One row
-    for each input, in their order; an image that cannot be used is a row with an `error`.
+    It needs the run's storage and no cluster. It chooses among all classes learnt, or with --classes among those that
+    you name. With --output it answers any number of images over Ray: files, folders, globs, prepared data sets and
+    WebDataset tars. The output has one row for each input, in their order. An image that cannot be used gets a row with
+    an `error`.
     """
     given = Namespace(**locals())
     need(template is None or classes is not None, "--template is for --classes")
@@ -293,17 +307,18 @@ def import_(
     protocol: Annotated[
         str | None, typer.Option(metavar="NAME/SPLIT", help="As in mtil-1/coop; with --sources.")
     ] = None,
-    config: Annotated[str | None, typer.Option(metavar="FILE", help="Whose tasks, in order, it learnt.")] = None,
+    config: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Configuration whose tasks it learnt, in this order.")
+    ] = None,
     classes: Annotated[str | None, typer.Option(metavar="FILE", help="A JSON list of tasks; needs no data.")] = None,
     sources: Annotated[str | None, typer.Option(metavar="DIR", help="With --protocol: its data sets' folder.")] = None,
-    backbone: Annotated[str, typer.Option(help="It was learnt on.")] = "ViT-B-16",
+    backbone: Annotated[str, typer.Option(help="Backbone that it was trained on.")] = "ViT-B-16",
     pretrained: Annotated[str, typer.Option(help="Tag or file of its weights.")] = "openai",
 ) -> None:
-    """Take a checkpoint that the DIKI authors released into a storage, as a run like any other.
+    """Import a checkpoint that the DIKI authors released. It becomes a run like any other in the storage.
 
-    The file does not say which data sets and classes it was trained on, nor in which order: a protocol or a
-    configuration does (their data sets are prepared on first use), or a JSON list of {"name", "class_names",
-    "templates"}.
+    The file does not say on which data sets and classes it was trained, nor in which order. Give a protocol or a
+    configuration (their data sets are prepared on first use), or a JSON list of {"name", "class_names", "templates"}.
     """
     given = Namespace(**locals())
     need(sum(which is not None for which in (protocol, config, classes)) == 1, "give --protocol, --config or --classes")

@@ -15,7 +15,10 @@ Configured = Annotated[
 ]
 Backbone = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Instead of the stored one; a Python file or local-dir:FOLDER only from here."),
+    typer.Option(
+        metavar="NAME",
+        help="Use this backbone, not the stored one. A Python file or local-dir:FOLDER is taken only from this option.",
+    ),
 ]
 Pretrained = Annotated[
     str | None, typer.Option(metavar="TAG", help="With --backbone: open_clip's tag or a file of its weights.")

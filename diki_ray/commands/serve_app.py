@@ -29,7 +29,9 @@ def serve(
     replicas: int = 1,
     cpus_per_replica: float = 1.0,
     gpus_per_replica: float = 0.0,
-    address: Annotated[str | None, typer.Option(help="Of a Ray cluster. Default: RAY_ADDRESS, else one here.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Address of a Ray cluster. Default: RAY_ADDRESS, else a cluster is started here.")
+    ] = None,
     backbone: Backbone = None,
     pretrained: Pretrained = None,
     directory: Directory = None,
@@ -59,8 +61,9 @@ def serve_front(
 ) -> None:
     """Guard a RayService's pod as `serve` guards itself.
 
-    Bounds connections, heads and bodies, asks for the token, answers /healthz for Ray Serve's proxy beside it, and
-    passes the rest on to it. Needs no Ray, and ends at SIGTERM. Limits are options too, as of `serve`.
+    It limits connections, request heads and bodies, and asks for the token. It answers /healthz for Ray Serve's proxy
+    beside it and passes the other requests on to the proxy. It needs no Ray and ends at SIGTERM. Its limits are options
+    too, as for `serve`.
     """
     limits = server_limits(context.args, of_front=True)
     from diki_ray.commands import serve_front as command

@@ -17,7 +17,10 @@ setup_app = typer.Typer(rich_markup_mode=None)
 def init(
     folders: Annotated[list[str], typer.Argument(metavar="FOLDER...", help="Each a data set, or full of them.")],
     output: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Written, never over another. Default: RUN.yaml here.")
+        str | None,
+        typer.Option(
+            metavar="FILE", help="The file to write; an existing one is never overwritten. Default: RUN.yaml here."
+        ),
     ] = None,
     run: Annotated[str | None, typer.Option(help="The run's name. Default: after the folders.")] = None,
     storage: Annotated[str | None, typer.Option(help="Written down as run.storage. Default: left out.")] = None,
@@ -47,8 +50,12 @@ def init(
 @setup_app.command()
 def doctor(
     storage: Storage = None,
-    config: Annotated[str | None, typer.Option(metavar="FILE", help="Ask about what it names.")] = None,
-    address: Annotated[str | None, typer.Option(help="Of a Ray cluster. Default: RAY_ADDRESS, else none.")] = None,
+    config: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Check also what this configuration names.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Address of a Ray cluster. Default: RAY_ADDRESS, else none.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Say whether this machine, the storage and the cluster are fit for a run.

@@ -20,7 +20,7 @@ site_app = typer.Typer(
 DEFAULT_MIN_COUNT = 10
 """A threshold that offices of statistics use for cells of a table; no proof of privacy (docs/sites.md)."""
 Agreed = Annotated[str, typer.Option(metavar="FILE", help="The configuration that all sites have agreed on.")]
-MinCount = Annotated[int, typer.Option(min=1, metavar="N", help="Images that each class of a part has, if it has any.")]
+MinCount = Annotated[int, typer.Option(min=1, metavar="N", help="A class in a part has at least N images, or none.")]
 
 
 @site_app.command()
@@ -28,14 +28,18 @@ def part(
     file: Annotated[str, typer.Argument(metavar="FILE", help="Written; local, s3://, gs:// or az://.")],
     config: Agreed,
     overrides: Overrides = None,
-    task: Annotated[str | None, typer.Option(help="Of the configuration. Default: the only one.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="The configuration's task to make a part of. Default: the only one.")
+    ] = None,
     data: Annotated[str | None, typer.Option(metavar="FOLDER", help="This site's images, in any known layout.")] = None,
     classes: Annotated[
-        str | None, typer.Option(metavar="A,B,…", help="All that were agreed on. Default: those of the data.")
+        str | None,
+        typer.Option(metavar="A,B,…", help="All classes that the sites agreed on. Default: those of the data."),
     ] = None,
     min_count: MinCount = DEFAULT_MIN_COUNT,
     small_classes: Annotated[
-        str, typer.Option(metavar="[refuse|leave-out]", help="What becomes of classes with fewer.")
+        str,
+        typer.Option(metavar="[refuse|leave-out]", help="What to do with classes of fewer than --min-count images."),
     ] = "refuse",
     json: Json = False,
 ) -> None:
@@ -63,8 +67,8 @@ def merge(
 ) -> None:
     """Merge the parts of a task into its module, and commit it to a run.
 
-    The order of the parts does not matter, and the same parts again change nothing. A part that comes later: give all
-    of them again with it.
+    The order of the parts does not matter, and merging the same parts again changes nothing. When a part comes later,
+    give it together with all earlier ones.
     """
     given = Namespace(**locals())
     given.config = configured(config, (), storage, run)

@@ -34,7 +34,7 @@ def list_(
 
 @store_app.command()
 def verify(storage: Storage = None, run: Run = None, json: Json = False) -> None:
-    """Everything that is wrong; exit code 1 if anything is."""
+    """Check a run and list everything that is wrong with it. Exit code 1 if anything is."""
     _act("verify", _of_run(storage, run, json=json))
 
 
@@ -70,7 +70,7 @@ def rollback(
     json: Json = False,
     take_over: TakeOver = False,
 ) -> None:
-    """Make the run what it was after an entry of its log."""
+    """Return the run to its state after an entry of its log."""
     _act("rollback", _of_run(storage, run, seq=seq, json=json, take_over=take_over))
 
 
@@ -105,7 +105,8 @@ def fill(
     storage: Storage = None,
     run: Run = None,
     config: Annotated[
-        str | None, typer.Option(metavar="FILE", help="What it was learnt with, if not the stored one.")
+        str | None,
+        typer.Option(metavar="FILE", help="Configuration that the run was learnt with, if it is not the stored one."),
     ] = None,
     backbone: Annotated[str | None, typer.Option(metavar="NAME", help="Instead of the stored one.")] = None,
     pretrained: Annotated[str | None, typer.Option(metavar="TAG", help="With --backbone: of its weights.")] = None,
@@ -113,7 +114,7 @@ def fill(
     json: Json = False,
     take_over: TakeOver = False,
 ) -> None:
-    """Class means of modules that a former version made, from their images."""
+    """Compute the class means that modules of an earlier version lack, from their images."""
     storage, run, loaded = one_run(storage, run, config)
     told = {"config": loaded, "backbone": backbone, "pretrained": pretrained, "directory": directory}
     _act("fill", Namespace(storage=storage, run=run, json=json, take_over=take_over, **told))

@@ -35,9 +35,9 @@ class ClassModelSection(Section):
     zero_shot_within: ChangesAnswers[float] = Field(default=0.3, ge=0)
     """The factor of the zero-shot logits among the classes of one task."""
     most_pooled: ChangesAnswers[float] = Field(default=4.0, gt=0)
-    """Images for each dimension up to which a task's part in the pooled covariance grows with its images."""
+    """A task's part in the pooled covariance grows with its images up to this many images per dimension."""
     pooling: ChangesAnswers[float] = Field(default=1.0, gt=0)
-    """Images for each dimension at which a task's own covariance counts as much as the pooled one."""
+    """At this many images per dimension a task's own covariance counts as much as the pooled one."""
     sharpness: ChangesAnswers[float | None] = Field(default=None, gt=0)
     """The factor of its logits: below 1 confidences are milder. It changes no answer of the model alone. By default
     3 / √E in E dimensions, which validation and leave-one-out likelihood chose."""

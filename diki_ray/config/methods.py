@@ -30,8 +30,9 @@ class PromptSection(Section):
 
     name: ChangesModule[str]
     image_depth: ChangesModule[int] = Field(default=8, ge=0)
-    """Blocks of the image tower, from the first, that have prompts. Where it is not written down, all blocks of a tower
-    that has fewer; the text tower's likewise."""
+    """The number of blocks of the image tower, from the first, that have prompts. If the field is not given and the
+    tower has fewer blocks than the default, all of them have prompts. The same holds for text_depth and the text
+    tower."""
     image_length: ChangesModule[int] = Field(default=8, ge=1)
     """Prompts in each of them."""
     text_depth: ChangesModule[int] = Field(default=8, ge=0)
@@ -80,19 +81,20 @@ class ReplaySection(Section):
     """A few images of each learnt task, kept in its module and trained on again beside the images of later ones."""
 
     num_images: ChangesModule[int] = Field(default=200, ge=1, le=10_000)
-    """Of all tasks together."""
+    """The most images that are kept, over all tasks together."""
     max_bytes: ChangesModule[int] = Field(default=64 * 2**20, ge=1, le=2**30)
-    """Of these images as files, of all tasks together; fewer are kept where they have more."""
+    """The most bytes of these images as files, over all tasks together. If they have more, fewer images are kept."""
     score: ChangesModule[Literal["bregman", "confidence", "margin", "entropy", "random", "reservoir"]] = "bregman"
-    """By which a task's images are chosen once it is learnt. bregman: how much the logits differ under twelve
-    transforms of an image; confidence, margin, entropy: of the image as it is; random; reservoir: random among all
-    images seen, where all others keep as many of each class."""
+    """The score by which a task's images are chosen once the task is learnt. bregman: how much the logits differ under
+    twelve transforms of an image. confidence, margin, entropy: that of the answer to the image as it is. random: by
+    chance. reservoir: by chance among all images seen, whatever their classes; with all other scores each class keeps
+    equally many images, where it has them."""
     choice: ChangesModule[Literal["bottom", "top", "step"]] = "bottom"
     """The lowest scores are kept, the highest, or some from the lowest to the highest in equal steps."""
     batch_size: ChangesModule[int] = Field(default=32, ge=1)
     """Exemplars in a step."""
     weight: ChangesModule[float] = Field(default=1.0, gt=0)
-    """Of their mean loss, beside that of the task's own images."""
+    """The weight of the exemplars' mean loss, beside that of the task's own images."""
 
     @model_validator(mode="after")
     def _reservoir_is_drawn(self) -> Self:
@@ -130,8 +132,9 @@ class SequentialLoraSection(LowRankSection):
     badam_std: ChangesModule[float] = Field(default=0.01, gt=0)
     """badam: deviation of every weight before the first task."""
     blip_prior: Annotated[ChangesModule[float], AddedLater()] = Field(default=1e-10, gt=0)
-    """blip: Fisher information of every weight before the first task, for each of the weights that feed the same
-    output; a smaller one freezes more bits. It depends on the data and is chosen on validation images."""
+    """blip: every weight's Fisher information before the first task is this value times the number of weights that feed
+    the same output. A smaller value freezes more bits. The right value depends on the data; choose it on validation
+    images."""
 
 
 class KeepLoraSection(LowRankSection):
@@ -143,21 +146,23 @@ class KeepLoraSection(LowRankSection):
     alpha: ChangesModule[float] = Field(default=16.0, gt=0)
     """The change is alpha / rank times the product of the two factors."""
     image_energy: ChangesModule[float] = Field(default=0.85, ge=0, lt=1)
-    """Share of the energy (squared singular values) of each frozen projection of the image tower whose directions no
-    task may read; the more, the less is learnt and the less forgotten."""
+    """In each frozen projection of the image tower, no task may read the leading directions that hold this share of the
+    energy (squared singular values). With a larger share less is learnt and less is forgotten."""
     text_energy: ChangesModule[float] = Field(default=0.2, ge=0, lt=1)
     """The same of the text tower."""
     input_energy: ChangesModule[float] = Field(default=0.99, ge=0, lt=1)
-    """Share of the energy of a task's inputs of each projection whose directions no later task may read."""
+    """In each projection, no later task may read the leading directions that hold this share of the energy of a task's
+    inputs."""
 
 
 class ReferenceSection(LowRankSection):
     """Low-rank changes, distilled on a reference."""
 
     reference: ChangesModule[str | None] = None
-    """A prepared data set that is no task; with the embedded backbone its pre-training pictures by default."""
+    """A prepared data set that is not a task of the stream. With the embedded backbone the default is its pre-training
+    pictures."""
     num_reference: ChangesModule[int] = Field(default=1024, ge=2)
-    """Images of it that are drawn from."""
+    """How many of its images, from the first, training draws from."""
 
 
 class ZsclSection(ReferenceSection):
@@ -165,9 +170,9 @@ class ZsclSection(ReferenceSection):
 
     name: ChangesModule[Literal["zscl"]]
     temperature: ChangesModule[float] = Field(default=2.0, gt=0)
-    """Of the distillation."""
+    """The temperature of the distillation."""
     weight_consolidation: ChangesModule[float] = Field(default=1.0, ge=0)
-    """Of the squared distance to the weights at the start of the task."""
+    """The weight of the squared distance to the weights at the start of the task."""
     average_every: ChangesModule[int] = Field(default=100, ge=1)
     """Steps from one sample of the average of the weights to the next."""
     reference_batch: ChangesModule[int] = Field(default=64, ge=2)
@@ -179,9 +184,9 @@ class SndSection(ReferenceSection):
 
     name: ChangesModule[Literal["snd"]]
     previous_weight: ChangesModule[float] = Field(default=9.0, ge=0)
-    """Of the distance to the features of the model before."""
+    """The weight of the squared distance to the features of the model before the task."""
     pretrained_weight: ChangesModule[float] = Field(default=0.5, ge=0)
-    """Of the distance to the frozen model's features."""
+    """The weight of the squared distance to the frozen model's features."""
     reference_batch: ChangesModule[int] = Field(default=32, ge=2)
     """Images of the reference in a step."""
 

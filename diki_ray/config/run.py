@@ -63,18 +63,18 @@ class TrainSection(Section):
     """adamw only."""
     epochs: ChangesModule[int] = Field(default=10, ge=1)
     min_steps: ChangesModule[int] = Field(default=0, ge=0)
-    """A task whose epochs have fewer steps than this in all is trained for more of them: at 16 images a class, ten
-    epochs of a hundred classes are ten times the steps of ten epochs of ten classes."""
+    """A task whose epochs have fewer steps than this in all is trained for more epochs. Small tasks need this: at 16
+    images a class, ten epochs of ten classes have a tenth of the steps of ten epochs of a hundred classes."""
     batch_size: ChangesModule[int] = Field(default=128, ge=1)
     """Images in a global batch, over all workers."""
     changed_data: ChangesAnswers[Literal["retrain", "keep"]] = "retrain"
-    """What becomes of the trained parameters of a task whose images or classes changed since the run learnt it: they
-    are trained anew from all images, or kept as they are. Its sums, and with them routing and the class model, follow
-    the images in both cases."""
+    """What happens to the trained parameters of a task whose images or classes have changed since the run learnt it.
+    retrain: they are trained again from all images. keep: they stay. In both cases the task's sums, and so routing and
+    the class model, follow the changed images."""
     num_parts: Annotated[ChangesModule[int | None], StoredAs("num_workers")] = Field(default=None, ge=1)
-    """Parts that a step is computed in, whoever computes them: any number of workers up to it trains the same module,
-    bit for bit. Not set: what the run was begun with; for a new run num_workers. Keys and provenance know it as
-    num_workers."""
+    """A step is computed in this many parts. Any number of workers up to it trains the same module, bit for bit. Not
+    set: the number that the run was begun with, or num_workers for a new run. Keys and provenance store it under the
+    name num_workers."""
     num_workers: ChangesNothing[int] = Field(default=1, ge=1)
     """Data-parallel workers; those above num_parts are not started."""
     min_workers: ChangesNothing[int | None] = Field(default=None, ge=1)
@@ -87,17 +87,17 @@ class TrainSection(Section):
     device: ChangesModule[Literal["auto", "cpu", "cuda"]] = "auto"
     """auto: cuda where this machine has it."""
     strategy: ChangesNothing[Literal["ddp", "deepspeed"]] = "ddp"
-    """Of the frozen weights: ddp, whole on every worker; deepspeed, shared out to them (ZeRO-3), for backbones that one
-    worker cannot hold. Modules agree to rounding and have the same key."""
+    """How the frozen weights are held. ddp: whole on every worker. deepspeed: sharded over the workers (ZeRO-3), for
+    backbones that one worker cannot hold. The modules of both agree up to rounding and have the same key."""
     offload: ChangesNothing[bool] = False
     """deepspeed on GPUs: the shares lie in the CPU's memory."""
     cpus_per_worker: ChangesNothing[float] = Field(default=1.0, gt=0)
     activation_checkpointing: ChangesNothing[bool] = False
-    """True: keep only each block's input for the backward pass and compute the block again there; the same module for
-    less memory and more time, for large towers."""
+    """True: only each block's input is kept for the backward pass, and the block is computed again there. This takes
+    less memory and more time, for large towers. The module is the same up to rounding (1e-6)."""
     compile: ChangesNothing[bool] = False
-    """True: both towers through torch.compile, which takes a minute at the start of a worker and rounds otherwise
-    (1e-5); whether it wins depends on the device, see docs/benchmarks.md."""
+    """True: both towers go through torch.compile. This takes a minute at the start of a worker and rounds differently
+    (1e-5). Whether it is faster depends on the device, see docs/benchmarks.md."""
     checkpoint_every_steps: ChangesNothing[int] = Field(default=50, ge=1)
     """Steps between mid-task checkpoints; steps and not seconds, so that every worker agrees without asking."""
     max_failures: ChangesNothing[int] = Field(default=3, ge=-1)
@@ -161,10 +161,10 @@ class StatisticsSection(Section):
 
 
 class CalibrationSection(Section):
-    """From a log density to the integration weight.
+    """How a log density becomes the integration weight.
 
-    published: sigmoid(s / scale + bias). validated: sigmoid(slope · z + bias), z the density standardised over the
-    task's own validation images.
+    published: sigmoid(s / scale + bias), where s is the log density. validated: sigmoid(slope · z + bias), where z is
+    the log density standardised over the task's own validation images.
     """
 
     form: ChangesAnswers[Literal["published", "validated"]] = "published"
@@ -260,7 +260,7 @@ class Config(Section):
 
     run: RunSection
     tasks: ChangesModule[tuple[TaskSection, ...]] = Field(default=(), max_length=5_000)
-    """The stream, in order; without them those of the protocol, from data.sources."""
+    """The tasks of the stream, in order. If none are given, they are the protocol's, from data.sources."""
     backbone: BackboneSection = BackboneSection()
     method: MethodSection = DikiSection()
     """What learns a task: `name`, and that method's own settings."""

@@ -23,19 +23,21 @@ class Limits(Section):
     """They say who gets in, and how much of a connection there may be before a replica hears of it."""
 
     token_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
-    """Of the bearer token; None: everybody is answered."""
+    """SHA-256 of the bearer token. None: everybody is answered."""
 
     request_timeout_s: float = Field(default=30.0, gt=0)
-    """From a request's first byte to its answer: 408 while its body is still coming, else 504."""
+    """Longest time from a request's head to the end of its body; after it the request gets 408. From there it may take
+    as long again to its answer; after it the request gets 504."""
     max_body_bytes: int = Field(default=16 * 2**20, ge=1)
     max_buffered_bytes: int = Field(default=256 * 2**20, ge=1)
-    """Of all bodies together that are under way; beyond them requests get 503."""
+    """Most bytes that the bodies of all requests under way may have together. A request beyond it gets 503."""
     header_timeout_s: float = Field(default=10.0, gt=0)
-    """A connection without a whole request's head for so long is closed."""
+    """A connection that has not sent a whole request head in this time is closed."""
     max_header_bytes: int = Field(default=16 * 2**10, ge=1024)
     max_connections: int = Field(default=512, ge=8)
-    """Beyond them the one that has waited longest for a request's head is closed. Half of them may have requests under
-    way. With those to the replicas the default stays within the 1024 descriptors that a process usually may have."""
+    """Beyond this number the connection that has waited longest for a request's head is closed. Half of the connections
+    may have requests under way. Together with the connections to the replicas, the default stays within the usual limit
+    of 1024 descriptors for a process."""
 
 
 class Settings(Limits):
@@ -59,10 +61,11 @@ class Settings(Limits):
     learnt_cache_bytes: int = Field(default=512 * 2**20, ge=1)
     """Class features of the classes learnt that a replica keeps."""
     named_cache_bytes: int = Field(default=64 * 2**20, ge=1)
-    """Class features of classes that requests name: apart, so that no request can drive out the learnt ones."""
+    """Class features of the classes that requests name. They are kept apart, so that no request can evict those of the
+    classes learnt."""
 
     max_batch_size: int = Field(default=32, ge=1)
-    """Images of one pass, whatever requests and tasks they are of."""
+    """Most images in one pass, whatever requests and tasks they belong to."""
     batch_wait_s: float = Field(default=0.005, ge=0)
     """How long the first image of a pass waits for others."""
     max_waiting_images: int = Field(default=256, ge=1)
@@ -70,19 +73,20 @@ class Settings(Limits):
     max_requests: int = Field(default=64, ge=1)
     """Requests a replica works on at once; as many wait in the proxy, further ones get 503."""
     decode_threads: int = Field(default=2, ge=1)
-    """Each decodes in a process of its own."""
+    """Threads that decode images, each in a process of its own."""
     decode_timeout_s: float = Field(default=5.0, gt=0)
-    """Of one image: then its process is ended and the request gets 422. 16 million honest pixels took 0.52 s."""
+    """Longest time to decode one image. After it the decoding process is ended and the request gets 422. An ordinary
+    image of 16 million pixels took 0.52 s."""
 
     max_images: int = Field(default=32, ge=1)
-    """In one request."""
+    """Most images in one request."""
     max_pixels: int = Field(default=25_000_000, ge=1)
-    """Of an image, before anything is decoded."""
+    """Most pixels of an image, checked before anything is decoded."""
     max_aspect_ratio: float = Field(default=30.0, ge=1)
     """Longer side by shorter side. CLIP scales the shorter side to the model's size, so a line of a million pixels,
     tiny as a file, would become an image of hundreds of millions."""
     max_classes: int = Field(default=200, ge=1)
-    """That a request may name."""
+    """Most classes that a request may name."""
 
 
 def parse_settings(**fields: Any) -> Settings:
