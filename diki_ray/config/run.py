@@ -94,7 +94,8 @@ class TrainSection(Section):
     cpus_per_worker: ChangesNothing[float] = Field(default=1.0, gt=0)
     activation_checkpointing: ChangesNothing[bool] = False
     """True: only each block's input is kept for the backward pass, and the block is computed again there. This takes
-    less memory and more time, for large towers. The module is the same up to rounding (1e-6)."""
+    less memory and more time, for large towers. The module is the same: to the bit on a CPU,
+    up to rounding elsewhere."""
     compile: ChangesNothing[bool] = False
     """True: both towers go through torch.compile. This takes a minute at the start of a worker and rounds differently
     (1e-5). Whether it is faster depends on the device, see docs/benchmarks.md."""

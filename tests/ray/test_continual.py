@@ -94,7 +94,8 @@ def test_learn_run_again_add_a_task_and_share_modules(storage: Path, debug: Call
     np.testing.assert_allclose(reverse["zero_shot"], first["zero_shot"][::-1], atol=1e-12)
 
 
-@pytest.mark.parametrize("routing", ["image", pytest.param("batch", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("routing", ["image", "batch"])
 def test_any_number_of_evaluation_workers_gives_the_same_numbers(
     storage: Path, debug: Callable[..., Config], routing: str
 ) -> None:

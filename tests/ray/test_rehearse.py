@@ -19,8 +19,6 @@ from diki_ray.config.protocols import protocol, protocols
 pytestmark = pytest.mark.timeout(600)
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = sorted(f"{name}/{split}" for name in protocols() for split in ("coop", "zscl"))
-SHORT = "xtail-1/coop"
-"""The one that `make test` rehearses: its images are answered among the classes of all sets."""
 
 
 class Ended(NamedTuple):
@@ -53,9 +51,8 @@ def rehearse(benchmark: str, place: Path, job: Callable[..., Ended], monkeypatch
     assert "not as many images as the published split has" in (results_of / "report.html").read_text()
 
 
-@pytest.mark.parametrize(
-    "benchmark", [pytest.param(name, marks=() if name == SHORT else pytest.mark.long) for name in BENCHMARKS]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("benchmark", BENCHMARKS)
 def test_a_benchmark_is_rehearsed(
     benchmark: str, place: Path, job: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, local_cluster: str
 ) -> None:

@@ -31,21 +31,32 @@ def places(storage: Path) -> tuple[str, str]:
     return f"run.storage={storage}", f"data.root={storage}/prepared"
 
 
+def job(storage: Path, name: str, *overrides: str) -> tuple[str, ...]:
+    return "jobs/continual.py", "--config", "configs/debug.yaml", f"run.name={name}", *places(storage), *overrides
+
+
+def test_what_is_submitted_learns_and_the_same_id_does_not_run_twice(head: Head, storage: Path) -> None:
+    done = head.submit("plain", *job(storage, "plain"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "nothing: zero-shot" in done.stdout  # the job's log, as it is followed
+    assert len(json.loads((storage / "runs/plain/results/results.json").read_text())["accuracy"]) == 2
+    twice = head.submit("plain", *job(storage, "plain"), wait=False)
+    assert twice.returncode != 0
+    assert "plain" in twice.stdout + twice.stderr
+
+
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_submitted_stopped_and_submitted_again(head: Head, storage: Path) -> None:
-    slow = ("train.epochs=60", "train.checkpoint_every_steps=5")  # long enough to be stopped in the middle
-    job = ("jobs/continual.py", "--config", "configs/debug.yaml", *places(storage), *slow)
-    run = storage / "runs/debug"
-    assert head.submit("first", *job, wait=False).returncode == 0
-    twice = head.submit("first", *job, wait=False)
-    assert twice.returncode != 0  # the same id does not run twice
-    assert "first" in twice.stdout + twice.stderr
+    slow = job(storage, "slow", "train.epochs=60", "train.checkpoint_every_steps=5")  # stopped in the middle
+    run = storage / "runs/slow"
+    assert head.submit("first", *slow, wait=False).returncode == 0
     wait_until(lambda: bool(list((run / "checkpoints").rglob("*.json"))), "a checkpoint of the first job")
     assert head.ray("job", "stop", "first").returncode == 0
     status = head.ray("job", "status", "first")
     assert "was stopped" in status.stdout + status.stderr
 
-    done = head.submit("second", *job)
+    done = head.submit("second", *slow)
     assert done.returncode == 0, done.stdout + done.stderr
     logs = head.logs("second")
     assert "digits  epoch 1/60" not in logs  # it went on where the first was stopped
@@ -60,8 +71,8 @@ def test_submitted_stopped_and_submitted_again(head: Head, storage: Path) -> Non
 def test_a_sweep_is_submitted_and_its_retry_runs_nothing_twice(head: Head, storage: Path, tmp_path: Path) -> None:
     sweep = {"name": "tiny", "base": str(ROOT / "configs/debug.yaml"), "parameters": {"calibration.bias": [-1.0, 1.0]}}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(sweep))
-    job = ("jobs/sweep.py", "--config", str(tmp_path / "tiny.yaml"), *places(storage), "evaluate.text_grid=3")
-    done = head.submit("sweep", *job)
+    swept = ("jobs/sweep.py", "--config", str(tmp_path / "tiny.yaml"), *places(storage), "evaluate.text_grid=3")
+    done = head.submit("sweep", *swept)
     assert done.returncode == 0, done.stdout + done.stderr
     logs = head.logs("sweep")
     assert "[2/2] calibration.bias=1" in logs
@@ -72,7 +83,7 @@ def test_a_sweep_is_submitted_and_its_retry_runs_nothing_twice(head: Head, stora
     assert document["chosen"]["test"]["last"]["mean"] > 0
 
     # What KubeRay does after a lost head: the same command under another id.
-    retry = head.submit("sweep-retry", *job)
+    retry = head.submit("sweep-retry", *swept)
     assert retry.returncode == 0, retry.stdout + retry.stderr
     assert "known already: 2 of 2 settings" in head.logs("sweep-retry")
     assert json.loads(path.read_text())["modules_trained"] == 0

@@ -179,11 +179,18 @@ def test_the_documents_example_of_a_method_is_trained_and_answers(
     assert any((p.routed == 1).any() for p in last)
 
 
+def longer(*of_long: dict[str, Any]) -> list[Any]:
+    """Settings of the methods that only `make chaos` has time for."""
+    return [pytest.param(method, marks=pytest.mark.long) for method in of_long]
+
+
 @pytest.mark.parametrize("method", [
-    {"name": "concat_prompts", "image_depth": 1, "image_length": 2, "text_depth": 1, "text_length": 2},
     {"name": "dpw", "image_depth": 1, "image_length": 2, "text_depth": 1, "text_length": 2, "rank": 2},
-    {"name": "c_ada", "image_depth": 1, "text_depth": 1, "rank": 2},
-], ids=lambda m: m["name"])  # fmt: skip
+    *longer(
+        {"name": "concat_prompts", "image_depth": 1, "image_length": 2, "text_depth": 1, "text_length": 2},
+        {"name": "c_ada", "image_depth": 1, "text_depth": 1, "rank": 2},
+    ),
+], ids=["dpw", "concat_prompts", "c_ada"])  # fmt: skip
 def test_methods_learn_a_stream_and_are_bit_equal_after_a_kill(prepared: Path, method: dict[str, Any]) -> None:
     plan = planned(prepared, method, "train.lr=0.5", "train.checkpoint_every_steps=1")
     undisturbed = learnt(plan)
@@ -196,16 +203,18 @@ LORA = {"name": "sequential_lora", "image_depth": 1, "text_depth": 1}
 
 @pytest.mark.parametrize("method", [
     LORA,
-    LORA | {"wise_ft": 0.5},
     LORA | {"against_forgetting": "ewc"},
-    LORA | {"against_forgetting": "badam"},
-    LORA | {"against_forgetting": "blip", "blip_prior": 1e-12},
-    {"name": "keep_lora", "image_depth": 1, "text_depth": 1, "rank": 2},
     {"name": "zscl", "average_every": 2, "num_reference": 16, "reference_batch": 8},
-    {"name": "snd", "image_depth": 1, "text_depth": 1, "num_reference": 16, "reference_batch": 8},
-    {"name": "mulki", "image_depth": 1, "text_depth": 1},
     LORA | {"replay": {"num_images": 15, "batch_size": 4}},
-], ids=["plain", "wise_ft", "ewc", "badam", "blip", "keep_lora", "zscl", "snd", "mulki", "replay"])  # fmt: skip
+    *longer(
+        LORA | {"wise_ft": 0.5},
+        LORA | {"against_forgetting": "badam"},
+        LORA | {"against_forgetting": "blip", "blip_prior": 1e-12},
+        {"name": "keep_lora", "image_depth": 1, "text_depth": 1, "rank": 2},
+        {"name": "snd", "image_depth": 1, "text_depth": 1, "num_reference": 16, "reference_batch": 8},
+        {"name": "mulki", "image_depth": 1, "text_depth": 1},
+    ),
+], ids=["plain", "ewc", "zscl", "replay", "wise_ft", "badam", "blip", "keep_lora", "snd", "mulki"])  # fmt: skip
 def test_a_sequential_stream_killed_between_any_steps_is_bit_equal(prepared: Path, method: dict[str, Any]) -> None:
     training = ["train.epochs=2", "train.checkpoint_every_steps=1", "train.optimizer=adamw", "train.lr=0.01"]
     plan = planned(prepared, method, *training)
@@ -218,6 +227,7 @@ def test_a_sequential_stream_killed_between_any_steps_is_bit_equal(prepared: Pat
     assert not {"anchor", "average", "before"} & {name.partition("/")[0] for name in kept}  # only training needs them
 
 
+@pytest.mark.long
 def test_metrics_of_classes_go_on_from_domain_to_domain_and_are_bit_equal_after_kills(prepared: Path) -> None:
     """Three styles of the same classes, of which the last is answered before it is learnt."""
     tasks = [{"data": f"embedded:{name}", "shots": 4} for name in ("gems", "gems_sketch", "gems_snow")]

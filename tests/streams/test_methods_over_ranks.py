@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,6 @@ from diki_ray.store.run_store import RunStore
 
 TASKS = [{"data": f"embedded:{name}", "shots": 2} for name in ("digits", "gems")]
 """20 images each, in batches of 7: the last has 6."""
-NUMBERS = [2, pytest.param(3, marks=pytest.mark.long)]
-"""Workers beside the one that they are compared with."""
 BLOCK = {"image_depth": 1, "text_depth": 1}
 METHODS: dict[str, dict[str, Any]] = {
     "rail": {"hidden_dim": 16},  # sums alone
@@ -37,6 +36,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "mulki": BLOCK,  # a loss of each image, and sums before the first step
     "mahalanobis": {"rank": 2},  # logits of its own, with gradients that come by no features
 }
+KINDS = ["rail", "dpw", "sequential_lora", "zscl_replay", "mahalanobis"]
+"""What `make test` has time for: sums alone, sums over what was trained, a penalty, a loss of shared rows beside one of
+the own, logits of its own."""
 MANY_PARTS = {"dpw": 12, "zscl": 7, "snd": 7, "mulki": 12, "replay": 11}
 """More than classes, images of a batch or reference rows: some parts have none of them."""
 
@@ -58,20 +60,19 @@ def learn(plan: Plan, folder: Path, rank: int = 0) -> None:
         worker.learn(task)
 
 
-def one_of_many(rank: int, folder: str, number: int) -> None:
+def one_of_many(rank: int, folder: str, number: int, names: Sequence[str]) -> None:
     """One process learns with every method: starting it is what costs."""
     torch.set_num_threads(1)
-    for name in METHODS:
+    for name in names:
         plan = plan_in(Path(folder), name)
         dist.init_process_group("gloo", f"file://{folder}/group-{name}", world_size=number, rank=rank)
         learn(plan, Path(folder) / f"{name}-{number}", rank)
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("number", NUMBERS)
-def test_any_number_of_workers_learns_the_same_modules_to_the_bit(tmp_path: Path, number: int) -> None:
-    plans = {name: plan_in(tmp_path, name) for name in METHODS}  # prepares, before two do at once
-    run_ranks(one_of_many, str(tmp_path), number, num_ranks=number)
+def learnt_alike_by_one_and_by(number: int, names: Sequence[str], tmp_path: Path) -> None:
+    plans = {name: plan_in(tmp_path, name) for name in names}  # prepares, before two do at once
+    run_ranks(one_of_many, str(tmp_path), number, names, num_ranks=number)
     for name, plan in plans.items():
         learn(plan, tmp_path / f"{name}-1")
         expected = digests(tmp_path / f"{name}-1")
@@ -81,3 +82,16 @@ def test_any_number_of_workers_learns_the_same_modules_to_the_bit(tmp_path: Path
 
 def digests(folder: Path) -> list[str]:
     return [entry.digest for entry in RunStore.open(str(folder), RUN).modules()]
+
+
+def test_two_workers_learn_the_modules_of_one_to_the_bit(tmp_path: Path) -> None:
+    learnt_alike_by_one_and_by(2, KINDS, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("number", [2, 3])
+def test_any_number_of_workers_learns_the_modules_of_one_to_the_bit_with_every_method(
+    tmp_path: Path, number: int
+) -> None:
+    learnt_alike_by_one_and_by(number, list(METHODS), tmp_path)

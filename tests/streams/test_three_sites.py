@@ -49,9 +49,10 @@ def merged(folder: Path) -> TaskModule:
     return TaskModule.from_bytes(store.read_module(entry.digest))
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_three_processes_with_folders_of_their_own_make_the_module_of_one(tmp_path: Path) -> None:
-    at_a_site, at_the_centre = re.findall(r"^```bash\n(.*?)^```$", PAGE, re.M | re.S)
+    at_a_site, at_the_centre, export, measure = re.findall(r"^```bash\n(.*?)^```$", PAGE, re.M | re.S)
     for site in SITES:
         draw(tmp_path / site / "images", SITES[site], site)
     said = [ended(process) for process in [begun(at_a_site, tmp_path / site) for site in SITES]]
@@ -79,3 +80,10 @@ def test_three_processes_with_folders_of_their_own_make_the_module_of_one(tmp_pa
     again = "diki-ray site merge east.part south.part north.part --config agreed.yaml --json"
     assert json.loads(ended(begun(again, centre)))["digest"] == module.digest
     assert not (centre / "images").exists()
+
+    ended(begun(export, centre))
+    fourth = tmp_path / "fourth"
+    draw(fourth / "images", dict.fromkeys(("crack", "dent", "scratch"), 15), "fourth")
+    shutil.copy(centre / "run.tar", fourth)
+    assert "after 1 tasks, test split" in ended(begun(measure, fourth))
+    assert merged(fourth).key == module.key

@@ -196,16 +196,19 @@ def test_embedded_clip_is_small_and_complete() -> None:
     assert preprocess(picture.resize((90, 60)).convert("L")).shape == (3, world.IMAGE_SIZE_PX, world.IMAGE_SIZE_PX)
 
 
+@pytest.mark.long
 def test_late_tasks_are_known_and_have_room_to_grow(measured: dict[str, float]) -> None:
     for task in world.LATE_TASKS:
         assert 50 < measured[task] < 90, (task, measured[task])
 
 
+@pytest.mark.long
 def test_early_tasks_are_hardly_known(measured: dict[str, float]) -> None:
     for task in set(world.TASKS) - set(world.LATE_TASKS):
         assert measured[task] < 45, (task, measured[task])
 
 
+@pytest.mark.long
 def test_documented_zero_shot_is_what_is_measured(measured: dict[str, float]) -> None:
     documented = _documented_zero_shot()
     assert list(documented) == list(world.TASKS)
