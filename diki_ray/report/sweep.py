@@ -21,11 +21,10 @@ from plotly.offline import get_plotlyjs
 from diki_ray.config import Config
 from diki_ray.config.sweep import plain, setting_text
 from diki_ray.report.sweep_table import (
-    COLUMNS,
     COSTS,
-    TEST_COLUMNS,
     beside,
     best_first,
+    columns_of,
     costs,
     how_it_was_made,
     outcome,
@@ -52,12 +51,13 @@ def render(document: Document) -> str:
     }
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string((files("diki_ray.report") / "sweep.html.j2").read_text("utf-8"))
+    columns = columns_of(document)
     return template.render(
         document=document,
         settings=best_first(document),
         without=[t for t in document["trials"] if not t["validation"]],
-        columns=COLUMNS,
-        test_columns=TEST_COLUMNS,
+        columns=columns,
+        test_columns=("zero_shot", *columns[1:]),
         made=how_it_was_made(document),
         beside=beside(document),
         cost_columns=list(COSTS.values()),

@@ -7,11 +7,15 @@ from typing import Any
 
 from rich.console import Console
 from sample_results import sample_results
+from sample_sweep import sample_sweep
 
 from diki_ray.config.protocols import protocol
 from diki_ray.report.examples import Pictures
 from diki_ray.report.results import held_out, table
 from diki_ray.report.run import render
+from diki_ray.report.sweep import render as render_sweep
+from diki_ray.report.sweep_table import columns_of
+from diki_ray.runs.sweep.files import setting_rows
 
 
 def results_of(protocol_id: str) -> dict[str, Any]:
@@ -40,3 +44,13 @@ def test_other_streams_keep_nothing_away() -> None:
     results["tasks"] = results["tasks"][:-1]  # not learnt to the end
     assert held_out(results) is None
     assert "never seen" not in printed(results_of("own/image"))
+
+
+def test_a_sweep_shows_it_for_every_setting() -> None:
+    document = sample_sweep()
+    assert "never_seen" not in columns_of(document)
+    for judged in (*(t["validation"] for t in document["trials"] if t["validation"]), document["chosen"]["test"]):
+        judged["never_seen"] = {"mean": 0.4321, "std": 0.01}
+    assert columns_of(document)[-1] == "never_seen"
+    assert setting_rows(document)[0]["never_seen"] == 0.4321
+    assert render_sweep(document).count("43.2 ± 1.0") == 4  # two settings, and the chosen one on either split

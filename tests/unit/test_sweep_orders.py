@@ -105,6 +105,14 @@ def test_a_matrix_and_its_auroc_by_hand() -> None:
     assert figures_of(evaluation, order)["weight_auroc"] == pytest.approx(np.mean(areas))
 
 
+def test_what_is_kept_away_until_the_end_is_answered_once_all_others_are_learnt() -> None:
+    evaluation, last = made_up(50), NUM_TASKS - 1
+    order = tuple(range(NUM_TASKS))
+    assert figures_of(evaluation, order, held_out=last)["never_seen"] == evaluation.accuracy(order)[-2, -1]
+    assert figures_of(evaluation, order[::-1], held_out=last)["never_seen"] is None  # it is learnt first
+    assert "never_seen" not in figures_of(evaluation, order)
+
+
 def test_a_stream_of_one_task_has_neither_transfer_nor_auroc() -> None:
     figures = figures_of(made_up(20, num_tasks=1), (0,))
     assert figures["transfer"] is None

@@ -14,7 +14,7 @@ from diki_ray.config import Config
 from diki_ray.config.sweep import plain
 from diki_ray.report.sweep import render
 from diki_ray.runs.sweep.results import SweepResults
-from diki_ray.runs.sweep.trial import METRICS
+from diki_ray.runs.sweep.trial import METRICS, NEVER_SEEN
 
 DOCUMENT, REPORT, CHOSEN = "sweep.json", "report.html", "chosen.yaml"
 
@@ -37,8 +37,8 @@ def setting_rows(document: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for trial in document["trials"]:
         row = {n: plain(v) for n, v in trial["setting"].items()}
-        for metric in ("objective", *METRICS):
-            spread = trial["validation"][metric] if trial["validation"] else {"mean": None, "std": None}
+        for metric in ("objective", *METRICS, *([NEVER_SEEN] if NEVER_SEEN in document["chosen"]["test"] else [])):
+            spread = (trial["validation"] or {}).get(metric, {"mean": None, "std": None})
             row |= {metric: spread["mean"], f"{metric}_std": spread["std"]}
         row |= (trial["validation"] or {}).get("cost", {})
         row |= {

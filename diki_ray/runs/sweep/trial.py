@@ -22,6 +22,7 @@ from diki_ray.answering.evaluation import Evaluation
 from diki_ray.answering.metrics import Metrics
 from diki_ray.config import Config
 from diki_ray.config.places import with_absolute_paths
+from diki_ray.config.protocols import embedded_protocols
 from diki_ray.config.sweep import SweepConfig, varied
 from diki_ray.errors import LeaseHeldError
 from diki_ray.learning.module import TaskModule
@@ -45,21 +46,29 @@ from diki_ray.store.interface import HeldRun
 from diki_ray.store.library import Library
 
 METRICS = ("transfer", "average", "last", "forgetting", "zero_shot", "weight_auroc")
+NEVER_SEEN = "never_seen"
+"""Of streams whose protocol keeps a data set away until the end: the accuracy on it once all the others are learnt."""
 WAIT_S = 2.0
 
 Report = Callable[[float, float], None]
 """Called with (epochs done of the modules that are trained, their mean validation accuracy so far)."""
 
 
-def figures_of(evaluation: Evaluation, order: Sequence[int]) -> dict[str, float | None]:
+def figures_of(evaluation: Evaluation, order: Sequence[int], held_out: int | None = None) -> dict[str, float | None]:
     """Every metric of one order of the tasks. weight_auroc: how well the integration weight tells learnt from unlearnt
-    domains, mean over the steps of the stream."""
-    known = Metrics.of(evaluation.accuracy(order))
+    domains, mean over the steps of the stream. held_out: the task that the protocol keeps away until the end; with it
+    there is `NEVER_SEEN`, where the order does keep it away."""
+    accuracy = evaluation.accuracy(order)
+    known = Metrics.of(accuracy)
     values = {m: known.mean(m) for m in METRICS[:4]}
-    return {m: None if np.isnan(v) else float(v) for m, v in values.items()} | {
+    figures = {m: None if np.isnan(v) else float(v) for m, v in values.items()} | {
         "zero_shot": float(evaluation.zero_shot(order).mean()),
         "weight_auroc": spread(evaluation.weight_auroc(order))["mean"],
     }
+    if held_out is not None:
+        away = len(order) > 1 and order[-1] == held_out
+        figures[NEVER_SEEN] = float(accuracy[-2, -1]) if away else None
+    return figures
 
 
 def judge(
@@ -94,11 +103,13 @@ def judge(
             evaluation = evaluated(ordered_plan, digests, list(its_orders.values()), split)
             seconds["tables"] += time.monotonic() - clock
             clock = time.monotonic()
+            held_out = _held_out(ordered_plan)
             for name, order in its_orders.items():
-                values.append({"order": name, "seed": seed} | figures_of(evaluation, order))
+                values.append({"order": name, "seed": seed} | figures_of(evaluation, order, held_out))
             seconds["orders"] += time.monotonic() - clock
             clock = time.monotonic()
-    judged: dict[str, Any] = {m: spread([v[m] for v in values]) for m in METRICS}
+    metrics = [m for m in (*METRICS, NEVER_SEEN) if m in values[0]]
+    judged: dict[str, Any] = {m: spread([v[m] for v in values]) for m in metrics}
     return judged | {
         "objective": spread([sweep.objective.of(v) for v in values]),
         "values": values,
@@ -107,6 +118,13 @@ def judge(
         "cost": cost_of(streams, (seconds["tables"] + seconds["orders"]) / len(values), split),
         "chance": float(np.mean(chances(config.evaluate.label_space, [len(t.class_names) for t in plan.tasks]))),
     }
+
+
+def _held_out(plan: Plan) -> int | None:
+    """The plan's task that its protocol keeps away until the end."""
+    known = embedded_protocols().get(plan.config.protocol.partition("/")[0])
+    names = [task.name for task in plan.tasks]
+    return names.index(known.held_out) if known is not None and known.held_out in names else None
 
 
 def _plans(plan: Plan, orders: Mapping[str, Sequence[int]]) -> list[tuple[Plan, Mapping[str, Sequence[int]]]]:
