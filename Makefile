@@ -41,7 +41,7 @@ image: env-test
 
 .PHONY: browser
 browser: env-test
-	REPORT_SCREENSHOTS=build/report SERVE_SCREENSHOTS=build/serve $(BIN)/python -m pytest -rs -m "long or not long" tests/browser
+	REPORT_SCREENSHOTS=build/report SERVE_SCREENSHOTS=build/serve $(BIN)/python -m pytest -rs -m browser tests/browser
 
 .PHONY: load
 load: quickstart

@@ -35,8 +35,8 @@ class Ended(NamedTuple):
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: FOLDERS.index(item.path.parent.name) if item.path.parent.name in FOLDERS else 0)
     for item in items:
-        if item.path.parent.name == "chaos":
-            item.add_marker("chaos")
+        if item.path.parent.name in ("browser", "chaos"):
+            item.add_marker(item.path.parent.name)
 
 
 @pytest.fixture(autouse=True)

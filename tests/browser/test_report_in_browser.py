@@ -105,7 +105,6 @@ def test_the_browser_has_nothing_to_complain_about(pages: dict[str, Path], tmp_p
         assert "CONSOLE" not in log  # where a refused style, script or picture would be told
 
 
-@pytest.mark.long
 def test_screenshots_are_taken(pages: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(os.environ.get("REPORT_SCREENSHOTS") or tmp_path)
     folder.mkdir(parents=True, exist_ok=True)

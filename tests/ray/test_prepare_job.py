@@ -56,6 +56,7 @@ def kill_in_the_middle(source: Path, root: Path) -> set[str]:
     return {shard.name for shard in root.rglob("*.tar")}
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(source: Path, tmp_path: Path, local_cluster: str) -> None:
     """What is not killed joins a cluster that is there."""
 
