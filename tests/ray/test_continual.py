@@ -126,6 +126,7 @@ def test_two_parts_train_the_modules_of_one_whoever_computes_them(storage: Path,
     workers, a run of one worker takes the modules as they are, and the run itself goes on with one."""
     from diki_ray.learning.module import TaskModule
 
+    run(debug())
     results = run(debug("run.name=two", "train.num_workers=2"))
     assert len(results["trained"]) == 2
     one, two = (RunStore.open(str(storage), name) for name in ("debug", "two"))

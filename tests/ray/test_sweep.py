@@ -116,7 +116,6 @@ def test_optuna_goes_on_from_the_settings_that_it_knows(config: Config, local_cl
         "concurrent_trials": 2,
     }
     first = swept(config, said := [], num_samples=3, **fields)
-    assert first["modules_trained"] == 0
     assert len(first["trials"]) == 3
     assert all(-2 <= t["setting"]["calibration.bias"] <= 4 for t in first["trials"])
     assert {t["validation"]["orders_by"] for t in first["trials"]} == {"indexing"}
@@ -124,6 +123,7 @@ def test_optuna_goes_on_from_the_settings_that_it_knows(config: Config, local_cl
     more = swept(config, said := [], num_samples=5, **fields)
     assert more["trials"][:3] == first["trials"]
     assert len(more["trials"]) == 5
+    assert more["modules_trained"] == 0
     assert sum(line.startswith("[") for line in said) == 2
 
     again = swept(config, said := [], num_samples=5, **fields)
