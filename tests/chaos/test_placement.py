@@ -19,7 +19,7 @@ from diki_ray.config import Config, parse
 from diki_ray.runs.store_client import NAMESPACE, StoreClient, actor_name
 from diki_ray.runs.train import group
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.long]
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not have this folder on their path
 NUM_STORES = 6
 

@@ -41,6 +41,7 @@ def measured(tmp_path: Path, *more: object) -> tuple[dict[str, Any], str]:
     return sections, (tmp_path / "debug.md").read_text()
 
 
+@pytest.mark.long
 def test_the_benchmark_at_its_smallest_writes_a_table_json_and_plots(tmp_path: Path) -> None:
     few = ["training", "evaluation", "routing", "class_model", "store"]
     sections, page = measured(tmp_path, "--sections", *few)

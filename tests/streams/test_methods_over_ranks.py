@@ -36,9 +36,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "mulki": BLOCK,  # a loss of each image, and sums before the first step
     "mahalanobis": {"rank": 2},  # logits of its own, with gradients that come by no features
 }
-KINDS = ["rail", "dpw", "sequential_lora", "zscl_replay", "mahalanobis"]
-"""What `make test` has time for: sums alone, sums over what was trained, a penalty, a loss of shared rows beside one of
-the own, logits of its own."""
+KINDS = ["rail", "dpw", "zscl_replay", "mahalanobis"]
+"""What `make test` has time for: sums alone, sums over what was trained, a loss of shared rows beside one of the own,
+logits of its own."""
 MANY_PARTS = {"dpw": 12, "zscl": 7, "snd": 7, "mulki": 12, "replay": 11}
 """More than classes, images of a batch or reference rows: some parts have none of them."""
 

@@ -118,6 +118,7 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
         world.samples("neon", "dev")
 
 
+@pytest.mark.long
 def test_pretraining_reads_the_late_tasks_words_and_no_task_domain() -> None:
     captions = [caption for _, caption in world.pretraining_pairs(0, 2500)]
     words = Counter(word for caption in captions for word in re.findall(r"[\w-]+", caption))
@@ -218,6 +219,7 @@ def test_documented_zero_shot_is_what_is_measured(measured: dict[str, float]) ->
         assert test == pytest.approx(measured[name], abs=1.5)
 
 
+@pytest.mark.long
 def test_short_pretraining_lowers_the_loss_and_writes_a_loadable_folder(tmp_path: Path) -> None:
     output = tmp_path / "backbone"
     options = "--num-pairs 512 --epochs 8 --batch-size 64 --width 64 --image-layers 2 --text-layers 1"
