@@ -65,7 +65,7 @@ def two_nodes(bucket: Bucket, tmp_path_factory: pytest.TempPathFactory) -> Itera
     room_for_the_driver = ("--num-cpus=1", f"--node-ip-address={HEAD_IP}")
     with (
         running_head(folder, environment, *room_for_the_driver, ports=OTHER_PORTS) as head,
-        started(join, folder, environment | {"GLOO_SOCKET_IFNAME": NODE_LINK}, session) as node,
+        started(join, folder, environment, session) as node,
     ):
         wait_until(lambda: NODE_IP in head.ray("list", "nodes", "--format=json").stdout, "the node to join", node)
         yield head

@@ -51,6 +51,13 @@ def written(name):
     return yaml.safe_load((COMPOSE / name).read_text())["services"]
 
 
+def test_podman_compose_can_split_the_commands():
+    """It splits a command that is text at its blanks before it puts values in; Docker after."""
+    for service in written("compose.yaml").values():
+        if isinstance(command := service.get("command", ""), str):
+            assert not re.search(r"\$\{[^}]*\s", command)
+
+
 def test_head_and_workers_are_one_image_of_this_version_and_confined(services):
     nodes = [services["head"], services["worker"]]
     assert {node["image"] for node in nodes} == {f"diki-ray:{diki_ray.__version__}-cpu"}

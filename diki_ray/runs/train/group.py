@@ -88,8 +88,10 @@ def _num_groups(config: Config) -> int:
 def _train_group(config: Config, pending: Sequence[PlannedTask], store: HeldRun) -> None:
     import ray.train
     from ray._private.worker import get_dashboard_url
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    from diki_ray.runs.train.network import TorchOnRaysNetwork
 
     class Trainer(TorchTrainer):
         def _register_sigint_handler(self, controller: Any) -> None:
@@ -108,7 +110,9 @@ def _train_group(config: Config, pending: Sequence[PlannedTask], store: HeldRun)
     trainer = Trainer(
         train_tasks,
         train_loop_config={"config": config, "tasks": tuple(pending), "store": store, "attempt": attempt},
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=config.train.collective_timeout_s),
+        torch_config=TorchOnRaysNetwork(
+            backend="nccl" if use_gpu else "gloo", timeout_s=config.train.collective_timeout_s
+        ),
         scaling_config=ray.train.ScalingConfig(
             **_num_workers(config),
             use_gpu=use_gpu,

@@ -1,0 +1,53 @@
+"""Workers' collectives over the network by which Ray's nodes reach each other.
+
+gloo takes the address that the machine's own name has. Debian and others give that name a loopback address, and then
+workers on two machines wait for each other at 127.0.0.1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import struct
+from typing import Any
+
+import ray.util
+from ray.train.torch import TorchConfig
+from ray.train.torch.config import _TorchBackend
+
+VARIABLE = "GLOO_SOCKET_IFNAME"
+SIOCGIFADDR = 0x8915
+"""Of Linux; elsewhere the question fails, and gloo decides."""
+
+
+def use_rays_network() -> None:
+    """Make this process' collectives use the interface with its node's address; what a user has set stays."""
+    if VARIABLE not in os.environ and (name := interface_of(ray.util.get_node_ip_address())) is not None:
+        os.environ[VARIABLE] = name
+
+
+def interface_of(address: str) -> str | None:
+    """The name of this machine's interface with an IPv4 address; None where none has it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # one without an address
+                reply = fcntl.ioctl(asked.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()))
+                if socket.inet_ntoa(reply[20:24]) == address:
+                    return name
+    return None
+
+
+class _Backend(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        worker_group.execute(use_rays_network)
+        super().on_start(worker_group, backend_config)
+
+
+class TorchOnRaysNetwork(TorchConfig):
+    """Ray's, whose process group is on the network of Ray's nodes."""
+
+    @property
+    def backend_cls(self) -> type[_Backend]:
+        return _Backend
