@@ -1,6 +1,6 @@
 # make quickstart   the embedded stream, from an empty folder to the accuracy matrix
-# make check        environment, lint, types, unit tests: no cluster, at most 3 minutes on two idle cores
-# make test         the same and every other test that is not marked long: at most 12 minutes
+# make check        environment, lint, types, unit tests: no cluster; the aim is 3 minutes on two idle cores
+# make test         the same and every other test that is not marked long; the aim is 12 minutes
 # make cluster      the files under cluster/ alone; needs kubectl, docker compose and Prometheus' tools, and says loudly what it left out
 # make image        the image built and overlays/kind run from it in containers, 20 minutes and 30 GB; as root on Debian, with buildah, Podman, kubectl
 # make chaos        every test of tests/chaos, and every test anywhere that is marked long

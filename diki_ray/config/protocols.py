@@ -101,6 +101,12 @@ def embedded_protocols() -> Mapping[str, Protocol]:
     return _protocols("embedded.json")
 
 
+def held_out_of(protocol_id: str) -> str | None:
+    """The data set that the protocol of an id keeps away until the end; None where it keeps none away."""
+    known = embedded_protocols().get(protocol_id.partition("/")[0])
+    return None if known is None else known.held_out
+
+
 def _protocols(file: str) -> Mapping[str, Protocol]:
     return {
         name: Protocol(name=name, **{**fields, "order": tuple(fields["order"])}) for name, fields in _read(file).items()

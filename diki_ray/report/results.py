@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from diki_ray.config.protocols import embedded_protocols
+from diki_ray.config.protocols import held_out_of
 
 FORMAT = 1
 DOCUMENT = "results.json"
@@ -86,9 +86,8 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def held_out(results: Mapping[str, Any]) -> tuple[str, float | None, float | None] | None:
     """(name, accuracy once all the others are learnt, zero-shot accuracy) of the data set that the protocol keeps away
     until the end; None where it keeps none away."""
-    known = embedded_protocols().get(results["protocol"].partition("/")[0])
     names = [task["name"] for task in results["tasks"]]
-    if known is None or known.held_out is None or len(names) < 2 or names[-1] != known.held_out:
+    if len(names) < 2 or names[-1] != held_out_of(results["protocol"]):
         return None
     return names[-1], results["accuracy"][-2][-1], results["zero_shot"][-1]
 

@@ -22,7 +22,7 @@ from diki_ray.answering.evaluation import Evaluation
 from diki_ray.answering.metrics import Metrics
 from diki_ray.config import Config
 from diki_ray.config.places import with_absolute_paths
-from diki_ray.config.protocols import embedded_protocols
+from diki_ray.config.protocols import held_out_of
 from diki_ray.config.sweep import SweepConfig, varied
 from diki_ray.errors import LeaseHeldError
 from diki_ray.learning.module import TaskModule
@@ -122,9 +122,8 @@ def judge(
 
 def _held_out(plan: Plan) -> int | None:
     """The plan's task that its protocol keeps away until the end."""
-    known = embedded_protocols().get(plan.config.protocol.partition("/")[0])
-    names = [task.name for task in plan.tasks]
-    return names.index(known.held_out) if known is not None and known.held_out in names else None
+    name, names = held_out_of(plan.config.protocol), [task.name for task in plan.tasks]
+    return names.index(name) if name in names else None
 
 
 def _plans(plan: Plan, orders: Mapping[str, Sequence[int]]) -> list[tuple[Plan, Mapping[str, Sequence[int]]]]:
