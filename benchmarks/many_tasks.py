@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import yaml
 from PIL import Image
 
@@ -76,8 +77,6 @@ def _watched(process: subprocess.Popen[bytes], folder: Path, num_tasks: int) -> 
 
 def _memory(pid: int) -> dict[str, float]:
     """Megabytes resident, the largest of each kind of process."""
-    import psutil  # of the test extra: no other section needs it
-
     driver = psutil.Process(pid)
     found = {"driver_mb": driver.memory_info().rss / 1e6} | dict.fromkeys(OF.values(), 0.0)
     for child in driver.children(recursive=True):

@@ -1,5 +1,6 @@
-"""Two nodes of `ray start` with a network between them: a token-protected head without room for training, and a node
-in a network namespace of its own that does the work. Storage is S3 over HTTP, reached by both."""
+"""Two nodes of `ray start` with a network between them: a token-protected head, and a node in a network namespace of
+its own. Each has room for one worker, so their collectives cross the network. Storage is S3 over HTTP, reached by
+both."""
 
 from __future__ import annotations
 
@@ -59,12 +60,11 @@ def two_nodes(bucket: Bucket, tmp_path_factory: pytest.TempPathFactory) -> Itera
     session = Path("/tmp") / f"{NAMESPACE}n"
     join = [
         *("ip", "netns", "exec", NAMESPACE, RAY, "start", "--block"),
-        *(f"--address={HEAD_IP}:{OTHER_PORTS['--port']}", f"--node-ip-address={NODE_IP}", "--num-cpus=4"),
+        *(f"--address={HEAD_IP}:{OTHER_PORTS['--port']}", f"--node-ip-address={NODE_IP}", "--num-cpus=1"),
         f"--temp-dir={session}",
     ]
-    room_for_the_driver = ("--num-cpus=1", f"--node-ip-address={HEAD_IP}")
     with (
-        running_head(folder, environment, *room_for_the_driver, ports=OTHER_PORTS) as head,
+        running_head(folder, environment, "--num-cpus=1", f"--node-ip-address={HEAD_IP}", ports=OTHER_PORTS) as head,
         started(join, folder, environment, session) as node,
     ):
         wait_until(lambda: NODE_IP in head.ray("list", "nodes", "--format=json").stdout, "the node to join", node)
@@ -73,14 +73,12 @@ def two_nodes(bucket: Bucket, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
-def test_a_submitted_job_trains_on_the_other_node_and_stores_on_s3(
-    two_nodes: Head, bucket: Bucket, tmp_path: Path
-) -> None:
+def test_a_submitted_job_trains_on_both_nodes_and_stores_on_s3(two_nodes: Head, bucket: Bucket, tmp_path: Path) -> None:
     done = two_nodes.submit(
         "across",
         *("jobs/continual.py", "--config", "configs/debug.yaml"),
         *("run.storage=s3://runs/team", f"data.root={tmp_path}/prepared"),
-        *("train.num_workers=2", "train.cpus_per_worker=1"),  # more than the head has beside the store's actor
+        *("train.num_workers=2", "train.cpus_per_worker=1"),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "nothing: zero-shot" in two_nodes.logs("across")
@@ -91,5 +89,5 @@ def test_a_submitted_job_trains_on_the_other_node_and_stores_on_s3(
     listed = two_nodes.ray("list", "actors", "--filter=class_name=RayTrainWorker", "--format=json", "--limit=100")
     workers = json.loads(listed.stdout)
     assert len(workers) == 2  # one group for both tasks
-    assert {address[worker["node_id"]] for worker in workers} == {NODE_IP}
+    assert {address[worker["node_id"]] for worker in workers} == {HEAD_IP, NODE_IP}
     bucket.assert_holds_a_debug_run("team")

@@ -6,20 +6,15 @@ workers on two machines wait for each other at 127.0.0.1.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
-import socket
-import struct
 from typing import Any
 
+import psutil
 import ray.util
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 
 VARIABLE = "GLOO_SOCKET_IFNAME"
-SIOCGIFADDR = 0x8915
-"""Of Linux; elsewhere the question fails, and gloo decides."""
 
 
 def use_rays_network() -> None:
@@ -29,14 +24,9 @@ def use_rays_network() -> None:
 
 
 def interface_of(address: str) -> str | None:
-    """The name of this machine's interface with an IPv4 address; None where none has it."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):  # one without an address
-                reply = fcntl.ioctl(asked.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()))
-                if socket.inet_ntoa(reply[20:24]) == address:
-                    return name
-    return None
+    """The name of this machine's interface with an address; None where none has it."""
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, known in interfaces if address in (one.address for one in known)), None)
 
 
 class _Backend(_TorchBackend):
