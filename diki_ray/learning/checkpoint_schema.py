@@ -52,17 +52,17 @@ def check_checkpoint(
         _Header.model_validate(header)
     except ValidationError as error:
         first = error.errors()[0]
-        raise _wrong(f"{'.'.join(map(str, first['loc'])) or 'its header'}: {first['msg']}") from None
+        raise not_written_here(f"{'.'.join(map(str, first['loc'])) or 'its header'}: {first['msg']}") from None
     for name, array in arrays.items():
         if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
-            raise _wrong(f"{name:.200} has values that are not finite numbers")
+            raise not_written_here(f"{name:.200} has values that are not finite numbers")
     for kind in ("parameters", "best"):
         found = {n.removeprefix(f"{kind}/"): a.shape for n, a in arrays.items() if n.startswith(f"{kind}/")}
         if shapes is not None and found != dict(shapes):
-            raise _wrong(f"its {kind} are not those of the task")
+            raise not_written_here(f"its {kind} are not those of the task")
     for name in arrays:
         if name.startswith("optimizer/") and not _is_moment(name, arrays, shapes):
-            raise _wrong(f"{name:.200} is no state of the optimizer's")
+            raise not_written_here(f"{name:.200} is no state of the optimizer's")
 
 
 def _is_moment(name: str, arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]] | None) -> bool:
@@ -73,7 +73,8 @@ def _is_moment(name: str, arrays: Mapping[str, np.ndarray], shapes: Mapping[str,
     return shapes is None or (int(parts[1]) < len(shapes) and arrays[name].shape in {(), *shapes.values()})
 
 
-def _wrong(what: str) -> CorruptError:
+def not_written_here(what: str) -> CorruptError:
+    """The error about a checkpoint that no training wrote; `what` is wrong with it."""
     return CorruptError(
         f"a checkpoint is not what training writes ({what}): delete the task's folder below checkpoints/ in the run's "
         "storage, and the task starts anew."

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from diki_ray.clip.residual import Parameters
 from diki_ray.errors import UserError
-from diki_ray.learning.checkpoint_schema import check_checkpoint
+from diki_ray.learning.checkpoint_schema import check_checkpoint, not_written_here
 from diki_ray.learning.collective import gather_rows, own_parts, world_size
 from diki_ray.learning.methods.base import Method, Step
+from diki_ray.learning.optimizer import Kind, Optimizer
 from diki_ray.learning.parts import StepInParts, class_features
 
 
@@ -37,7 +38,7 @@ def cosine_lr(step: int, num_steps: int, lr: float, final_fraction: float = 1e-3
 class Recipe:
     """How a task is optimised; published: SGD without momentum or weight decay, lr 5.0, cosine to lr / 1000."""
 
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: Kind = "sgd"
     lr: float = 5.0
     final_lr_fraction: float = 1e-3
     weight_decay: float = 0.0
@@ -112,13 +113,7 @@ class TaskTrainer:
         own = {name: p.detach().clone().to(device) for name, p in parameters.items()}
         self.parameters = {name: p.requires_grad_() for name, p in own.items() if method.is_trained(name)}
         self.kept = {name: p for name, p in own.items() if not method.is_trained(name)}
-        # torch's optimisers refuse an empty list; a method that trains nothing never steps.
-        tensors = list(self.parameters.values()) or [torch.zeros(0)]
-        self.optimizer: torch.optim.Optimizer = (
-            torch.optim.SGD(tensors, lr=recipe.lr)
-            if recipe.optimizer == "sgd"
-            else torch.optim.AdamW(tensors, lr=recipe.lr, weight_decay=recipe.weight_decay)
-        )
+        self.optimizer = Optimizer(list(self.parameters.values()), recipe.optimizer, recipe.weight_decay)
         self.best = self._copy()
         self.progress = Progress()
         self.nonfinite_in_a_row = 0
@@ -183,14 +178,10 @@ class TaskTrainer:
         return gather_rows(features, len(self.class_tokens), step.num_parts)
 
     def _apply(self, flat: Tensor, step: Step) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = step.lr
-        sizes = [p.numel() for p in self.parameters.values()]
-        for p, g in zip(self.parameters.values(), flat.split(sizes), strict=True):
-            p.grad = g.view_as(p)
-        self.optimizer.step()
+        parts = flat.split([p.numel() for p in self.parameters.values()])
+        gradients = {n: g.view_as(p) for (n, p), g in zip(self.parameters.items(), parts, strict=True)}
+        self.optimizer.step(list(gradients.values()), step.lr)
         with torch.no_grad():
-            gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
             self.method.after_step(self.all_parameters, gradients, step)
 
     def _strike(self, keys: tuple[str, ...]) -> None:
@@ -240,7 +231,7 @@ class TaskTrainer:
         """(header, arrays): all that resuming needs, to continue bit for bit."""
         arrays = {f"parameters/{n}": p.detach().cpu().numpy() for n, p in self.all_parameters.items()}
         arrays |= {f"best/{n}": p.cpu().numpy() for n, p in self.best.items()}
-        for index, moments in self.optimizer.state_dict()["state"].items():
+        for index, moments in self.optimizer.state.items():
             arrays |= {f"optimizer/{index}/{n}": v.cpu().numpy() for n, v in moments.items()}
         header = {
             "progress": vars(self.progress),
@@ -261,13 +252,15 @@ class TaskTrainer:
             for name, p in self.all_parameters.items():
                 p.copy_(torch.from_numpy(arrays[f"parameters/{name}"].copy()))
                 self.best[name].copy_(torch.from_numpy(arrays[f"best/{name}"].copy()))
-        saved = self.optimizer.state_dict()
-        saved["state"] = {}
+        moments: dict[int, dict[str, Tensor]] = {}
         for key, value in arrays.items():
             if key.startswith("optimizer/"):
                 _, index, name = key.split("/")
-                saved["state"].setdefault(int(index), {})[name] = torch.from_numpy(value.copy())
-        self.optimizer.load_state_dict(saved)
+                moments.setdefault(int(index), {})[name] = torch.from_numpy(value.copy())
+        try:
+            self.optimizer.load(moments)
+        except ValueError as error:
+            raise not_written_here(str(error)) from None
         self.progress = Progress(**header["progress"])
         self.nonfinite_in_a_row = header["nonfinite_in_a_row"]
         self.num_nonfinite = header["num_nonfinite"]

@@ -56,7 +56,8 @@ def steps(world: World) -> tuple[list[float], dict[str, torch.Tensor]]:
     return [trainer.step(*batch).loss for _ in range(3)], trainer.parameters
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_towers_train_the_same_module(backend: str) -> None:
     losses, parameters = steps(World.make("debug", "cpu"))
     world = World.make("debug", "cpu")

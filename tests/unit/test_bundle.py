@@ -101,11 +101,14 @@ def test_open_vocabulary_and_other_kinds_of_images(storage: Path, bundle: Path, 
     assert model.predict([]) == []
 
 
-def test_loading_and_predicting_import_no_ray(storage: Path, bundle: Path) -> None:
+def test_predicting_reading_a_run_and_serving_it_without_a_cluster_import_no_ray(storage: Path, bundle: Path) -> None:
+    """Not by way of anything else either."""
     code = (
         "import sys, diki_ray; assert not {'ray', 'torch'} & set(sys.modules)\n"
         f"answers = diki_ray.load({str(bundle)!r}, backbone={mine(storage)!r}).predict([{str(storage / '0.png')!r}])\n"
-        "assert answers[0].task == 'cold'; sys.exit('ray' in sys.modules)"
+        "assert answers[0].task == 'cold'\n"
+        "import diki_ray.prediction.run_predictor, diki_ray.report.run, diki_ray.serving.app\n"
+        "sys.exit('ray' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
 

@@ -177,8 +177,15 @@ def afresh(stored: Stored, order: list[int], learnt: int, j: int, routing: str, 
     return np.array([right, confidence, lead])
 
 
-@pytest.mark.parametrize("routing", ["image", "batch"])
-@pytest.mark.parametrize("space", ["task", "seen", "all"])
+@pytest.mark.parametrize(
+    ("space", "routing"),
+    [
+        ("task", "image"),
+        ("all", "batch"),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in (("seen", "image"), ("all", "image"))),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in (("task", "batch"), ("seen", "batch"))),
+    ],
+)
 def test_any_routing_label_space_and_order_is_evaluating_each_cell_afresh(
     stored: Stored, routing: str, space: str
 ) -> None:

@@ -14,7 +14,14 @@ import diki_ray
 from diki_ray.commands.app import run as command
 from diki_ray.report.next_steps import next_steps
 
-NAMES = ["a b", 'it\'s "quoted"', "two\nlines", "$(touch ran) `touch ran`; & |", "grün 狐", "-rf", "[b]*?{x}#%20"]
+NAMES = [
+    "two\nlines",
+    "$(touch ran) `touch ran`; & |",
+    *(
+        pytest.param(name, marks=pytest.mark.long)
+        for name in ("a b", 'it\'s "quoted"', "grün 狐", "-rf", "[b]*?{x}#%20")
+    ),
+]
 
 
 @pytest.mark.parametrize("name", NAMES)

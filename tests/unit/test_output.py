@@ -49,11 +49,11 @@ def learnt(tmp_path: Path, shell: str, **environment: str) -> subprocess.Complet
 @pytest.mark.parametrize(
     "shell",
     [
-        '"$@" 2>/dev/null | head -1; exit ${PIPESTATUS[0]}',
-        '"$@" 2>&1 >/dev/null | head -1; exit ${PIPESTATUS[0]}',
+        pytest.param('"$@" 2>/dev/null | head -1; exit ${PIPESTATUS[0]}', marks=pytest.mark.long),
+        pytest.param('"$@" 2>&1 >/dev/null | head -1; exit ${PIPESTATUS[0]}', marks=pytest.mark.long),
         '"$@" 2>&1 | true; exit ${PIPESTATUS[0]}',
-        '"$@" >&-',
-        '"$@" >&- 2>&-',
+        pytest.param('"$@" >&-', marks=pytest.mark.long),
+        pytest.param('"$@" >&- 2>&-', marks=pytest.mark.long),
         '"$@" >&- 2>&- <&-',
     ],
 )
@@ -70,10 +70,10 @@ def test_a_full_disk_under_standard_output_costs_the_output_alone_and_is_said(tm
 @pytest.mark.parametrize(
     "environment",
     [
-        {"PYTHONIOENCODING": "ascii"},
-        {"LC_ALL": "C"},
+        pytest.param({"PYTHONIOENCODING": "ascii"}, marks=pytest.mark.long),
+        pytest.param({"LC_ALL": "C"}, marks=pytest.mark.long),
         {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-        {"PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": "1"},
+        pytest.param({"PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": "1"}, marks=pytest.mark.long),
     ],
 )
 def test_no_encoding_fails_a_job(tmp_path: Path, environment: dict[str, str]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import torch
@@ -27,6 +27,16 @@ from diki_ray.store.interface import HeldRun
 
 FAILURE = "failure.json"
 """The document in which a worker tells the driver what the user can put right."""
+
+
+class Loop(NamedTuple):
+    """What every worker of a group is told."""
+
+    config: Config
+    tasks: tuple[PlannedTask, ...]
+    store: HeldRun
+    attempt: str
+    """A name of the group's own, for what a worker says about it."""
 
 
 def train(config: Config, pending: Sequence[PlannedTask], store: HeldRun) -> None:
@@ -89,27 +99,30 @@ def _train_group(config: Config, pending: Sequence[PlannedTask], store: HeldRun)
     import ray.train
     from ray._private.worker import get_dashboard_url
     from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
     from diki_ray.runs.train.network import TorchOnRaysNetwork
+
+    # Ray's data sets have a process of their own, and none is used. The cleaner asks the dashboard whether the
+    # controller lives; where there is none, each training would end with 12 s of waiting for its answer (Ray 2.60).
+    unused = (DatasetsCallback,) if get_dashboard_url() else (DatasetsCallback, PlacementGroupCleanerCallback)
 
     class Trainer(TorchTrainer):
         def _register_sigint_handler(self, controller: Any) -> None:
             """Ray's handler would wait for the workers for 30 s, and stay when fit() is over: runs/stopping.py."""
 
         def _create_default_callbacks(self) -> list[Any]:
-            """Without Ray's cleaner where there is no dashboard, which it asks whether the controller lives: it never
-            gets an answer, and each training would end with 12 s of waiting for it (Ray 2.60)."""
             callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # of the class behind the name
-            if get_dashboard_url():
-                return callbacks
-            return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+            return [callback for callback in callbacks if not isinstance(callback, unused)]
 
     use_gpu = device_of(config) == "cuda"
     attempt = uuid.uuid4().hex[:8]
+    # A reference, which the controller hands on without importing what it refers to.
+    loop = ray.put(Loop(config, tuple(pending), store, attempt))
     trainer = Trainer(
         train_tasks,
-        train_loop_config={"config": config, "tasks": tuple(pending), "store": store, "attempt": attempt},
+        train_loop_config={"loop": loop},
         torch_config=TorchOnRaysNetwork(
             backend="nccl" if use_gpu else "gloo", timeout_s=config.train.collective_timeout_s
         ),
@@ -150,7 +163,7 @@ def _num_workers(config: Config) -> dict[str, Any]:
 def train_tasks(loop: dict[str, Any]) -> None:
     """Runs in every Ray Train worker. A UserError goes to the store, which the driver reads: trying again would only
     meet it again."""
-    config, tasks, store, attempt = loop["config"], loop["tasks"], loop["store"], loop["attempt"]
+    config, tasks, store, attempt = ray.get(loop["loop"])
     if _failure(store, attempt) is not None:
         return  # this group was restarted only because a worker had to leave its peers in the middle of a collective
     try:
