@@ -89,6 +89,7 @@ def test_every_input_is_a_row_answered_as_one_by_one(
     assert {row["task"] for row in good} == {"warm", "cold", "lush"}
 
 
+@pytest.mark.long
 def test_shards_among_any_classes_into_parquet(
     photos: Path, tmp_path: Path, predict: Callable[..., tuple[int, str, str]]
 ) -> None:

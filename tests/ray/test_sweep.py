@@ -39,14 +39,22 @@ def swept(config: Config, said: list[str], **fields: Any) -> dict[str, Any]:
     return run_sweep(sweep, config, lambda text: said.append(text))
 
 
-def test_twenty_orders_train_the_modules_of_one(config: Config, local_cluster: str) -> None:
+TWENTY = {
+    "parameters": {"calibration.bias": [-1.0, 1.0], "method.image_depth": [2, 99]},
+    "orders": {"num_random": 19},
+    "concurrent_trials": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def twenty(config: Config, local_cluster: str) -> tuple[dict[str, Any], list[str]]:
+    """A sweep over twenty orders, half of whose settings cannot be trained, and what it said."""
+    return swept(config, said := [], **TWENTY), said
+
+
+def test_twenty_orders_train_the_modules_of_one(config: Config, twenty: tuple[dict[str, Any], list[str]]) -> None:
+    document, said = twenty
     folder = Path(config.run.storage, "sweeps", "s")
-    fields = {
-        "parameters": {"calibration.bias": [-1.0, 1.0], "method.image_depth": [2, 99]},
-        "orders": {"num_random": 19},
-        "concurrent_trials": 2,
-    }
-    document = swept(config, said := [], **fields)
     assert len(document["orders"]) == 20
     assert document["modules_trained"] == 4  # for two calibrations, twenty orders, and by two trials at the same time
     failed = [t for t in document["trials"] if t["error"]]
@@ -73,13 +81,19 @@ def test_twenty_orders_train_the_modules_of_one(config: Config, local_cluster: s
     assert "Plotly.newPlot" in page
     assert "https://cdn" not in page.split("<body>")[1]
 
+
+@pytest.mark.long
+def test_the_chosen_run_trains_nothing_and_the_same_sweep_neither(
+    config: Config, twenty: tuple[dict[str, Any], list[str]]
+) -> None:
+    folder, chosen = Path(config.run.storage, "sweeps", "s"), twenty[0]["chosen"]
     winner = parse(yaml.safe_load((folder / "chosen.yaml").read_text()))
     results = run_continual(winner, Console(quiet=True))
     assert results["trained"] == []
     given = next(v for v in chosen["test"]["values"] if v["order"] == "given")
     assert results["metrics"]["last"]["mean"] == pytest.approx(given["last"], abs=1e-6)
 
-    swept(config, said := [], **fields | {"parameters": {"calibration.bias": [-1.0, 1.0], "method.image_depth": [2]}})
+    swept(config, said := [], **TWENTY | {"parameters": {"calibration.bias": [-1.0, 1.0], "method.image_depth": [2]}})
     assert said[0] == "known already: 2 of 2 settings"
     assert not any(line.startswith("[") for line in said)
 

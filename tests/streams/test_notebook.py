@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 CHECKS = """
 assert model.tasks == ("mist",)
@@ -16,6 +18,7 @@ assert model.results_["accuracy"][1][0] > 3 * model.results_["zero_shot"][0]
 """
 
 
+@pytest.mark.long
 def test_the_notebooks_cells_do_what_it_says(tmp_path: Path) -> None:
     cells = json.loads((ROOT / "docs" / "notebook.ipynb").read_text())["cells"]
     sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]

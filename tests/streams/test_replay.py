@@ -221,18 +221,24 @@ def test_each_module_keeps_exemplars_of_its_own_task_within_the_budget(learnt_on
     assert len(replay.class_tokens) == len(first.class_names) + len(second.class_names)
 
 
-def test_every_score_keeps_a_memory_within_both_budgets(tmp_path: Path) -> None:
-    for values in (
-        *({"score": "confidence", "choice": "top"}, {"score": "margin", "choice": "step"}, {"score": "entropy"}),
-        *({"score": "random"}, {"score": "reservoir"}, {"max_bytes": 3000}),
-    ):
-        plan = two_tasks(tmp_path, **values)
-        kept = [module.exemplars for module in modules(plan, learnt(plan))]
-        budget = Memory(ReplaySection.model_validate({"num_images": 12} | values), ()).budget
-        places = budget.kept(kept)
-        assert 0 < sum(map(len, places)) <= 12, values
-        assert sum(e.chosen(p).num_bytes for e, p in zip(kept, places, strict=True)) <= budget.max_bytes, values
-        assert all(len({*p}) == len(p) for p in places), values
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"score": "margin", "choice": "step", "max_bytes": 3000},
+        {"score": "reservoir"},
+        pytest.param({"score": "confidence", "choice": "top"}, marks=pytest.mark.long),
+        pytest.param({"score": "entropy"}, marks=pytest.mark.long),
+        pytest.param({"score": "random"}, marks=pytest.mark.long),
+    ],
+)
+def test_every_score_keeps_a_memory_within_both_budgets(prepared: Path, values: dict[str, Any]) -> None:
+    plan = two_tasks(prepared, **values)
+    kept = [module.exemplars for module in modules(plan, learnt(plan))]
+    budget = Memory(ReplaySection.model_validate({"num_images": 12} | values), ()).budget
+    places = budget.kept(kept)
+    assert 0 < sum(map(len, places)) <= 12
+    assert sum(e.chosen(p).num_bytes for e, p in zip(kept, places, strict=True)) <= budget.max_bytes
+    assert all(len({*p}) == len(p) for p in places)
 
 
 def test_replay_changes_what_is_learnt_and_no_key_of_runs_without_it(
