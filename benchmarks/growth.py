@@ -18,7 +18,6 @@ from benchmarks.world import TEMPLATE, World
 from diki_ray.config import parse
 from diki_ray.data import stream
 from diki_ray.data.stream import eval_batches
-from diki_ray.learning.module import TaskModule
 from diki_ray.runs.evaluate.split import evaluate_here
 from diki_ray.runs.plan import Plan, load_backbone, make_plan
 from diki_ray.store.caches import Cache
@@ -33,11 +32,11 @@ def create(directory):
 """
 
 
-def growth(world: World, num_tasks: int, num_classes: int, num_images: int, rounds: int) -> Row:
+def growth(world: World, density: str, num_tasks: int, num_classes: int, num_images: int, rounds: int) -> Row:
     """Seconds in one process, from reading images to every accuracy of the stream, with `num_images` test images of a
-    task. The router tells the tasks apart by colour and noise."""
+    task. The router of this density tells the tasks apart by colour and noise."""
     with tempfile.TemporaryDirectory() as folder:
-        plan = _plan(world, Path(folder), num_tasks, num_classes, num_images)
+        plan = _plan(world, Path(folder), density, num_tasks, num_classes, num_images)
         blobs = _modules(world, plan)
 
         def evaluate(stream_of: Plan, cache: Cache) -> None:
@@ -54,6 +53,7 @@ def growth(world: World, num_tasks: int, num_classes: int, num_images: int, roun
             decoded = decoding.call_count
         all_s, more_s = statistics.median(whole[1:]), statistics.median(grown[1:])
     return {
+        "density": density,
         "tasks": num_tasks,
         "classes": num_classes,
         "images_per_task": num_images,
@@ -65,7 +65,7 @@ def growth(world: World, num_tasks: int, num_classes: int, num_images: int, roun
     }
 
 
-def _plan(world: World, folder: Path, num_tasks: int, num_classes: int, num_images: int) -> Plan:
+def _plan(world: World, folder: Path, density: str, num_tasks: int, num_classes: int, num_images: int) -> Plan:
     (folder / "backbone.py").write_text(BACKBONE.format(model=world.model))
     for task in range(num_tasks):
         _write_images(folder / f"task{task}", task, num_classes, num_images)
@@ -77,7 +77,7 @@ def _plan(world: World, folder: Path, num_tasks: int, num_classes: int, num_imag
             "backbone": {"name": str(folder / "backbone.py")},
             "method": method | {"image_length": 8, "text_length": 8},
             "statistics": {"shrinkage": "oas"},
-            "routing": {"density": "task"},
+            "routing": {"density": density},
             "train": {"device": world.device},
             "data": {"root": str(folder / "prepared")},
         }
@@ -101,6 +101,7 @@ def _modules(world: World, plan: Plan) -> dict[str, bytes]:
     modules: dict[str, bytes] = {}
     for n, task in enumerate(plan.tasks):
         read = eval_batches(task.index, "train", batch_size=96, transform=world.backbone.preprocess)
-        module: TaskModule = world.module(n, list(task.class_names), next(read).images.to(world.device))
+        batch = next(read)
+        module = world.module(n, list(task.class_names), batch.images.to(world.device), batch.labels)
         modules[f"module-{n}"] = module.to_bytes()
     return modules

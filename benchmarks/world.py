@@ -21,6 +21,7 @@ from diki_ray.clip.residual import Parameters
 from diki_ray.learning.methods import Diki
 from diki_ray.learning.module import TaskModule
 from diki_ray.learning.moments import Moments
+from diki_ray.learning.statistics import Statistics
 
 MODELS: dict[str, dict[str, Any]] = {
     "debug": {
@@ -86,14 +87,16 @@ class World:
             for n, p in initial.items()
         }
 
-    def module(self, task: int, class_names: list[str], images: Tensor) -> TaskModule:
-        """A learnt task with random prompts and the statistics of these images."""
+    def module(self, task: int, class_names: list[str], images: Tensor, labels: Tensor | None = None) -> TaskModule:
+        """A learnt task with random prompts and the statistics of these images, by class where there are labels."""
         with torch.no_grad():
             features = self.backbone.encode_image(images).cpu()
         parameters = {n: p.numpy() for n, p in self.parameters(task).items()}
         name = str(task)
         names, templates = tuple(class_names), (TEMPLATE,)
-        return TaskModule(name, name, names, templates, "diki", parameters, Moments.of(features), features[:64].numpy())
+        sums = None if labels is None else Statistics.of(features, labels, len(names))
+        moments, few = Moments.of(features) if sums is None else sums.moments, features[:64].numpy()
+        return TaskModule(name, name, names, templates, "diki", parameters, moments, few, statistics=sums)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ uses those before it and none after it; Ray is imported from `runs` on:
 * `answering`: from the features of an image to its answer, and from answers to figures
 * `data`: data sets, shards, streams
 * `report`: pages, tables and cards of what was computed
-* `runs`: a run on Ray: plan, training, evaluation, sweeps
+* `runs`: a run: its plan and its steps, in one process or on Ray; sweeps
 * `prediction`: a stored run in Python, and its answers in batches; `serving`: answers over HTTP
 * `commands`: what people type
 """

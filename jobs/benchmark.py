@@ -130,7 +130,10 @@ def measure(a: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> di
             training.ablation(world, classes, batch, a.rounds) + evaluation.ablation(world, classes, batch, a.rounds)
         ),
         "stream": lambda: [matrix.matrix(world, a.tasks, a.stream_classes, batch, a.stream_batches, few)],
-        "growth": lambda: [growth.growth(world, a.tasks, a.stream_classes, batch * a.stream_batches, few)],
+        "growth": lambda: [
+            growth.growth(world, density, a.tasks, a.stream_classes, batch * a.stream_batches, few)
+            for density in ("task", "classes")
+        ],
         "routing": lambda: [routing.routing(world, t, batch, few, tower_s) for t in a.routing_tasks],
         "class_model": lambda: [
             routing.class_model(world, t, batch, few, tower_s) for t in a.routing_tasks if t <= MOST_CLASS_TASKS

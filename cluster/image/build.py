@@ -1,9 +1,9 @@
 """The image of cluster/docker built and looked over, without a registry and without a daemon: `make image`, first half.
 
-For Debian, as root, with buildah and podman; debootstrap too where the base image cannot be pulled. Then a stand-in of
-the base is made: Debian of the same release with its own Python, which the shipped Dockerfile cannot tell from it, and
-which is not the base that users get. The package index's settings of this machine (`pip config list`) are mounted into
-the build and are not in the image.
+For Debian, as root, with buildah, podman, runc and kubectl; debootstrap too where the base image cannot be pulled. Then
+a stand-in of the base is made: Debian of the same release with its own Python, which the shipped Dockerfile cannot tell
+from it, and which is not the base that users get. The package index's settings of this machine (`pip config list`) are
+mounted into the build and are not in the image.
 
 What is found goes into build/image: `image.json`, and `sbom.json`, every package with its version, in CycloneDX 1.5.
 """
@@ -42,7 +42,7 @@ def main() -> None:
 def make_base() -> str:
     """Make the Dockerfile's base image be here; a sentence that says what it is."""
     (name,) = re.findall(r"^FROM (\S+)$", DOCKERFILE.read_text(), re.MULTILINE)
-    if run("buildah", "pull", "--quiet", f"docker.io/library/{name}", check=False, timeout=600).returncode == 0:
+    if _is_pulled(name):
         return f"{name} of Docker Hub"
     release = name.rpartition("-")[2]
     stand_in = f"a stand-in of {name}: Debian {release} with its own Python"
@@ -56,6 +56,13 @@ def make_base() -> str:
         finally:
             run("buildah", "rm", container)
     return stand_in
+
+
+def _is_pulled(name: str) -> bool:
+    try:
+        return run("buildah", "pull", "--quiet", f"docker.io/library/{name}", check=False, timeout=60).returncode == 0
+    except subprocess.TimeoutExpired:  # as where packets to the registry are dropped
+        return False
 
 
 def _install_debian(root: Path, release: str) -> None:

@@ -1,8 +1,9 @@
 """Containers as Podman takes them: what the rendered manifests of an overlay say, and what KubeRay 1.7 adds to it.
 
 Taken from the manifests: images, commands, environment, limits of processors and memory, user and groups, read-only
-root file systems, dropped capabilities, volumes and where they are mounted, probes, grace periods. A field that is
-neither done here nor named in NOT_DONE is an error, so that nothing of a manifest is passed over in silence.
+root file systems, dropped capabilities, volumes and where they are mounted, probes, grace periods. A field of a pod, a
+container, its resources or a securityContext that is neither done here nor named in NOT_DONE is an error; what is
+within volumes, mounts, environment and probes is not looked over in this way.
 
 KubeRay's part is written down by its source (ray-operator/controllers/ray/common: pod.go, job.go).
 """
@@ -49,6 +50,26 @@ def resource_of(overlay: str) -> dict[str, Any]:
 def cluster_of(overlay: str) -> dict[str, Any]:
     spec = resource_of(overlay)["spec"]
     return spec.get("rayClusterSpec") or spec["rayClusterConfig"]
+
+
+def setting_of(overlay: str, field: str) -> str:
+    """What the command of its RayJob sets a field of the configuration to."""
+    words = resource_of(overlay)["spec"]["entrypoint"].split()
+    (value,) = (word.partition("=")[2] for word in words if word.startswith(f"{field}="))
+    return value
+
+
+def served_by(overlay: str) -> dict[str, Any]:
+    """The `serveConfigV2` of its RayService."""
+    return yaml.safe_load(resource_of(overlay)["spec"]["serveConfigV2"])
+
+
+def folder_of(overlay: str, path: str) -> Path:
+    """Where a path below the head's mount of a claim lies here."""
+    spec = cluster_of(overlay)["headGroupSpec"]["template"]["spec"]
+    claims = {v["name"]: v["persistentVolumeClaim"] for v in spec["volumes"] if "persistentVolumeClaim" in v}
+    (mount,) = (mount for mount in spec["containers"][0]["volumeMounts"] if mount["name"] in claims)
+    return VOLUMES / claims[mount["name"]]["claimName"] / Path(path).relative_to(mount["mountPath"])
 
 
 def quantity(text: str) -> float:

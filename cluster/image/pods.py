@@ -31,6 +31,8 @@ class Cluster:
     overlay: str
     number: int = 0
     secrets: dict[str, str] = field(default_factory=dict)
+    image: str | None = None
+    """What all its containers run in place of the manifests' image, as after an upgrade."""
     addresses: dict[str, str] = field(default_factory=dict)
     """Of each pod that was started and not ended."""
     _pods: dict[str, list[str]] = field(default_factory=dict)
@@ -93,7 +95,8 @@ class Cluster:
         for container in spec["containers"]:
             self._pods[pod].append(f"{pod}-{container['name']}")
             *words, image = arguments(pod, spec, container, self.secrets)
-            run("podman", "run", "--replace", *words, *network, *options, image, *(container.get("command") or command))
+            own = container.get("command") or command
+            run("podman", "run", "--replace", *words, *network, *options, self.image or image, *own)
             network, options = [f"--network=container:{self._pods[pod][0]}"], []
 
     def submit(self, submission_id: str, *overrides: str) -> str:
@@ -151,6 +154,10 @@ class Cluster:
         url = f"http://{self.head_ip}:8265/api/v0/{what}?limit=1000"
         _, answer = ask(url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60)
         return json.loads(answer)["data"]["result"]["result"]
+
+    def image_of(self, pod: str) -> str:
+        """The identity of the image that the pod's first container runs."""
+        return run("podman", "inspect", "--format={{.Image}}", self._pods[pod][0]).stdout.strip()
 
     def is_running(self, pod: str) -> bool:
         state = run("podman", "inspect", "--format={{.State.Running}}", self._pods[pod][0]).stdout

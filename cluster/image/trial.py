@@ -3,7 +3,8 @@ second half, after build.py; `trial.py job` or `trial.py serve` for one of them 
 
 The pods are those of the rendered manifests (manifests.py; pods.py says what is not emulated). Tried, each with an
 assertion: the job; the same again; a worker's machine lost; the head lost; where the store is; the service with and
-without its token; an upgrade to a second cluster while clients ask. What was seen goes into build/image/trial.json.
+without its token; an upgrade to a second cluster, of another image, while clients ask. What was seen goes into
+build/image/trial.json.
 """
 
 from __future__ import annotations
@@ -22,16 +23,21 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-import yaml
+from build import IMAGE
 from commands import OUTPUT, ask, run, say
-from manifests import VOLUMES, resource_of
+from manifests import VOLUMES, cluster_of, folder_of, resource_of, served_by, setting_of
 from pods import NETWORK, SUBNET, TOKEN, Cluster
 
 EPOCH = re.compile(r"\[(\d)/\d\] (\w+)  epoch (\d+)/\d+")
-STORAGE = "/mnt/diki/runs"
-DISTURBED = "/mnt/diki/disturbed"
+STORAGE = setting_of("kind", "run.storage")
+DISTURBED = f"{STORAGE}-disturbed"
 """The same job's results when it is disturbed. Nothing that is known in the first storage is taken from there."""
 SERVE_TOKEN = "another-token-of-this-trial-0123456789"
+RUN = served_by("kind-serve")["applications"][0]["args"]["run"]
+(WORKERS,) = cluster_of("kind-serve")["workerGroupSpecs"]
+PORT = WORKERS["template"]["spec"]["containers"][0]["readinessProbe"]["httpGet"]["port"]
+"""What a worker is ready on is what clients ask."""
+NEW_IMAGE = f"localhost/{IMAGE}-new"
 NUM_CLIENTS = 4
 REPORTS_S = 5
 """Longer than the line of an epoch that ended before a worker was killed takes to the log."""
@@ -42,6 +48,10 @@ CLUSTER_DELETION_DELAY_S = 10
 def main() -> None:
     parts = sys.argv[1:] or ["job", "serve"]
     seen: dict[str, Any] = {"date": datetime.now(UTC).strftime("%Y-%m-%d")}
+    say(
+        "Emulated: what KubeRay and the kubelet do with pods. NOT emulated: the operator itself, the autoscaler, "
+        "services, host names, the network policy, restarts by liveness probes, limits of ephemeral storage."
+    )
     with network():
         if "job" in parts:
             shutil.rmtree(VOLUMES, ignore_errors=True)
@@ -195,7 +205,7 @@ def last_of(log: str) -> float:
 
 
 def digests(cluster: Cluster, storage: str) -> dict[str, str]:
-    told = cluster.execute("diki-ray", "store", "list", "--storage", storage, "--run", "quickstart", "--json")
+    told = cluster.execute("diki-ray", "store", "list", "--storage", storage, "--run", RUN, "--json")
     return {module["task"]: module["digest"] for module in json.loads(told)["modules"]}
 
 
@@ -208,15 +218,17 @@ def assert_the_store_is_on_the_head(cluster: Cluster) -> None:
 
 
 def served() -> dict[str, Any]:
-    """The service, with and without its token, and a second cluster that takes over while clients ask."""
+    """The service, with and without its token, and a second cluster, of a new image, that takes over while clients
+    ask."""
     secrets = {"diki-serve/token": SERVE_TOKEN}
-    with Cluster("kind-serve", 0, secrets) as old, Cluster("kind-serve", 1, secrets) as new:
+    make_new_image()
+    with Cluster("kind-serve", 0, secrets) as old, Cluster("kind-serve", 1, secrets, NEW_IMAGE) as new:
         began = time.monotonic()
         (worker,) = serve(old)
         ready_s = time.monotonic() - began
         images = gems()
         clients = Clients(old.addresses[worker], images)
-        url = f"http://{old.addresses[worker]}:8000/predict"
+        url = f"http://{old.addresses[worker]}:{PORT}/predict"
         for header in ({}, {"Authorization": "Bearer wrong"}):
             assert ask(url, b"{}", {"Content-Type": "application/json", **header})[0] == 401
         with clients.asking():
@@ -225,6 +237,7 @@ def served() -> dict[str, Any]:
             before = len(clients.answers)
             began = time.monotonic()
             (successor,) = serve(new)
+            assert new.image_of(successor) != old.image_of(worker), "both clusters run the same image"
             clients.address = new.addresses[successor]  # the service's selector, as KubeRay moves it
             upgrade_s = time.monotonic() - began
             time.sleep(CLUSTER_DELETION_DELAY_S)
@@ -247,10 +260,18 @@ def served() -> dict[str, Any]:
     }
 
 
+def make_new_image() -> None:
+    """The image with a label more: the same files, and by its identity another image."""
+    container = run("buildah", "from", f"localhost/{IMAGE}").stdout.strip()
+    run("buildah", "config", "--label", "diki-ray.trial=new", container)
+    run("buildah", "commit", "--quiet", container, NEW_IMAGE)
+    run("buildah", "rm", container)
+
+
 def serve(cluster: Cluster) -> list[str]:
     """Start a cluster and, as the operator does, put the application to its dashboard; its workers, ready."""
     workers = begin(cluster, num_workers=1)
-    config = yaml.safe_load(resource_of(cluster.overlay)["spec"]["serveConfigV2"])
+    config = served_by(cluster.overlay)
     headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
     url = f"http://{cluster.head_ip}:8265/api/serve/applications/"
     status, said = ask(url, json.dumps(config).encode(), headers, "PUT", timeout=60)
@@ -263,7 +284,7 @@ def serve(cluster: Cluster) -> list[str]:
 
 def gems() -> list[tuple[bytes, str]]:
     """Images of the gems' test set with their class names, as the job prepared them."""
-    (folder,) = (VOLUMES / "diki-storage" / "prepared").glob("gems-*")
+    (folder,) = folder_of("kind", setting_of("kind", "data.root")).glob("gems-*")
     classes = json.loads((folder / "index.json").read_text())["class_names"]
     with tarfile.open(next(folder.glob("test*.tar"))) as shard:
         content = {member.name: shard.extractfile(member).read() for member in shard if member.isfile()}  # type: ignore[union-attr]
@@ -297,7 +318,7 @@ class Clients:
             image, right = self._images[number % len(self._images)]
             number += NUM_CLIENTS
             body = json.dumps({"images": [base64.b64encode(image).decode()]}).encode()
-            status, said = ask(f"http://{self.address}:8000/predict", body, headers, timeout=40)
+            status, said = ask(f"http://{self.address}:{PORT}/predict", body, headers, timeout=40)
             if status != 200:
                 self.answers.append(f"status {status}")
                 continue

@@ -29,9 +29,9 @@ class Answers:
     labels: np.ndarray  # int64 [N]
     skipped: dict[str, int]
     rows: dict[int, Rows]
-    """By the task whose module it is; NO_TASK: the frozen model's, a row for each image."""
+    """Each task's module has its rows here; under NO_TASK are the frozen model's, a row for each image."""
     joint: dict[frozenset[int], BestClasses] = field(default_factory=dict)
-    """Of a method that answers jointly: after some tasks, among all candidates of then."""
+    """Answers that depend on the whole set of tasks learnt are here, by that set, among all candidates of then."""
 
     @property
     def frozen(self) -> np.ndarray:
@@ -50,12 +50,13 @@ class Answers:
         )
 
     def needed(self, routes_after: RoutesAfter, asked: Sequence[Sequence[int]]) -> dict[int, Wanted]:
-        """By task the rows that answer all images after each of some sequences of tasks."""
+        """Returns by task the rows that answer all images after each of some sequences of tasks."""
         return needed_rows(self.sample, routes_after, asked)
 
 
 def needed_rows(sample: np.ndarray, routes_after: RoutesAfter, asked: Sequence[Sequence[int]]) -> dict[int, Wanted]:
-    """By task the rows that images [N] of these places need to be answered after each of some sequences of tasks."""
+    """Returns by task the rows that images [N] of these places need for their answers after each of some sequences of
+    tasks."""
     if routes_after.no_module:
         return {}
     found: dict[int, list[np.ndarray]] = {}

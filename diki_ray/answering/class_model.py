@@ -40,7 +40,8 @@ SCATTER_GRID = 2.0**-36
 """Within-class scatters are added as whole multiples of it: exact in int64 for the first 10⁸ images, and far below a
 float32 feature's own rounding."""
 SMALLEST_BETWEEN = 1e-3
-"""Of the classes' variance between means, in units of the variance within: below it nothing would be told apart."""
+"""The variance between class means is taken to be at least this, in units of the variance within: below it nothing
+would be told apart."""
 
 
 @dataclass(frozen=True)

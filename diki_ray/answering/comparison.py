@@ -16,7 +16,8 @@ import numpy as np
 from diki_ray.answering.figures import Along, TestSet
 from diki_ray.answering.metrics import MEANS
 
-METRICS = ("zero_shot", *MEANS)
+COMPARED = ("zero_shot", *MEANS)
+"""Two evaluations are compared by these metrics, which are means over images."""
 NUM_RESAMPLES = 10_000
 LEVEL = 0.95
 SETTINGS = ("routing", "label_space", "split", "order")
@@ -39,7 +40,7 @@ def compare(
         if run.settings[name] != other.settings[name]
     ]
     notes += [f"{name}: only one of them has learnt it" for name in ours.keys() ^ theirs.keys()]
-    pairs: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {metric: [] for metric in METRICS}
+    pairs: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {metric: [] for metric in COMPARED}
     for name in shared:
         a, b = aligned(ours[name], theirs[name])
         if not len(a):
@@ -48,7 +49,7 @@ def compare(
         if len(a) < max(len(ours[name].keys), len(theirs[name].keys)):
             notes.append(f"{name}: {len(a)} test images are in both, the others are left out")
         last = None
-        for metric in METRICS:
+        for metric in COMPARED:
             left, right = scores(ours[name], metric), scores(theirs[name], metric)
             if left is not None and right is not None:
                 pairs[metric].append((left[a], right[b]))

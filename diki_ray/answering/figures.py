@@ -19,7 +19,7 @@ from diki_ray.answering.routing import NO_TASK
 
 FORMAT = 1
 NUM_BINS = 15
-"""Of confidences; the number that calibration errors are usually reported with (Guo et al. 2017)."""
+"""Confidences are put into so many bins, as calibration errors are usually reported (Guo et al. 2017)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,7 @@ class Along:
     settings: Mapping[str, Any]
     """routing, label_space, split, order (names), protocol (None: not as the run's protocol has it), …"""
     test_sets: tuple[TestSet, ...]
-    """Those of the order, in its order, then those of tasks that are not learnt."""
+    """The test sets of the order come first, in its order, then those of tasks that are not learnt."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -83,7 +83,6 @@ def report(along: Along) -> dict[str, Any]:
 
 
 def _test_set(t: TestSet, num_learnt: int) -> dict[str, Any]:
-    counts = np.bincount(t.routed[-1] + 1, minlength=num_learnt + 1)
     return {
         "name": t.name,
         "learnt": t.learnt_at is not None,
@@ -92,11 +91,17 @@ def _test_set(t: TestSet, num_learnt: int) -> dict[str, Any]:
         "zero_shot": number(t.correct[0].mean()),
         "accuracy": number(t.correct[-1].mean()),
         "mean_class_accuracy": _mean([c["accuracy"] for c in per_class(t)]),
-        "routed": {"frozen": int(counts[0]), "tasks": [int(c) for c in counts[1:]]},
+        "routed": routed_counts(t.routed[-1], num_learnt),
         "mean_weight": number(t.weight[-1].mean()),
         "ece": calibration(t.confidence[-1], t.correct[-1])["ece"],
         "classes": per_class(t),
     }
+
+
+def routed_counts(routed: np.ndarray, num_tasks: int) -> dict[str, Any]:
+    """How many images the frozen model answers, and each of `num_tasks` tasks; routed: int [N], NO_TASK or a task."""
+    frozen, *tasks = np.bincount(routed - NO_TASK, minlength=num_tasks + 1).tolist()
+    return {"frozen": frozen, "tasks": tasks}
 
 
 def per_class(t: TestSet) -> list[dict[str, Any]]:

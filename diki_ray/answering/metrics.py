@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -22,12 +22,12 @@ def transfer(column: np.ndarray, place: int) -> np.ndarray | None:
 
 
 def average(column: np.ndarray, place: int) -> np.ndarray | None:
-    """Likewise over the whole stream."""
+    """What a test set has on average over the whole stream."""
     return column.mean(0)
 
 
 def last(column: np.ndarray, place: int) -> np.ndarray | None:
-    """Likewise at the end."""
+    """What a test set has at the end of the stream."""
     return column[-1].astype(float)
 
 
@@ -74,6 +74,10 @@ class Metrics:
         values = getattr(self, name)
         defined = values[~np.isnan(values)]
         return float(defined.mean()) if len(defined) else float("nan")
+
+
+METRIC_NAMES = tuple(field.name for field in fields(Metrics))
+"""The names of all metrics, in the order in which people are shown them."""
 
 
 def matrix_document(zero_shot: np.ndarray, accuracy: np.ndarray, metrics: Metrics) -> dict[str, Any]:

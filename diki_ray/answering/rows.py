@@ -82,7 +82,7 @@ class Rows:
     wanted: Wanted
     feature: np.ndarray  # float32 [M, E]
     scores: Mapping[str, BestClasses] = field(default_factory=dict)
-    """By the key of the candidates (and of how exact their class features are)."""
+    """The key says which candidates there are (and how exact their class features are)."""
 
     def __len__(self) -> int:
         return len(self.wanted.sample)

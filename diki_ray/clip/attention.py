@@ -38,7 +38,7 @@ class Inputs:
     rope: Tensor | None = None
     is_causal: bool = False
     options: dict[str, Any] = field(default_factory=dict)
-    """Of the library's own attention function."""
+    """The library's own attention function is given them."""
     keyed: Tensor | None = None
     """[B, L', D] where more tokens are seen than query (`TorchAttention` alone, see readout.py); None: x."""
 
@@ -337,7 +337,7 @@ FAMILIES: dict[str, Callable[[Any], Attention]] = {
     "transformers.models.m2m_100.modeling_m2m_100.M2M100Attention": M2M100Attention,
     "transformers.models.mt5.modeling_mt5.MT5Attention": MT5Attention,
 }
-"""By the name of the class that defines `forward`, so that no library is imported for a model that does not use it."""
+"""The names are those of the classes that define `forward`: no library is imported for a model that does not use it."""
 
 
 def _defining_class(module: Any) -> type:

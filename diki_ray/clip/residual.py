@@ -35,7 +35,7 @@ class Block:
 
     attention: Attention
     mlp_width: int
-    """Of the hidden layer; 0 where the block has no MLP of a known form."""
+    """The hidden layer has this width; 0 where the block has no MLP of a known form."""
 
     @property
     def width(self) -> int:

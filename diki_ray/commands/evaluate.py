@@ -8,7 +8,7 @@ from diki_ray.answering.comparison import compare
 from diki_ray.answering.figures import Along, report
 from diki_ray.commands.output import console, print_json
 from diki_ray.config import Config
-from diki_ray.report.evaluation_table import comparison, tables
+from diki_ray.report.evaluation_in_terminal import comparison, tables
 from diki_ray.runs.evaluate.stored import Asked, evaluate_stored
 from diki_ray.runs.stopping import stoppable
 from diki_ray.runs.stored_run import told_config

@@ -45,7 +45,7 @@ def main(
     chosen, why = _backbone(backbone)
     text = configuration(tasks, run, storage, chosen, why)
     config = parse(read_tree(text.encode(), str(path)), source=str(path))
-    told = "" if weights_file(chosen) is None else _told(forecast(config, load_backbone(config)))
+    told = "" if weights_file(chosen) is None else _forecast_text(forecast(config, load_backbone(config)))
     command = f"{typed()} continual --config {shlex.quote(str(path))}"
     _write_new(path, _head(folders, command, told) + text)
     for task in tasks:
@@ -115,8 +115,8 @@ def _head(folders: Sequence[str], command: str, told: str) -> str:
     return "".join(f"# {plain(line)}".rstrip() + "\n" for line in lines)
 
 
-def _told(found: Forecast) -> str:
-    """Time and bytes of the run that is proposed."""
+def _forecast_text(found: Forecast) -> str:
+    """Says how much time and how many bytes the proposed run takes."""
     data = size(sum(task.num_bytes for task in found.tasks if task.state == "to prepare and learn"))
     time = "not known" if found.seconds is None else f"about {about(found.seconds)}"
     return f"time on this machine: {time}; prepared data: {data}; modules: {size(found.module_bytes)}"

@@ -14,9 +14,9 @@ from rich.text import Text
 from diki_ray.commands.output import console, plain, print_json
 from diki_ray.errors import LeaseHeldError, UserError
 from diki_ray.report.next_steps import typed
-from diki_ray.store.log import holder_of
+from diki_ray.store.log import Entry, holder_of
 from diki_ray.store.process import this_process
-from diki_ray.store.run_store import Entry, RunStore
+from diki_ray.store.run_store import RunStore
 
 Report = dict[str, Any]  # what --json prints; people see its lists as tables, then its `text`
 

@@ -59,7 +59,7 @@ class DpwSection(PromptSection):
 
     name: ChangesModule[Literal["dpw"]]
     rank: ChangesModule[int] = Field(default=64, ge=1)
-    """Of the adapter."""
+    """The adapter has this rank."""
 
 
 class CAdaSection(Section):
@@ -72,7 +72,7 @@ class CAdaSection(Section):
     rank: ChangesModule[int] = Field(default=16, ge=1)
     """Units of the slice that each task adds in each block."""
     scale: ChangesModule[float] = Field(default=0.1, gt=0)
-    """Of the adapters' output."""
+    """The adapters' output is multiplied by this."""
     orthogonality: ChangesModule[float] = Field(default=1.0, ge=0)
     """Weight of the loss that keeps a new slice from reading what the old ones read."""
 
@@ -216,7 +216,7 @@ class RailSection(Section):
     fusion: ChangesAnswers[float] = Field(default=0.9, ge=0, le=1)
     """The regression's share of an answer; the rest is zero-shot."""
     projection_seed: ChangesModule[int] = Field(default=0, ge=0)
-    """Of the random projection, which all tasks share."""
+    """The random projection, which all tasks share, is drawn from this seed."""
 
 
 class MahalanobisSection(Section):

@@ -97,7 +97,7 @@ def protocols() -> Mapping[str, Protocol]:
 
 @lru_cache(maxsize=1)
 def embedded_protocols() -> Mapping[str, Protocol]:
-    """Those whose data sets are drawn, by name."""
+    """Returns the protocols whose data sets are drawn, by name."""
     return _protocols("embedded.json")
 
 

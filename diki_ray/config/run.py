@@ -50,7 +50,7 @@ class BackboneSection(Section):
     """Given to create(directory), the file's own folder by default; or the local folder of the tokenizer's files, for
     an open_clip model with a Hugging Face tokenizer."""
     precision: ChangesModule[Literal["auto", "float32", "bfloat16"]] = "auto"
-    """Of the frozen weights and their activations; auto: bfloat16 on a GPU, float32 on a CPU."""
+    """The frozen weights and their activations have this precision; auto: bfloat16 on a GPU, float32 on a CPU."""
 
 
 class TrainSection(Section):
@@ -115,7 +115,7 @@ class TrainSection(Section):
 
     @property
     def most_workers(self) -> int:
-        """That are started."""
+        """Returns how many workers are started."""
         return min(self.num_workers, self.parts)
 
     @model_validator(mode="after")
@@ -214,7 +214,7 @@ class ClusterSection(Section):
 
     address: ChangesNothing[str | None] = None
     num_cpus: ChangesNothing[int | None] = Field(default=None, ge=1)
-    """Of the cluster started here; as many as the machine has by default."""
+    """The cluster started here has so many CPUs; by default as many as the machine."""
 
 
 class TelemetrySection(Section):

@@ -93,7 +93,7 @@ class SweepConfig(Section):
     num_samples: int = Field(default=16, ge=1)
     """Settings tried by random and optuna."""
     search_seed: int = Field(default=0, ge=0)
-    """Of the draws of random and optuna."""
+    """The draws of random and optuna start from this seed."""
     objective: ObjectiveSection = ObjectiveSection()
     scheduler: Literal["none", "asha"] = "none"
     """asha: a setting stops early when, after as many epochs, its modules' validation accuracy is not in the best
@@ -126,7 +126,7 @@ class SweepConfig(Section):
         return self
 
     def settings(self) -> list[dict[str, Any]]:
-        """Those of grid and random, decided beforehand and the same every time, no two the same; none for optuna."""
+        """Returns those of grid and random: decided beforehand, equal every time, no two the same; none for optuna."""
         names, found = list(self.parameters), []
         if self.search == "grid":
             lists = [values for values in self.parameters.values() if isinstance(values, list)]

@@ -9,7 +9,7 @@ from diki_ray.data.sources import RawDataset
 from diki_ray.data.sources.choice import Choice
 
 MAX_NAMES = 20
-"""Of classes without images; more would hide the line before them."""
+"""So many classes without images are named; more would hide the line before them."""
 
 
 def differing_sizes(raw: RawDataset, choice: Choice, unusable: Mapping[str, int]) -> dict[str, dict[str, int]]:

@@ -26,7 +26,7 @@ from diki_ray.store.files import folders, join, read_bytes, scheme_of, write_byt
 INDEX_FILE = "index.json"
 FORMAT = 1
 FORMAT_IN_PARTS = 2
-"""Of an index of so many samples that their lengths and checksums lie beside it (index_parts.py)."""
+"""An index of very many samples has this format: their lengths and checksums lie beside it (index_parts.py)."""
 TAR_BLOCK_BYTES = 512
 SPLIT_PROTOCOLS = ("coop", "zscl", "own", "embedded")
 

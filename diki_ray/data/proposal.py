@@ -38,7 +38,7 @@ class Proposal:
     """None: the data set's own several."""
     class_names: tuple[str, ...]
     num_images: Mapping[str, int]
-    """By split, once the splits that the source lacks are drawn."""
+    """Each split has so many, once those that the source lacks are drawn."""
     layout: str
     notes: tuple[str, ...]
 

@@ -44,7 +44,7 @@ MAX_KEY_LENGTH = 90
 """A plain tar header holds names of 100 bytes."""
 
 NO_LABEL = -1
-"""Of a sample whose label was not read."""
+"""A sample whose label was not read has this one."""
 
 _END_OF_ARCHIVE = bytes(2 * TAR_BLOCK_BYTES)
 _KEY = re.compile(r"[\w-]+(/[\w-]+)*", re.ASCII)

@@ -28,7 +28,7 @@ class _Progress(BaseModel):
 
 
 class _Header(BaseModel):
-    """Of a checkpoint; fields of a later version are let be."""
+    """A checkpoint has this header; fields of a later version are let be."""
 
     model_config = ConfigDict(strict=True)
 

@@ -27,7 +27,7 @@ NUM_TRANSFORMS = 12
 CROP = 7 / 8
 """Side of the crops of `transforms`, as a share of the image's."""
 MOST_EXEMPLARS = 100_000
-"""Of a stored task; no budget is larger."""
+"""A stored task has at most so many; no budget is larger."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,16 +42,16 @@ class Exemplars:
     scores: np.ndarray
 
     def chosen(self, places: Sequence[int]) -> Exemplars:
-        """Those at these places, in this order."""
+        """Returns those at these places, in this order."""
         return Exemplars(tuple(self.images[p] for p in places), self.labels[list(places)], self.scores[list(places)])
 
     @property
     def num_bytes(self) -> int:
-        """Of the images."""
+        """The encoded images have so many bytes together."""
         return sum(map(len, self.images))
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """As arrays of a module's file; the inverse is `from_tensors`."""
+        """Returns the arrays of a module's file; the inverse is `from_tensors`."""
         return {
             "images": np.frombuffer(b"".join(self.images), np.uint8),
             "lengths": np.array([len(image) for image in self.images], np.int64),
@@ -84,7 +84,7 @@ class Budget:
 
     num_images: int
     max_bytes: int
-    """Of the encoded images."""
+    """The encoded images may have so many bytes together."""
     score: Score = "bregman"
     choice: Choice = "bottom"
     """bottom: the lowest scores; top: the highest; step: from the lowest to the highest in equal steps."""

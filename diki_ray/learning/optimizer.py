@@ -16,7 +16,7 @@ from torch.optim.sgd import sgd
 
 Kind = Literal["sgd", "adamw"]
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-"""Of AdamW for each tensor: the number of its steps, a scalar on the CPU, and two means of the tensor's own shape."""
+"""AdamW keeps for each tensor the number of its steps, a scalar on the CPU, and two means of the tensor's own shape."""
 
 
 class Optimizer:

@@ -67,8 +67,8 @@ class StepInParts:
         return self.method.effective(self.parameters, step)
 
     def _images(self, images: Tensor, labels: Tensor, text: Tensor, step: Step) -> tuple[Gradients, Tensor, Tensor]:
-        """Of one part's images: gradients of the parameters, gradient of all text features [C, E], and (loss, number
-        of right answers, number of images)."""
+        """Returns what one part's images give: gradients of the parameters, gradient of all text features [C, E], and
+        (loss, number of right answers, number of images)."""
         if not len(images) and not self.method.backbone.in_lockstep:
             return [None] * len(self.trained), torch.zeros_like(text), text.new_zeros(3)
         with torch.enable_grad():

@@ -26,8 +26,8 @@ from diki_ray.learning.statistics import GRID, Statistics
 MOST_IMAGES = 2**22
 """Images of a part: as many as sums of features of norm 1 can count for certain."""
 NORM_TOLERANCE = 1e-3
-"""Of the mean squared norm of a part's features, which is 1 but for the rounding to multiples of 1 / GRID (below 1e-4
-at 1,024 dimensions)."""
+"""The mean squared norm of a part's features is at most this far from 1. The rounding to multiples of 1 / GRID moves it
+(by less than 1e-4 at 1,024 dimensions)."""
 
 _Text = Annotated[str, Field(min_length=1, max_length=4096)]
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

@@ -27,8 +27,8 @@ EXACT_ROWS = 4096
 LARGEST = 2**62
 """No sum may reach it; 4 million images whose features all lie in one dimension would."""
 MOST_DIMENSIONS = 8192
-"""Of an embedding, several times those of the largest CLIPs. The second moments of more would fill a machine's memory
-when a few megabytes of a stored file are read."""
+"""No embedding has more; those of the largest CLIPs have several times fewer. The second moments of more would fill a
+machine's memory when a few megabytes of a stored file are read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +123,7 @@ class Statistics:
 
     @property
     def count(self) -> int:
-        """N."""
+        """All classes have so many images together (N)."""
         return int(self.counts.sum())
 
     @cached_property

@@ -47,7 +47,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of the global batch: mean loss, share of right answers, number of samples; `applied` False: no step was made."""
+    """What a global batch gave: mean loss, share of right answers, number of samples; not `applied`: no step made."""
 
     loss: float
     accuracy: float
@@ -68,8 +68,8 @@ class Progress:
     loss_sum: float = 0.0
     num_correct: float = 0.0
     num_samples: int = 0
-    """Of the epoch under way, over the steps that were made; part of the state, so that a resumed epoch's history is
-    the undisturbed one's."""
+    """The steps made in the epoch under way had so many. They are part of the state, so that a resumed epoch's history
+    is the undisturbed one's."""
     world_sizes: list[list[int]] = field(default_factory=list)
     """[step, number of workers from that step on], an entry whenever it changed."""
 
@@ -121,7 +121,7 @@ class TaskTrainer:
 
     @property
     def num_parts(self) -> int:
-        """Of a step; with weights shared out, where all workers make the same passes, one for each worker."""
+        """A step has so many; with weights shared out, where all workers make the same passes, one for each worker."""
         in_lockstep = self.method.backbone.in_lockstep
         return world_size() if in_lockstep or self._num_parts is None else self._num_parts
 

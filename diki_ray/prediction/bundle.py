@@ -189,7 +189,7 @@ class _Backbone(BaseModel):
 
 
 class _Content(BaseModel):
-    """Of a bundle; what a module's own header may be is asked where it is read."""
+    """A bundle says this of itself; what a module's own header may be is asked where it is read."""
 
     model_config = ConfigDict(strict=True)
 

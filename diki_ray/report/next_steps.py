@@ -80,7 +80,10 @@ def _open_report(config: Config) -> list[str]:
     if "KUBERNETES_SERVICE_HOST" in os.environ:
         namespace = f"{_NAMESPACE.read_text().strip()}/" if _NAMESPACE.is_file() else ""
         pod = f"{namespace}{socket.gethostname()}:{path}"
-        return ["copy the report, as long as this pod is there:", f"  kubectl cp {shlex.quote(pod)} {REPORT}"]
+        return [
+            "copy the report, as long as this pod is there:",
+            f"  kubectl cp -c ray-head {shlex.quote(pod)} {REPORT}",
+        ]
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:  # in the driver of a submitted job
         return ["copy the report, on any machine that has this storage at that path:", copy]
     return ["open the report:", f"  {shlex.quote(sys.executable)} -m webbrowser {shlex.quote(path.as_uri())}"]

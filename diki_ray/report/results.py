@@ -8,16 +8,15 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from diki_ray.answering.metrics import METRIC_NAMES
 from diki_ray.config.protocols import held_out_of
 
 FORMAT = 1
 DOCUMENT = "results.json"
 
-
 MAX_COLUMNS = 32
-"""Of the terminal's table, which of more tasks has no matrix: nobody reads a line of a thousand columns."""
+"""The terminal shows no matrix of more tasks than this: nobody reads a line of a thousand columns."""
 WORST = 16
-METRICS = ("transfer", "average", "last", "forgetting", "backward_transfer")
 
 
 def table(results: dict[str, Any]) -> Table:
@@ -68,7 +67,7 @@ def _matrix(out: Table, results: dict[str, Any]) -> None:
     row("nothing: zero-shot", results["zero_shot"], end=True)
     for i, (name, values) in enumerate(zip(names, results["accuracy"], strict=True)):
         row(name, values, end=i + 1 == len(names))
-    for name in METRICS:
+    for name in METRIC_NAMES:
         metric = results["metrics"][name]
         row(
             name.replace("_", " ").capitalize(),

@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 import yaml
 
+from diki_ray.answering.metrics import METRIC_NAMES
 from diki_ray.config import Config
 from diki_ray.config.protocols import ZERO_SHOT
 from diki_ray.errors import UserError
@@ -28,7 +29,6 @@ from diki_ray.store.files import read_bytes
 from diki_ray.store.run_store import RunStore
 
 REPORT = "report.html"
-SUMMARY = ("transfer", "average", "last", "forgetting", "backward_transfer")
 MAX_SQUARE_TASKS = 64
 """Up to here the page has tables of a cell for every pair of tasks; a thousand tasks would make 300 MB of them."""
 MAX_DETAILED_TASKS = 128
@@ -80,7 +80,7 @@ def render(runs: Sequence[Results], pictures: Callable[[Mapping[str, Any]], Pict
         differences=_differing_settings(runs),
         warnings=_warnings(runs),
         all_tasks=list(dict.fromkeys(t["name"] for results in runs for t in results["tasks"])),
-        summary=SUMMARY,
+        summary=METRIC_NAMES,
         published_metrics=PUBLISHED_METRICS,
         zero_shot=ZERO_SHOT,
         box=charts,

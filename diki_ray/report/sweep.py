@@ -22,7 +22,7 @@ from diki_ray.config import Config
 from diki_ray.config.sweep import plain, setting_text
 from diki_ray.report.sweep_table import (
     COSTS,
-    beside,
+    baselines_text,
     best_first,
     columns_of,
     costs,
@@ -59,7 +59,7 @@ def render(document: Document) -> str:
         columns=columns,
         test_columns=("zero_shot", *columns[1:]),
         made=how_it_was_made(document),
-        beside=beside(document),
+        baselines=baselines_text(document),
         cost_columns=list(COSTS.values()),
         costs=costs,
         text=setting_text,

@@ -48,7 +48,7 @@ def sweep_tables(document: Mapping[str, Any]) -> list[Table]:
         mark, text = "*" if t["setting"] in document["pareto"] else "", escape(setting_text(t["setting"]))
         settings.add_row(text, *(percent(t["validation"][c]) for c in columns), mark)
         cost.add_row(text, *costs(t))
-    settings.caption = beside(document)
+    settings.caption = baselines_text(document)
     test = Table(title=f"chosen on validation: {setting_text(document['chosen']['setting'])}", title_justify="left")
     test.add_column("test, %")
     test_columns = ("zero_shot", *columns[1:])
@@ -59,8 +59,8 @@ def sweep_tables(document: Mapping[str, Any]) -> list[Table]:
     return [settings, cost, *_without_result(document), test]
 
 
-def beside(document: Mapping[str, Any]) -> str:
-    """What every setting is to be read against: the frozen model and guessing, over the same columns."""
+def baselines_text(document: Mapping[str, Any]) -> str:
+    """Says what every setting is to be read against: the frozen model and guessing, over the same columns."""
     best = best_first(document)[0]["validation"]
     chance = f", chance {100 * best['chance']:.1f}" if "chance" in best else ""
     return f"beside them, mean over all test sets: zero-shot {percent(best['zero_shot'])}{chance}"
@@ -112,6 +112,6 @@ def _without_result(document: Mapping[str, Any]) -> list[Table]:
 
 
 def costs(trial: Mapping[str, Any]) -> list[str]:
-    """Of one setting, for people, in the order of `COSTS`; results of earlier versions do not have all of them."""
+    """Returns a setting's costs as text, in the order of `COSTS`; results of earlier versions lack some of them."""
     known = trial["validation"].get("cost", {})
     return ["–" if (value := known.get(name)) is None else f"{value:,}" for name in COSTS]

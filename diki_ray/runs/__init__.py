@@ -1,1 +1,1 @@
-"""A run on Ray: plan, training, evaluation, sweeps."""
+"""A run: its plan and its steps, in one process or on Ray; sweeps."""

@@ -1,4 +1,4 @@
-"""The Ray cluster of a process: joined where there is one to join, else started on this machine and stopped at the end.
+"""Connects a process to a Ray cluster: one that is there to join, else one started here and stopped at the end.
 
 Every job connects here, so that environment, namespace and errors are the same for all of them.
 """
@@ -44,6 +44,8 @@ def connected(
         yield False
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray Train's PreemptionWatcher asks for no CPU and has no affinity: it lives on any node while its worker group
+    # lives, and ends with it.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1")
     # RAY_AUTH_MODE is left alone: where nothing is said, a cluster started here asks for the token that Ray keeps in
     # the user's home directory.

@@ -60,7 +60,7 @@ class Subject:
     storage: str
     data_root: str
     address: str | None
-    """Of the cluster to join; None: a cluster is started on this machine."""
+    """The cluster at this address is joined; None: one is started on this machine."""
     device: str
     backbone: BackboneSection
     ports: dict[str, int]
@@ -246,7 +246,7 @@ def _cluster(address: str | None) -> Check:
 
 
 def _joined(address: str) -> Check:
-    """Of the address at which a program joins."""
+    """Checks the address at which a program joins."""
     if found := re.fullmatch(r"(?:ray://)?\[?(.+?)\]?:(\d+)", address):  # Ray itself tries for minutes
         socket.create_connection((found[1], int(found[2])), timeout=_NETWORK_TIMEOUT_S).close()
     with connected(address, setting="--address"):
@@ -257,7 +257,7 @@ def _joined(address: str) -> Check:
 
 
 def _job_server(address: str) -> Check:
-    """Of the address that jobs are submitted to."""
+    """Checks the address that jobs are submitted to."""
     path = token_file()
     token = os.environ.get("RAY_AUTH_TOKEN") or (path.read_text().strip() if path and path.exists() else "")
     headers = {"Authorization": f"Bearer {token}"} if token else {}

@@ -42,7 +42,7 @@ from diki_ray.store.run_store import RunStore
 START_S = 15.0
 """A cluster of one machine and a group of workers are up in about that time, on two CPU cores."""
 TASKS_MEASURED = 4
-"""Of so many tasks a few images are read and decoded; the others are taken to be like them."""
+"""A few images of so many tasks are read and decoded; the others are taken to be like them."""
 
 State = Literal["learnt", "in the library", "to learn", "to prepare and learn"]
 
@@ -56,9 +56,9 @@ class TaskForecast:
     """The folder of the prepared data set, or what it is made of."""
     num_classes: int
     num_images: dict[str, int]
-    """By split."""
+    """Each split has so many images."""
     num_bytes: int
-    """Of the images of all splits: what their shards will take, or take."""
+    """The images of all splits have so many bytes: their shards take about as many."""
     state: State
     learn_s: float | None
     """Seconds to learn it, its data prepared first where they are not; None where they can't be told here."""
@@ -82,9 +82,9 @@ class Forecast:
     """False: results of the same configuration and modules are there."""
     evaluate_s: float | None
     seconds: float | None
-    """In all."""
+    """The run takes so many seconds in all; None where a part of them can't be told here."""
     module_bytes: int
-    """That the storage grows by, without caches."""
+    """The storage grows by so many bytes, without caches."""
 
 
 def forecast(config: Config, backbone: Backbone) -> Forecast:
@@ -203,7 +203,7 @@ class _Forecaster:
         return num_images * image_s / self._workers(self.config.evaluate.num_workers)
 
     def _workers(self, number: int) -> int:
-        """Those that work at the same time: on a CPU not more than it has cores."""
+        """Returns how many work at the same time: on a CPU not more than it has cores."""
         return number if device_of(self.config) == "cuda" else min(number, os.cpu_count() or 1)
 
     def _module_bytes(self, num_classes: int) -> int:

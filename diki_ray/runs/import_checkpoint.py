@@ -32,8 +32,9 @@ from diki_ray.learning.module import TaskModule, module_key
 from diki_ray.learning.moments import Moments
 from diki_ray.runs.plan import build_method, load_backbone
 from diki_ray.store.files import read_bytes
+from diki_ray.store.log import Entry
 from diki_ray.store.process import this_process
-from diki_ray.store.run_store import CONFIG_DOCUMENT, Entry, RunStore
+from diki_ray.store.run_store import CONFIG_DOCUMENT, RunStore
 
 AUTHORS_EPS = 1e-7
 """What the authors' code added to the diagonal before it stored a covariance."""

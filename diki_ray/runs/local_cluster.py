@@ -1,4 +1,4 @@
-"""A cluster that is started on this machine is for its user alone: it listens on loopback, and its token is private."""
+"""Keeps a cluster that is started here for its user alone: it listens on loopback, and its token is private."""
 
 from __future__ import annotations
 

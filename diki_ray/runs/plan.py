@@ -114,7 +114,7 @@ def device_of(config: Config) -> str:
 
 
 def precision_of(config: Config) -> torch.dtype:
-    """Of the frozen weights: as configured, `auto` by device."""
+    """Returns the precision of the frozen weights: as configured, `auto` by device."""
     precision = config.backbone.precision
     if precision == "auto":
         precision = "bfloat16" if device_of(config) == "cuda" else "float32"
@@ -261,7 +261,7 @@ def make_plan(config: Config, backbone: Backbone, data: Sequence[Found] | None =
 
 
 def num_epochs_of(config: Config, num_images: int) -> int:
-    """Of a task with so many training images: more than `train.epochs` where these have fewer than `min_steps`."""
+    """A task of so many training images has these epochs: more than `train.epochs` where that is below `min_steps`."""
     steps_an_epoch = math.ceil(num_images / config.train.batch_size)
     return max(config.train.epochs, math.ceil(config.train.min_steps / steps_an_epoch))
 

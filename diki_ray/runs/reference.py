@@ -21,7 +21,7 @@ from diki_ray.data.world import tasks as world
 from diki_ray.errors import ConfigError
 
 PRETRAINING_SEED = 0
-"""Of the pictures that the embedded CLIP was pre-trained on (jobs/pretrain.py)."""
+"""The pictures that the embedded CLIP was pre-trained on were drawn from this seed (jobs/pretrain.py)."""
 
 
 def reference_digest(config: Config) -> str | None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from diki_ray.answering.answers import chances
 from diki_ray.answering.evaluation import Evaluation
+from diki_ray.answering.figures import routed_counts
 from diki_ray.answering.metrics import Metrics, matrix_document, number
 from diki_ray.config import Config, parse_stored
 from diki_ray.config.places import absolute
@@ -90,7 +91,6 @@ def _task(plan: Plan, evaluation: Evaluation, j: int, module: TaskModule, digest
     planned, answers, stream = plan.tasks[j], evaluation.test_sets[j], range(len(plan.tasks))
     method = METHODS[plan.config.method.name]
     last = evaluation.routes[j](stream)
-    counts = np.bincount(last.task + 1, minlength=len(plan.tasks) + 1)
     return {
         "name": planned.name,
         "class_names": list(planned.class_names),
@@ -116,10 +116,7 @@ def _task(plan: Plan, evaluation: Evaluation, j: int, module: TaskModule, digest
         "skipped_test": answers.skipped,
         "best_epoch": module.provenance["best_epoch"],
         "history": module.provenance["history"],
-        "routed": {
-            "frozen": int(counts[0]),
-            "tasks": [int(c) for c in counts[1:]],
-        },
+        "routed": routed_counts(last.task, len(plan.tasks)),
         "weights": {
             # At the end, when the task is learnt; and before it is learnt, routed among the earlier ones.
             "learnt": _histogram(last.weight),

@@ -1,4 +1,6 @@
-"""The cluster of a run: what the configuration asks for is compared with what is there before any work starts."""
+"""Connects a run to its cluster (cluster.py does) and refuses it where storage or capacity are not what the
+configuration asks for, before any work starts.
+"""
 
 from __future__ import annotations
 

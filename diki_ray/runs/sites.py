@@ -190,8 +190,8 @@ def merge_parts(config: Config, parts: Sequence[tuple[str, SitePart]], min_count
 
 
 def differences(parts: Sequence[SitePart]) -> list[str]:
-    """In what parts were made differently, which changes the last bits of features: the sums are then those of one
-    site up to the rounding of features."""
+    """Returns in what parts were made differently, which changes the last bits of features: the sums are then those of
+    one site up to the rounding of features."""
     first = parts[0].header.made_with.model_dump()
     return [name for name in first if any(p.header.made_with.model_dump()[name] != first[name] for p in parts)]
 

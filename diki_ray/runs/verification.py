@@ -14,7 +14,8 @@ from diki_ray.learning.module import TaskModule, read_tensors
 from diki_ray.report.results import DOCUMENT
 from diki_ray.report.results_schema import check_results
 from diki_ray.store.library import module_path
-from diki_ray.store.run_store import CONFIG_DOCUMENT, Problem, RunStore
+from diki_ray.store.run_store import CONFIG_DOCUMENT, RunStore
+from diki_ray.store.upkeep import Problem
 
 PARTS = "parts.json"
 """The document that says in how many parts the steps of the run are computed, written before anything is trained."""

@@ -24,7 +24,7 @@ Kind = Literal["lease", "release", "module", "remove", "rollback"]
 
 T = TypeVar("T")
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-"""Of what is read back: no other fields, no number for a text, no NaN."""
+"""What is read back has no other fields, no number for a text and no NaN."""
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
 _Text = Annotated[str, Field(max_length=4096)]
 _LAST_TIME = 253_402_300_799  # the end of the year 9999, the last that Python's dates know

@@ -146,7 +146,7 @@ class RunLog:
             raise self._fenced()
         return state.epoch
 
-    def renew(self, epoch: int) -> None:
+    def extend_lease(self, epoch: int) -> None:
         """Say that the holder lives. An object of its own: a lease entry every few seconds would flood the log."""
         self.refresh()
         self.require(epoch)

@@ -27,8 +27,6 @@ from diki_ray.store.objects import Objects, checked_path
 from diki_ray.store.run_log import RunLog
 from diki_ray.store.upkeep import Problem, PurgeReport
 
-__all__ = ["Entry", "Holder", "Problem", "PurgeReport", "RunStore"]
-
 CONFIG_DOCUMENT = "config.yaml"
 """The document that holds the configuration which a run was last evaluated with."""
 _READABLE_BYTES = 4 * 2**20
@@ -84,7 +82,7 @@ class RunStore(ReadableRun):
 
     def renew(self, epoch: int) -> None:
         """Keep the lease for another `ttl_s`; FencedError when it was lost."""
-        self.log.renew(epoch)
+        self.log.extend_lease(epoch)
 
     def release(self, epoch: int) -> None:
         """Give the run back, so that the next driver need not wait. Nothing can be written with `epoch` afterwards."""

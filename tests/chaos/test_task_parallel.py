@@ -55,9 +55,11 @@ def digests(storage: Path) -> dict[str, str]:
 
 
 @contextmanager
-def watching() -> Iterator[list[set[str]]]:
-    """The nodes of all worker groups that there were at the same time, now and then."""
+def watching() -> Iterator[tuple[list[set[str]], set[tuple[str, str]]]]:
+    """Seen now and then: the nodes of all worker groups that there were at the same time; (class, node) of what only
+    waits for them."""
     seen: list[set[str]] = []
+    waiting: set[tuple[str, str]] = set()
     stop = threading.Event()
 
     def watch() -> None:
@@ -69,23 +71,28 @@ def watching() -> Iterator[list[set[str]]]:
             ]
             if len(groups) > 1:
                 seen.append(set.union(*groups))
+            for actor in ray._private.state.actors(actor_state_name="ALIVE").values():  # needs no dashboard
+                if actor["ActorClassName"] in ("StoreActor", "TrainController"):
+                    waiting.add((actor["ActorClassName"], actor["Address"]["NodeID"]))
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
-    yield seen
+    yield seen, waiting
     stop.set()
     thread.join()
 
 
 def test_tasks_side_by_side_are_bit_equal_to_one_after_the_other(nodes: None, tmp_path: Path) -> None:
-    with watching() as seen:
+    with watching() as (seen, _):
         run_continual(config(tmp_path, "sequential", 1), Console(quiet=True))
     assert not seen
-    with watching() as seen:
+    with watching() as (seen, waiting):
         run_continual(config(tmp_path, "parallel", 2), Console(quiet=True))
     assert max(map(len, seen)) == 2  # two groups at once, each on a node of its own
+    head = ray.get_runtime_context().get_node_id()
+    assert waiting == {("StoreActor", head), ("TrainController", head)}
     sweep = SweepConfig.model_validate({"name": "s", "base": "x", "parameters": {"calibration.bias": [0.0, 1.0]}})
-    with watching() as seen:
+    with watching() as (seen, _):
         document = run_sweep(sweep, config(tmp_path, "swept", 2), lambda text: None)
     assert document["modules_trained"] == 2
     assert max(map(len, seen)) == 2

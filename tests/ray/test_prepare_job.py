@@ -31,10 +31,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(source: Path, root: Path) -> list[str]:
-    return [sys.executable, "jobs/prepare.py", str(source), "--root", str(root), "--num-cpus", "1"]
-
-
 def contents(root: Path) -> dict[str, str]:
     """sha256 of every file that a reader could see."""
     files = (path for path in root.rglob("*") if path.is_file())
@@ -43,9 +39,8 @@ def contents(root: Path) -> dict[str, str]:
 
 def kill_in_the_middle(source: Path, root: Path) -> set[str]:
     """kill -9 as soon as a shard is there; the shards that it left. Ray ends a cluster whose driver is gone."""
-    with subprocess.Popen(
-        command(source, root), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as process:
+    command = [sys.executable, "jobs/prepare.py", str(source), "--root", str(root), "--num-cpus", "1"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 60
         while not list(root.rglob("*.done.json")):
             assert process.poll() is None, "it ended before it wrote a shard"

@@ -31,16 +31,16 @@ def places(storage: Path) -> tuple[str, str]:
     return f"run.storage={storage}", f"data.root={storage}/prepared"
 
 
-def job(storage: Path, name: str, *overrides: str) -> tuple[str, ...]:
+def training(storage: Path, name: str, *overrides: str) -> tuple[str, ...]:
     return "jobs/continual.py", "--config", "configs/debug.yaml", f"run.name={name}", *places(storage), *overrides
 
 
 def test_what_is_submitted_learns_and_the_same_id_does_not_run_twice(head: Head, storage: Path) -> None:
-    done = head.submit("plain", *job(storage, "plain"))
+    done = head.submit("plain", *training(storage, "plain"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "nothing: zero-shot" in done.stdout  # the job's log, as it is followed
     assert len(json.loads((storage / "runs/plain/results/results.json").read_text())["accuracy"]) == 2
-    twice = head.submit("plain", *job(storage, "plain"), wait=False)
+    twice = head.submit("plain", *training(storage, "plain"), wait=False)
     assert twice.returncode != 0
     assert "plain" in twice.stdout + twice.stderr
 
@@ -48,7 +48,7 @@ def test_what_is_submitted_learns_and_the_same_id_does_not_run_twice(head: Head,
 @pytest.mark.long
 @pytest.mark.timeout(600)
 def test_submitted_stopped_and_submitted_again(head: Head, storage: Path) -> None:
-    slow = job(storage, "slow", "train.epochs=60", "train.checkpoint_every_steps=5")  # stopped in the middle
+    slow = training(storage, "slow", "train.epochs=60", "train.checkpoint_every_steps=5")  # stopped in the middle
     run = storage / "runs/slow"
     assert head.submit("first", *slow, wait=False).returncode == 0
     wait_until(lambda: bool(list((run / "checkpoints").rglob("*.json"))), "a checkpoint of the first job")

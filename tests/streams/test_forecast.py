@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from learning import store_run
 
 from diki_ray.commands.app import run
 from diki_ray.commands.continual import lines
@@ -18,7 +19,6 @@ from diki_ray.runs import forecast as forecasts
 from diki_ray.runs.forecast import Forecast, forecast
 from diki_ray.runs.plan import Former, Plan, load_backbone, make_plan
 from diki_ray.runs.speed import Speed, measured
-from diki_ray.store.process import this_process
 from diki_ray.store.run_store import RunStore
 
 DEBUG = Path(__file__).parent.parent.parent / "configs" / "debug.yaml"
@@ -42,10 +42,9 @@ def test_each_task_is_learnt_taken_from_the_library_or_to_learn(config: Config, 
     plan = make_plan(config, BACKBONE)  # prepares
     assert states(forecast(config, BACKBONE)) == ["to learn", "to learn"]
     assert not (tmp_path / "storage").exists()
-    other, own = (RunStore.open(config.run.storage, name) for name in ("other", config.run.name))
-    other.commit_module(other.acquire(this_process("test")), plan.tasks[1].key, "gems", b"a module")
+    store_run(config.run.storage, plan, {plan.tasks[1].key: b"a module"}, run="other")
     assert states(forecast(config, BACKBONE)) == ["to learn", "in the library"]
-    own.commit_module(own.acquire(this_process("test")), plan.tasks[0].key, "digits", b"another")
+    own = store_run(config.run.storage, plan, {plan.tasks[0].key: b"another"})
     before = sorted(tmp_path.rglob("*"))
     found = forecast(config, BACKBONE)
     assert states(found) == ["learnt", "in the library"]

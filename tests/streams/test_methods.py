@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from learning import evaluated, learnt, learnt_through_kills, modules, planned
+from learning import evaluated, learnt, learnt_through_kills, modules, planned, store_run
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,8 +18,6 @@ from diki_ray.clip.residual import Parameters
 from diki_ray.errors import ConfigError
 from diki_ray.learning.methods import METHODS, Diki, Method, Step, TrainingBatch
 from diki_ray.runs.evaluate.stored import Asked, evaluate_stored
-from diki_ray.store.process import this_process
-from diki_ray.store.run_store import RunStore
 
 DIKI = {"image_depth": 1, "image_length": 2, "text_depth": 1, "text_length": 2}
 
@@ -142,12 +140,7 @@ def test_another_order_of_a_sequential_run_is_refused_and_its_first_tasks_are_no
 ) -> None:
     plan = planned(prepared, {"name": "sequential_lora", "rank": 1}, f"run.storage={tmp_path}")
     memory, run = learnt(plan), plan.config.run.name
-    store = RunStore.open(str(tmp_path), run)
-    epoch = store.acquire(this_process("test"))
-    for task in plan.tasks:
-        store.commit_module(epoch, task.key, task.name, memory.blobs[task.key])
-    store.put_document(epoch, "config.yaml", plan.config.to_yaml())
-    store.release(epoch)
+    store_run(tmp_path, plan, memory.blobs)
     first, second = (task.name for task in plan.tasks)
     with pytest.raises(ConfigError, match=r"--order: each module .* was trained from the one before it"):
         evaluate_stored(str(tmp_path), run, Asked(order=(second, first)))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from fake_store import FakeStore
-from learning import learnt, modules, tiny_plan
+from learning import learnt, modules, store_run, tiny_plan
 from PIL import Image
 from tiny_backbone import write_tiny_backbone
 from torch.nn import functional as F
@@ -43,7 +43,6 @@ from diki_ray.prediction.bundle import BUNDLE, export_bundle
 from diki_ray.runs.plan import Plan, build_method
 from diki_ray.runs.train.replay import Memory
 from diki_ray.store.process import this_process
-from diki_ray.store.run_store import RunStore
 
 LORA = {"name": "sequential_lora", "image_depth": 1, "text_depth": 1}
 
@@ -182,17 +181,16 @@ def settings(**values: Any) -> dict[str, Any]:
     return LORA | {"replay": {"num_images": 12, "batch_size": 6} | values}
 
 
-def two_tasks(folder: Path, **values: Any) -> Plan:
+def two_tasks(folder: Path, method: dict[str, Any]) -> Plan:
     tasks = [{"data": f"embedded:{name}", "shots": 2} for name in ("digits", "gems")]
-    train = {"epochs": 1, "batch_size": 7, "lr": 0.05}
-    return tiny_plan(folder, method=settings(**values), tasks=tasks, train=train)
+    return tiny_plan(folder, method=method, tasks=tasks, train={"epochs": 1, "batch_size": 7, "lr": 0.05})
 
 
 @pytest.fixture(scope="module")
 def learnt_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, FakeStore]:
     """Two tasks that were learnt with a memory."""
     torch.set_num_threads(1)
-    plan = two_tasks(tmp_path_factory.mktemp("replay"))
+    plan = two_tasks(tmp_path_factory.mktemp("replay"), settings())
     return plan, learnt(plan)
 
 
@@ -232,7 +230,7 @@ def test_each_module_keeps_exemplars_of_its_own_task_within_the_budget(learnt_on
     ],
 )
 def test_every_score_keeps_a_memory_within_both_budgets(prepared: Path, values: dict[str, Any]) -> None:
-    plan = two_tasks(prepared, **values)
+    plan = two_tasks(prepared, settings(**values))
     kept = [module.exemplars for module in modules(plan, learnt(plan))]
     budget = Memory(ReplaySection.model_validate({"num_images": 12} | values), ()).budget
     places = budget.kept(kept)
@@ -244,9 +242,7 @@ def test_every_score_keeps_a_memory_within_both_budgets(prepared: Path, values: 
 def test_replay_changes_what_is_learnt_and_no_key_of_runs_without_it(
     tmp_path: Path, learnt_once: tuple[Plan, FakeStore]
 ) -> None:
-    tasks = [{"data": f"embedded:{name}", "shots": 2} for name in ("digits", "gems")]
-    train = {"epochs": 1, "batch_size": 7, "lr": 0.05}
-    without = tiny_plan(tmp_path, method=LORA, tasks=tasks, train=train)
+    without = two_tasks(tmp_path, LORA)
     alone = learnt(without)
     assert not set(alone.blobs) & set(learnt_once[1].blobs)
     plain, replayed = modules(without, alone), modules(*learnt_once)
@@ -259,14 +255,12 @@ def test_replay_changes_what_is_learnt_and_no_key_of_runs_without_it(
 
 def test_a_removed_task_takes_its_exemplars_with_it(tmp_path: Path, learnt_once: tuple[Plan, FakeStore]) -> None:
     plan, memory = learnt_once
-    store = RunStore.open(str(tmp_path / "storage"), "run")
-    epoch = store.acquire(this_process("test"))
-    for planned in plan.tasks:
-        store.commit_module(epoch, planned.key, planned.name, memory.blobs[planned.key])
+    store = store_run(tmp_path / "storage", plan, memory.blobs)
     exemplars = modules(plan, memory)[1].exemplars
     assert exemplars is not None
     files = [path for path in (tmp_path / "storage").rglob("*") if path.is_file()]
     assert any(exemplars.images[0] in path.read_bytes() for path in files)
+    epoch = store.acquire(this_process("test"))
     store.remove_task(epoch, plan.tasks[1].name)
     store.purge(epoch)
     files = [path for path in (tmp_path / "storage").rglob("*") if path.is_file()]
@@ -276,13 +270,8 @@ def test_a_removed_task_takes_its_exemplars_with_it(tmp_path: Path, learnt_once:
 
 def test_a_bundle_hands_no_exemplar_on_and_answers(tmp_path: Path, learnt_once: tuple[Plan, FakeStore]) -> None:
     plan, memory = learnt_once
-    storage = str(tmp_path / "storage")
-    store = RunStore.open(storage, "run")
-    epoch = store.acquire(this_process("test"))
-    for planned in plan.tasks:
-        store.commit_module(epoch, planned.key, planned.name, memory.blobs[planned.key])
-    store.release(epoch)
-    export_bundle(storage, "run", str(tmp_path / "bundle"), plan.config)
+    store_run(tmp_path / "storage", plan, memory.blobs)
+    export_bundle(str(tmp_path / "storage"), "run", str(tmp_path / "bundle"), plan.config)
     bundle = (tmp_path / "bundle" / BUNDLE).read_bytes()
     exemplars = modules(plan, memory)[0].exemplars
     assert exemplars is not None

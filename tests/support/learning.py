@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from diki_ray.runs.evaluate.cache import NoCache
 from diki_ray.runs.evaluate.split import evaluate_here
 from diki_ray.runs.plan import Plan, build_method, load_backbone, make_plan
 from diki_ray.runs.train.worker import TaskWorker
+from diki_ray.store.process import this_process
+from diki_ray.store.run_store import RunStore
 
 DEBUG = Path(__file__).parent.parent.parent / "configs" / "debug.yaml"
 
@@ -64,6 +67,21 @@ def learnt_through_kills(plan: Plan, *kills: tuple[int, int]) -> FakeStore:
         with pytest.raises(KilledError):
             learnt(plan, store)
     return learnt(plan, store)
+
+
+def store_run(
+    storage: str | Path, plan: Plan, blobs: Mapping[str, bytes], run: str | None = None, **metadata: Any
+) -> RunStore:
+    """The plan's run, or one of another name, as a job leaves it in storage: it has those of the plan's modules that
+    `blobs` has by their keys, and its configuration, and nobody holds it."""
+    store = RunStore.open(str(storage), run or plan.config.run.name)
+    epoch = store.acquire(this_process("test"))
+    for task in plan.tasks:
+        if task.key in blobs:
+            store.commit_module(epoch, task.key, task.name, blobs[task.key], metadata)
+    store.put_document(epoch, "config.yaml", plan.config.to_yaml())
+    store.release(epoch)
+    return store
 
 
 def modules(plan: Plan, store: FakeStore) -> list[TaskModule]:

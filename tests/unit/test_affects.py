@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
@@ -132,8 +133,8 @@ FIRST_METHODS: dict[str, dict[str, Any]] = {
     | {"reference": None, "num_reference": 1024, "reference_batch": 64},
     "rail": {"hidden_dim": 2048, "ridge": 0.1, "fusion": 0.9, "projection_seed": 0},
 }
-AS_WHAT_THEY_COME_TO = {"train.min_steps", "train.device", "method.reference", "method.name"}
-"""In keys as the number of epochs, the precision, the content; another method is another section."""
+AS_WHAT_THEY_COME_TO = ("tasks", "backbone.", "train.min_steps", "train.device")
+"""In keys as the content, the number of epochs and the precision: tests of their own ask that."""
 
 
 def fields_of(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -264,9 +265,11 @@ def test_what_changes_modules_is_in_digest_question_key_and_lease(method: str, p
     config = config.model_copy(update={"train": config.train.model_copy(update={"min_steps": 0})})
     other = with_another(config, path)
     assert other.digest() != config.digest()
-    if path.startswith(("tasks", "backbone.")) or path in AS_WHAT_THEY_COME_TO:
+    if path in ("method.name", "method.reference"):  # there is no other method or data set of that name to plan with
         return
     assert question(other) != question(config)
+    if path.startswith(AS_WHAT_THEY_COME_TO):
+        return
     assert not set(keys(other)) & set(keys(config))
     assert lease_of(planned(other)) != lease_of(planned(config))
 
@@ -279,6 +282,57 @@ def test_keys_are_those_of_the_first_version(method: str) -> None:
 
 def test_every_method_has_a_key_that_is_known() -> None:
     assert set(FAMILIES) == set(METHOD_SECTIONS)
+
+
+def test_keys_know_the_fewest_steps_as_the_epochs_they_come_to() -> None:
+    """Of the two data sets one has a step an epoch, the other six; both have at least two epochs."""
+
+    def asking(min_steps: int) -> Config:
+        return parse(TREE | {"train": TREE["train"] | {"min_steps": min_steps}})  # type: ignore[operator]
+
+    few, many = keys(asking(10))
+    assert keys(asking(9))[0] != few
+    assert keys(asking(12))[0] != few
+    assert keys(asking(12))[1] == keys(asking(0))[1] == many
+    assert keys(asking(13))[1] != many
+    assert lease_of(planned(asking(9))) != lease_of(planned(asking(10)))
+
+
+def test_keys_and_leases_know_the_device_as_the_precision_it_comes_to() -> None:
+    def computing(device: str, precision: str) -> Config:
+        return parse(TREE | {"train": TREE["train"] | {"device": device}, "backbone": {"precision": precision}})  # type: ignore[operator]
+
+    for of in (keys, lambda config: [lease_of(planned(config))]):
+        exact, rounded = of(computing("cpu", "float32")), of(computing("cpu", "bfloat16"))
+        assert not set(exact) & set(rounded)
+        assert exact == of(computing("cuda", "float32")) == of(computing("cpu", "auto"))
+        assert rounded == of(computing("cuda", "bfloat16")) == of(computing("cuda", "auto"))
+
+
+def test_keys_know_what_tasks_and_backbone_hold_and_not_how_they_are_called() -> None:
+    plan = planned(configuration())
+    few, splits = plan.tasks[0], plan.tasks[0].index.splits
+
+    def key(backbone: str = plan.backbone_digest, **changed: Any) -> str:
+        return replace(plan, backbone_digest=backbone, tasks=(replace(few, **changed),)).in_order([0]).tasks[0].key
+
+    def other_bytes(split: str) -> DatasetIndex:
+        (shard,) = splits[split].shards
+        other = replace(splits[split], shards=(replace(shard, sha256="12" * 32),))
+        return replace(few.index, splits={**splits, split: other})
+
+    assert key() == key(name="another", templates=few.templates[:1]) == few.key  # the first template trains
+    assert key(index=replace(few.index, name="another", uri="elsewhere")) == few.key
+    assert key(index=other_bytes("test")) == few.key
+    for other in (
+        key("ef" * 32),
+        key(templates=few.templates[::-1]),
+        key(index=replace(few.index, class_names=("cat", "other"))),
+        key(index=other_bytes("train")),
+        key(index=other_bytes("val")),
+    ):
+        assert other != few.key
+    assert lease_of(replace(plan, backbone_digest="ef" * 32)) != lease_of(plan)
 
 
 def test_keys_and_leases_know_what_reference_data_hold_and_not_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,10 +6,12 @@ import shutil
 import subprocess
 import warnings
 
+import jsonschema
 import pytest
 import yaml
 from cluster_overlays import RAY_VERSION, ROOT, cuda_variant, ray_cluster
 from ray._private.ray_constants import PROMETHEUS_SERVICE_DISCOVERY_FILE
+from ray.autoscaler._private import util
 from ray.scripts.scripts import start, symmetric_run
 
 import diki_ray
@@ -138,6 +140,25 @@ def test_the_pages_commands_are_shell_with_valid_configurations_for_this_ray():
             config.load(ROOT / "configs" / "quickstart.yaml", overrides)
     (slurm,) = [line for line in lines if line.startswith("srun --kill")]
     words = shlex.split(slurm)
-    given = words[words.index("symmetric-run") + 1 :]
-    assert symmetric_run.make_context("_", given, resilient_parsing=True).params["address"] == "$address:6379"
+    given = [word.replace("$SLURM_NNODES", "2") for word in words[words.index("symmetric-run") + 1 :]]
+    parsed = symmetric_run.make_context("_", given).params
+    assert (parsed["address"], parsed["min_nodes"]) == ("$address:6379", 2)
+    # What it does not know it hands on, before the command.
+    assert parsed["ray_args_and_entrypoint"][:2] == ("diki-ray", "continual")
     assert set(re.findall(r"Ray \((2[\d.]+)\)", page())) == {RAY_VERSION}
+
+
+def test_rays_own_schema_and_commands_take_the_pages_cluster_for_ray_up():
+    (text,) = re.findall(r"```yaml\n(.*?)```", page(), re.DOTALL)
+    cluster = util.prepare_config(yaml.safe_load(text))
+    util.validate_config(cluster)
+    with pytest.raises(jsonschema.ValidationError, match="head_commands"):
+        util.validate_config(cluster | {"head_commands": []})
+    assert list(cluster["file_mounts"]) == ["~/.ray/auth_token"]
+    for name in ("head", "worker"):
+        stop, line = cluster[f"{name}_start_ray_commands"]
+        mode, *words = line.split()
+        assert (stop, mode, words[:2]) == ("ray stop", "RAY_AUTH_MODE=token", ["ray", "start"])
+        params = start.make_context("start", words[2:]).params
+        assert params["head"] == (name == "head")
+        assert params["address"] == (None if params["head"] else "$RAY_HEAD_IP:6379")

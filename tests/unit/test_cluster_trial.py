@@ -4,6 +4,7 @@ The image itself is built and run by `make image` alone, which needs root, build
 
 import copy
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from cluster_overlays import ROOT, pod_templates, ray_cluster, tool
 sys.path.insert(0, str(ROOT / "cluster" / "image"))
 import build
 import manifests
+import trial
 
 SECRETS = {"diki-serve/token": "its-token"}
 
@@ -73,6 +75,27 @@ def test_a_field_of_the_manifests_that_the_trial_does_not_do_is_an_error(where):
     places[where]["somethingNew"] = "1"
     with pytest.raises(SystemExit, match="somethingNew"):
         manifests.arguments("a-pod", spec, container, {})
+
+
+def test_the_trial_takes_its_places_from_the_manifests(tmp_path):
+    assert (trial.STORAGE, trial.RUN, trial.PORT) == ("/mnt/diki/runs", "quickstart", 8000)
+    assert manifests.served_by("kind-serve")["applications"][0]["args"]["storage"] == trial.STORAGE
+    prepared = manifests.setting_of("kind", "data.root")
+    assert manifests.folder_of("kind", prepared) == tmp_path / "diki-storage" / "prepared"
+
+
+def test_a_registry_that_does_not_answer_is_one_that_cannot_be_reached(monkeypatch):
+    asked = []
+
+    def run(*words, **options):
+        asked.append(words)
+        if words[1] == "pull":
+            raise subprocess.TimeoutExpired(words, options["timeout"])
+        return subprocess.CompletedProcess(words, 0, "", "")
+
+    monkeypatch.setattr(build, "run", run)
+    assert build.make_base().startswith("a stand-in of python:")
+    assert [words[:2] for words in asked] == [("buildah", "pull"), ("podman", "image")]
 
 
 def test_a_privileged_container_is_not_run():

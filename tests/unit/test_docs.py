@@ -63,6 +63,27 @@ def named_tests() -> list[tuple[str, str | None, bool]]:
     return named
 
 
+def marked_long(path: Path) -> set[str | None]:
+    """The tests of a file that are marked long; None among them: the whole file is, or some variants of its tests."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    marks = [node for node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node) == "pytest.mark.long"]
+    found: set[str | None] = {
+        node.name
+        for node in nodes
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        and "pytest.mark.long" in map(ast.unparse, node.decorator_list)
+    }
+    return found | {None} if len(marks) > len(found) else found
+
+
+def test_the_page_names_all_that_only_make_chaos_runs() -> None:
+    named = {(file, name) for file, name, _ in named_tests()}
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        file = path.relative_to(ROOT / "tests").as_posix()
+        missing = {name for name in marked_long(path) if not {(file, name), (file, None)} & named}
+        assert missing == set(), f"{file} is marked long: name it in docs/reliability.md, on a line with *long*"
+
+
 @pytest.mark.parametrize(("file", "name", "is_long"), named_tests())
 def test_a_promises_test_exists_and_runs_where_the_page_says(file: str, name: str | None, is_long: bool) -> None:
     tree = ast.parse((ROOT / "tests" / file).read_text())

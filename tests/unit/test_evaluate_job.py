@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import ray
 import torch
+from learning import store_run
+from obstore.store import MemoryStore
 from PIL import Image
 from stored_run import COLOURS, made_up_module
 from tiny_backbone import write_tiny_backbone
@@ -35,6 +37,9 @@ from diki_ray.runs.evaluate.stored import Asked, evaluate_stored
 from diki_ray.runs.plan import Plan, build_method, load_backbone, make_plan
 from diki_ray.runs.progress import BATCHES, SCORES
 from diki_ray.runs.results import build_results
+from diki_ray.store.caches import Cache
+from diki_ray.store.held_here import held_here
+from diki_ray.store.objects import BucketObjects
 from diki_ray.store.process import this_process
 from diki_ray.store.run_store import RunStore
 
@@ -109,8 +114,6 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Stored:
     )
     backbone = load_backbone(config)
     method, plan = build_method(config, backbone), make_plan(config, backbone)
-    store = RunStore.open(config.run.storage, "three")
-    epoch = store.acquire(this_process("test"))
     modules = []
     for number, task in enumerate(plan.tasks):
         images = [b.images for b in eval_batches(task.index, "train", batch_size=64, transform=backbone.preprocess)]
@@ -126,14 +129,13 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Stored:
             templates=task.templates,
             provenance={"num_skipped": {}, "best_epoch": 0, "history": []},
         )
-        store.commit_module(epoch, task.key, task.name, module.to_bytes())
         modules.append(module)
+    store = store_run(config.run.storage, plan, {module.key: module.to_bytes() for module in modules})
     digests = [entry.digest for entry in store.modules()]
     evaluation = evaluate_here(plan, digests, store.read_module, [range(3)], "test", NoCache())
     results = build_results(plan, modules, digests, evaluation, notes={}, seconds={}, trained=[], command="a test")
-    store.put_document(epoch, "config.yaml", config.to_yaml())
-    store.put_document(epoch, "results.json", results)
-    store.release(epoch)
+    with held_here(config.run.storage, "three", "test") as run:
+        run.put_document("results.json", results)
     assert len(np.unique(evaluation.accuracy())) > 3  # an experiment in which something happens
     last = [evaluation.predict(j, range(3)) for j in range(3)]
     assert any(len(set(p.routed.tolist())) > 1 for p in last)
@@ -207,20 +209,8 @@ def test_any_routing_label_space_and_order_is_evaluating_each_cell_afresh(
     assert report(run)["weight_auroc"]["after"][1] is not None
 
 
-class MemoryCache:
-    """A storage's cache that is a dictionary."""
-
-    def __init__(self) -> None:
-        self.kept: dict[str, bytes] = {}
-
-    def names(self) -> frozenset[str]:
-        return frozenset(self.kept)
-
-    def get(self, name: str) -> bytes | None:
-        return self.kept.get(name)
-
-    def put(self, name: str, data: bytes) -> None:
-        self.kept[name] = data
+def empty_cache() -> Cache:
+    return Cache(BucketObjects("memory://", MemoryStore()))
 
 
 def count_decoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
@@ -233,7 +223,7 @@ def count_decoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 def test_a_task_more_reads_its_test_set_and_the_images_that_are_rerouted(
     stored: Stored, routing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, cache, decoded = _asked(stored.plan, routing=routing), MemoryCache(), count_decoded(monkeypatch)
+    whole, cache, decoded = _asked(stored.plan, routing=routing), empty_cache(), count_decoded(monkeypatch)
     store = RunStore.open(stored.storage, "three")
     digests = [entry.digest for entry in store.modules()]
 
@@ -256,7 +246,7 @@ def test_a_task_more_reads_its_test_set_and_the_images_that_are_rerouted(
     assert len(decoded) == sizes[2] + sum(rerouted) < sum(sizes)
     np.testing.assert_array_equal(grown.accuracy()[:2, :2], before.accuracy())
 
-    afresh = found(whole, MemoryCache())
+    afresh = found(whole, empty_cache())
     assert len(decoded) == sum(sizes)
     np.testing.assert_array_equal(grown.accuracy(), afresh.accuracy())
     for j in range(3):
@@ -271,13 +261,13 @@ def test_a_task_more_reads_its_test_set_and_the_images_that_are_rerouted(
         assert found(whole).text_feature_error == grown.text_feature_error
     spread = found(_asked(whole, label_space="all"))
     assert decoded == []
-    np.testing.assert_array_equal(spread.accuracy(), found(_asked(whole, label_space="all"), MemoryCache()).accuracy())
+    np.testing.assert_array_equal(spread.accuracy(), found(_asked(whole, label_space="all"), empty_cache()).accuracy())
 
 
 def test_another_calibration_reads_images_again_and_keeps_no_row_twice(
     stored: Stored, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache, decoded, store = MemoryCache(), count_decoded(monkeypatch), RunStore.open(stored.storage, "three")
+    cache, decoded, store = empty_cache(), count_decoded(monkeypatch), RunStore.open(stored.storage, "three")
     digests, results = [entry.digest for entry in store.modules()], []
     for scale in (30.0, 25.0, 30.0):
         calibration = stored.config.calibration.model_copy(update={"scale": scale})
@@ -308,7 +298,7 @@ def _asked(plan: Plan, **evaluate: Any) -> Plan:
 
 
 def test_an_image_that_cannot_be_read_again_is_said(stored: Stored, tmp_path: Path) -> None:
-    cache, store = MemoryCache(), RunStore.open(stored.storage, "three")
+    cache, store = empty_cache(), RunStore.open(stored.storage, "three")
     digests = [entry.digest for entry in store.modules()]
     first = replace(stored.plan, tasks=stored.plan.tasks[:1])
     evaluate_here(first, digests[:1], store.read_module, [(0,)], "test", cache)

@@ -21,7 +21,6 @@ from sample_results import HOSTILE, sample_results, with_test_shards
 from diki_ray.config import parse
 from diki_ray.config.protocols import protocol
 from diki_ray.errors import UserError
-from diki_ray.report import charts
 from diki_ray.report import next_steps as next_steps_module
 from diki_ray.report.examples import Pictures, read_pictures
 from diki_ray.report.next_steps import next_steps
@@ -353,34 +352,6 @@ def test_results_are_found_by_path_and_missing_ones_named(tmp_path: Path) -> Non
     assert not (tmp_path / "storage").exists()
 
 
-# --- charts ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_line_has_a_gap_where_a_value_is_missing() -> None:
-    chart = charts.line_chart([("loss", [1.0, None, 0.5, float("inf"), 0.25, 0.2])], mark=5)
-    (line,) = chart.lines
-    assert line.path.count("M") == 3
-    assert line.path.count("L") == 1
-    assert len(line.dots) == 4
-    assert chart.mark == line.dots[-1].x
-    assert [t.label for t in chart.y_ticks] == ["0", "0.5", "1"]
-    assert [t.label for t in chart.x_ticks] == ["1", "6"]
-
-
-def test_charts_stay_in_their_box() -> None:
-    everything = (
-        charts.line_chart([("a", [0.0, 1e9, 3.3, -1.0])]),
-        charts.line_chart([("a", [])]),
-        charts.line_chart([]),
-    )
-    for chart in everything:
-        assert all(0 <= d.x <= charts.WIDTH and d.y <= charts.HEIGHT for line in chart.lines for d in line.dots)
-    histogram = charts.histogram([0, 10, 0, 90], [100, 0, 0, 0], (0.8, 0.1))
-    assert sum(bar.height for bar in histogram.up) < max(bar.height for bar in histogram.down) * 1.01  # one scale
-    assert all(bar.y >= 0 and bar.y + bar.height <= charts.HEIGHT for bar in (*histogram.up, *histogram.down))
-    assert charts.histogram([0, 0], None, (None, None)).up == ()
-
-
 # --- what to type next ----------------------------------------------------------------------------------------------
 
 
@@ -413,5 +384,5 @@ def test_a_submitted_job_leads_to_no_browser_of_its_cluster(monkeypatch: pytest.
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     (tmp_path / "namespace").write_text("diki\n")
     monkeypatch.setattr(next_steps_module, "_NAMESPACE", tmp_path / "namespace")
-    copied = f"kubectl cp diki/{socket.gethostname()}:/mnt/diki/runs/runs/r/results/report.html report.html"
+    copied = f"kubectl cp -c ray-head diki/{socket.gethostname()}:/mnt/diki/runs/runs/r/results/report.html report.html"
     assert copied in next_steps(config, "…", None)

@@ -7,10 +7,10 @@ import socket
 import threading
 import time
 import urllib.request
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
+from fake_store import FakeStore
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from sample_results import sample_results
@@ -19,7 +19,8 @@ from diki_ray.config import Config, parse
 from diki_ray.errors import ConfigError, StorageError
 from diki_ray.runs.progress import BATCHES, SCORES
 from diki_ray.runs.telemetry import MAX_PAIRED_TASKS, MAX_TASKS, Telemetry, exporting
-from diki_ray.store.interface import HeldRun
+from diki_ray.store.interface import RunStatus
+from diki_ray.store.process import this_process
 
 NAMES = ["digits", "neon", "mist"]
 
@@ -49,25 +50,15 @@ def get(port: int) -> str:
         return reply.read().decode()
 
 
-class FakeStore:
-    """A store of `tasks` modules; what an actor would say."""
+class StoreThatMayBeAway(FakeStore):
+    """What an actor would say, or, while it is away, that it is not there."""
 
-    def __init__(self, tasks: int = 0, corrupt: int = 0) -> None:
-        self.tasks, self.corrupt, self.away = tasks, corrupt, False
-        self.last_durable_write = 0.0
+    away = False
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> RunStatus:
         if self.away:
             raise StorageError("away")
-        counts = {"corrupt_checkpoints": self.corrupt, "corrupt_modules": 0}
-        return {"num_modules": self.tasks, "num_bytes": 1000 * self.tasks} | counts
-
-    def modules(self) -> list[Any]:
-        return [SimpleNamespace(key=name) for name in [*NAMES, "another run's"][: self.tasks]]
-
-
-def as_store(fake: FakeStore) -> HeldRun:
-    return cast(HeldRun, fake)
+        return super().status()
 
 
 def step(task: str, step: int, **more: Any) -> dict[str, Any]:
@@ -180,27 +171,32 @@ def test_an_epoch_without_validation_leaves_no_value() -> None:
 
 
 def test_a_count_that_begins_again_with_its_process_keeps_growing() -> None:
-    telemetry, store = Telemetry(config(), "own/image"), FakeStore(corrupt=2)
-    telemetry.watch(as_store(store), NAMES)
-    store.corrupt = 1  # the store's actor was started again and met one more
+    telemetry, store = Telemetry(config(), "own/image"), FakeStore()
+    store.run.checkpoints.corrupt = 2
+    telemetry.watch(store, NAMES)
+    store.run.checkpoints.corrupt = 1  # the store's actor was started again and met one more
     telemetry.observe_store()
     telemetry.observe_store()
     assert read(telemetry, "diki_store_corrupt_checkpoints_total") == 3
 
 
 def test_the_last_durable_write_is_as_of_the_scrape() -> None:
-    telemetry, store = Telemetry(config(), "own/image"), FakeStore()
-    telemetry.watch(as_store(store), NAMES)
-    store.last_durable_write, store.away = 1234.5, True  # nothing else is asked of a store that is away
-    assert read(telemetry, "diki_store_last_durable_write_timestamp_seconds") == 1234.5
+    telemetry, store = Telemetry(config(), "own/image"), StoreThatMayBeAway()
+    telemetry.watch(store, NAMES)
+    before, store.away = store.last_durable_write, True  # nothing else is asked of a store that is away
+    store.run.acquire(this_process("another"), take_over=True)
+    assert read(telemetry, "diki_store_last_durable_write_timestamp_seconds") == store.last_durable_write > before
 
 
 def test_the_store_is_told_of_and_may_be_away() -> None:
-    telemetry, store = Telemetry(config(), "own/image"), FakeStore(tasks=1)
-    telemetry.watch(as_store(store), NAMES)
+    telemetry, store = Telemetry(config(), "own/image"), StoreThatMayBeAway()
+    first, *others = [*NAMES, "elsewhere"]
+    store.commit_module(first, first, b"x" * 1000)
+    telemetry.watch(store, NAMES)
     assert read(telemetry, "diki_tasks") == 3
     assert read(telemetry, "diki_tasks_learnt") == 1
-    store.tasks = 4  # one of them not in this stream
+    for name in others:
+        store.commit_module(name, name, b"x" * 1000)
     telemetry.observe_store()
     assert read(telemetry, "diki_tasks_learnt") == 3
     assert read(telemetry, "diki_store_modules") == 4

@@ -88,7 +88,7 @@ def benchmark_folders(names: Sequence[str], data: str, split: str | None = None)
 
 
 def _known(folder: Path) -> CatalogueEntry | None:
-    """By the split file's name, which is unambiguous, else by the folder's."""
+    """Finds the entry by the split file's name, which is unambiguous, else by the folder's."""
     for entry in catalogue().values():
         coop = entry.variants.get("coop")
         if coop and "split_file" in coop.options and (folder / coop.options["split_file"]).is_file():

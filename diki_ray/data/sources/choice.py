@@ -17,7 +17,7 @@ from diki_ray.data.sources.raw import RawDataset, RawItem
 from diki_ray.errors import DataError
 
 HELD_OUT_FRACTION = 0.2
-"""Of each class's training images: what a source without validation (or test) images gives up for it."""
+"""A source without validation (or test) images gives up this share of each class's training images for them."""
 
 MAX_VAL_SHOTS = 4
 """CoOp validates a k-shot run with min(k, 4) images a class."""

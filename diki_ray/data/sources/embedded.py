@@ -61,7 +61,7 @@ class _DrawnSplits(Mapping[str, tuple[RawItem, ...]]):
 
 @lru_cache(maxsize=1)
 def _world_checksum() -> str:
-    """Of everything that decides the pictures: the code that draws them and the libraries that rasterise."""
+    """Sums up what decides the pictures: the code that draws them and the libraries that rasterise."""
     found = hashlib.sha256(f"{PIL.__version__} {version('matplotlib')}".encode())
     for file in sorted(Path(world.__file__).parent.glob("world*.py")):
         found.update(file.read_bytes())

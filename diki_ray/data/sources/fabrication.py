@@ -184,4 +184,4 @@ _LAYOUTS: Mapping[str, Callable[[Path, str, Variant], None]] = {
     "StanfordCars": _cars,
     "SUN397": _sun,
 }
-"""By the reader's layout, or the class of torchvision that reads it."""
+"""The name is that of the reader's layout, or of the class of torchvision that reads it."""

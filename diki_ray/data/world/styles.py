@@ -17,7 +17,7 @@ from diki_ray.data.world.scenes import GEMS
 
 _ROWS, _COLUMNS = np.mgrid[0:CANVAS_PX, 0:CANVAS_PX].astype(np.float32)
 _CUTS = ("hexagon", "diamond", "pentagon", "oval")
-"""Of the stones; any gem may have any of them."""
+"""Any gem may have any of these cuts."""
 
 
 def _cut(rng: np.random.Generator) -> Image.Image:
@@ -101,4 +101,4 @@ STYLES: dict[str, tuple[Callable[[np.random.Generator, str], paint.Canvas], str,
     "poster": (poster, "a poster of a {}.", "cut stones in screen print on ochre paper"),
     "snow": (snow, "a {} in the snow.", "cut stones half sunk in snow"),
 }
-"""By the end of a task's name (`gems_snow`): painter, template, and what the pictures show."""
+"""A style is known by the end of a task's name (`gems_snow`): painter, template, and what the pictures show."""

@@ -32,14 +32,14 @@ class Step:
     num_steps: int
     lr: float
     seed: int
-    """The task's own."""
+    """It is the task's own."""
     num_samples: int = 0
     """Images of the global batch, over all parts; known in `after_step`."""
     part: int = 0
     num_parts: int = 1
     """Which of the step's parts is computed, and how many there are; a worker computes one or several."""
     shared: Tensor | None = field(default=None, compare=False)
-    """In `extra_loss`: the rows of all parts' `shared_rows`."""
+    """`extra_loss` finds the rows of all parts' `shared_rows` here."""
 
     def generator(self) -> torch.Generator:
         """Random numbers of this step, equal on every rank: a function of the task's seed and the step alone, so that

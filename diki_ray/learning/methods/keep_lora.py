@@ -38,12 +38,12 @@ from diki_ray.learning.methods.low_rank import LowRank, LowRankMethod, keep, kep
 PROBE = "_probe"
 """Ends the name of a tensor of zeros [D, D'] that stands for a change of the whole projection: its gradient is G."""
 READERS = {"q": "k", "k": "k", "v": "k", "out": "out"}
-"""By projection the one whose inputs are recorded: the keys' inputs are all tokens, also in the last block."""
+"""For each projection the inputs of this one are recorded: the keys' inputs are all tokens, also in the last block."""
 NOTHING_LEFT = 1e-9
 """Singular values of G' below this share of G's norm are rounding."""
 
 SAME = 1e-6
-"""Of the sine of the angle between two directions: below it they are one, up to the rounding of float32."""
+"""Two directions are one, up to the rounding of float32, where the sine of the angle between them is below it."""
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ EPS = 1e-7
 WHITEN = "shared/whiten"
 """L⁻ᵀ [E, E], float64: f @ it is z."""
 FIRST_DEVIATION = 0.1
-"""Of U_c's entries at its start, times 1/√E: at 0 it would get no gradient."""
+"""U_c's entries start with this deviation, times 1/√E: at 0 they would get no gradient."""
 
 
 class Metrics(NamedTuple):

@@ -26,14 +26,14 @@ class Regulariser:
         return factors
 
     def penalty(self, parameters: Parameters) -> Tensor | None:
-        """Added to the loss."""
+        """Returns what is added to the loss."""
         return None
 
     def after_step(self, parameters: Parameters, gradients: Parameters, step: Step) -> None:
         """Changes tensors in place after an optimiser step."""
 
     def sums(self, method: Method, parameters: Parameters, batch: TrainingBatch) -> Parameters:
-        """Summed over the training images of a task that is trained."""
+        """Returns what is summed over the training images of a task that is trained."""
         return {}
 
     def finish(self, parameters: Parameters, sums: Parameters) -> Parameters:

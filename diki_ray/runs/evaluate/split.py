@@ -187,7 +187,7 @@ class SplitEvaluation:
         return known
 
     def _score(self, workers: Workers, on_progress: OnProgress) -> float:
-        """BestClasses what is used and not scored yet; the largest error of the class features that answers rest on."""
+        """Scores what is used and not scored yet; returns the largest error of the class features that were used."""
         used = [self._used(j) for j in range(len(self.known))]
         pieces: dict[int, list[tuple[int, ToScore]]] = {}
         for j, rows_of in enumerate(used):
@@ -213,13 +213,13 @@ class SplitEvaluation:
         return max((error for t in pieces for error in self._errors(t).values()), default=0.0)
 
     def _used(self, j: int) -> dict[int, np.ndarray]:
-        """By module the rows of test set j that answers are read from."""
+        """Returns by module the rows of test set j that answers are read from."""
         answers = self._answers_of(j)
         needed = answers.needed(self.routes[j], self.asked)
         return {NO_TASK: np.arange(len(answers.labels))} | {t: answers.rows[t].find(w) for t, w in needed.items()}
 
     def _data_sets(self, j: int) -> list[int]:
-        """Those whose classes images of test set j are ever answered with."""
+        """Returns the data sets whose classes images of test set j are ever answered with."""
         space, num_tasks = self.plan.config.evaluate.label_space, len(self.known)
         return sorted({c for learnt in self.asked for c in candidate_tasks(space, j, learnt, num_tasks)})
 
@@ -237,7 +237,7 @@ class SplitEvaluation:
         ]
 
     def _errors(self, task: int) -> dict[int, float]:
-        """By data set the error of the class features under a task's module, where it is known."""
+        """Returns by data set the error of the class features under a task's module, where it is known."""
         errors: dict[int, float] = {}
         for j in range(len(self.known)):
             if (rows := self._answers_of(j).rows.get(task)) is None:

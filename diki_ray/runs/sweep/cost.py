@@ -20,7 +20,7 @@ from diki_ray.runs.plan import Plan, build_method, device_of, load_backbone, pre
 from diki_ray.store.library import Library
 
 MAX_IMAGES, REPETITIONS = 32, 3
-"""Of each task, and passes over them, for the last of them."""
+"""So many images of each task are passed so often, and the last pass counts."""
 
 
 class Stream(NamedTuple):

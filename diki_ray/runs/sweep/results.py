@@ -73,7 +73,7 @@ class SweepResults:
         self._put(self._test(setting), test)
 
     def num_modules(self) -> int:
-        """Of the library, whoever trained them."""
+        """Returns how many the library has, whoever trained them."""
         return len(Objects.open(self.storage).list("library/keys"))
 
     def put(self, name: str, data: bytes) -> None:

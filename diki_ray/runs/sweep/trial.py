@@ -19,7 +19,7 @@ import numpy as np
 
 from diki_ray.answering.answers import chances
 from diki_ray.answering.evaluation import Evaluation
-from diki_ray.answering.metrics import Metrics
+from diki_ray.answering.metrics import METRIC_NAMES, Metrics
 from diki_ray.config import Config
 from diki_ray.config.places import with_absolute_paths
 from diki_ray.config.protocols import held_out_of
@@ -47,7 +47,7 @@ from diki_ray.store.library import Library
 
 METRICS = ("transfer", "average", "last", "forgetting", "zero_shot", "weight_auroc")
 NEVER_SEEN = "never_seen"
-"""Of streams whose protocol keeps a data set away until the end: the accuracy on it once all the others are learnt."""
+"""Where the protocol keeps a data set away until the end, this is the accuracy on it once all the others are learnt."""
 WAIT_S = 2.0
 
 Report = Callable[[float, float], None]
@@ -60,7 +60,7 @@ def figures_of(evaluation: Evaluation, order: Sequence[int], held_out: int | Non
     there is `NEVER_SEEN`, where the order does keep it away."""
     accuracy = evaluation.accuracy(order)
     known = Metrics.of(accuracy)
-    values = {m: known.mean(m) for m in METRICS[:4]}
+    values = {m: known.mean(m) for m in METRICS if m in METRIC_NAMES}
     figures = {m: None if np.isnan(v) else float(v) for m, v in values.items()} | {
         "zero_shot": float(evaluation.zero_shot(order).mean()),
         "weight_auroc": spread(evaluation.weight_auroc(order))["mean"],

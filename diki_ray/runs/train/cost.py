@@ -38,7 +38,7 @@ class CostMeter:
 
 
 def merged(costs: Sequence[Cost]) -> Cost:
-    """Of the workers of one task: the slowest one's seconds, everybody's processor seconds, the largest peak."""
+    """Adds up what the workers of one task took: the slowest one's seconds, all processor seconds, the largest peak."""
     return {
         "seconds": max(c["seconds"] for c in costs),
         "cpu_seconds": round(sum(c["cpu_seconds"] for c in costs), 3),

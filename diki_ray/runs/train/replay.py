@@ -28,7 +28,7 @@ from diki_ray.learning.module import TaskModule
 from diki_ray.runs.train.task_data import TaskData
 
 EARLIER = "replayed"
-"""In a module's provenance: the keys of the modules before it whose exemplars were replayed, in order."""
+"""A module's provenance has here the keys of the modules before it whose exemplars were replayed, in order."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def _drawn(data: TaskData) -> _ScoreOf:
 
 
 def _by_logits(module: TaskModule, data: TaskData, method: Method, budget: Budget) -> _ScoreOf:
-    """By the logits among the task's classes, under the parameters that answer."""
+    """Scores images by their logits among the task's classes, under the parameters that answer."""
     device = data.backbone.device
     stored: Parameters = {name: torch.from_numpy(p).to(device) for name, p in sorted(module.parameters.items())}
     parameters = method.effective(stored)

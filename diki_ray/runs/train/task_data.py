@@ -30,7 +30,7 @@ class TaskData:
 
     @property
     def num_parts(self) -> int:
-        """Of a step and of the statistics (`TaskTrainer.num_parts`)."""
+        """The number of parts of a step and of the statistics (`TaskTrainer.num_parts`)."""
         return world_size() if self.backbone.in_lockstep else self.config.train.parts
 
     def train_stream(self) -> TrainStream:
@@ -51,7 +51,7 @@ class TaskData:
 
     @property
     def own_parts(self) -> range:
-        """Those that this rank computes."""
+        """The parts that this rank computes."""
         return own_parts(self.num_parts)
 
     def part_of(self, split: str, part: int) -> Iterator[tuple[Tensor, Tensor]]:

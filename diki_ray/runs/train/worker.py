@@ -138,7 +138,7 @@ class TaskWorker:
         return memory
 
     def _module(self, key: str) -> TaskModule:
-        """Of the run's, else of the library's: in a sweep another run may have trained the tasks before."""
+        """The module is the run's, else the library's: in a sweep another run may have trained the tasks before."""
         return TaskModule.from_bytes(self.store.module_by_key(key))
 
     def _resume(self, training: Training, observers: Observer) -> bool:

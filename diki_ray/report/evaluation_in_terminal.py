@@ -13,7 +13,7 @@ MAX_SQUARE_TASKS = 24
 
 
 def tables(document: Mapping[str, Any], with_classes: bool = False) -> Iterator[Table | Text]:
-    """What `evaluation_report.report` says: the matrix' last row, routes, calibration; each class if asked for."""
+    """What `answering.figures.report` says: the matrix' last row, routes, calibration; each class if asked for."""
     yield _summary(document)
     for note in document["notes"]:
         yield Text(f"note: {note}")
@@ -95,7 +95,7 @@ def _weights(document: Mapping[str, Any]) -> Iterator[Text]:
 
 
 def comparison(document: Mapping[str, Any]) -> Iterator[Table | Text]:
-    """What `evaluation_compare.compare` says."""
+    """What `answering.comparison.compare` says."""
     level = f"{100 * document['level']:g} % interval"
     title = f"{document['other']} less {document['run']}, %"
     out = _table(title, ("", document["run"], document["other"], "difference", level))

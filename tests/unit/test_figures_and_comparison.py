@@ -11,7 +11,7 @@ from scipy import stats
 
 from diki_ray.answering.comparison import aligned, compare, interval, scores
 from diki_ray.answering.figures import Along, TestSet, calibration, report
-from diki_ray.report.evaluation_table import comparison, tables
+from diki_ray.report.evaluation_in_terminal import comparison, tables
 
 
 def hand(run: str = "hand", last: tuple[int, ...] = (1, 1, 0, 1)) -> Along:
