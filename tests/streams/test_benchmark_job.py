@@ -64,6 +64,8 @@ def test_all_of_the_benchmark_at_its_smallest(tmp_path: Path) -> None:
         *("trim", "shared_beginning", "last_block_for_one_token", "no_frozen_pass", "class_tables")
     }
     assert all(0 <= r["idle_share"] <= 1 for r in sections["input"])
+    assert [r["density"] for r in sections["growth"]] == ["task", "classes"]
+    assert all(r["images_decoded_for_one_more"] < r["images"] for r in sections["growth"])
     assert sections["scaling"][0]["speedup"] > 0
     assert [(r["of"], r["mb"] > 0, r["port_mb"] > 0) for r in sections["memory"]] == [
         ("training", True, True),
