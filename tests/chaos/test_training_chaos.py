@@ -7,14 +7,17 @@ counted (diki_ray/runs/train/faults.py).
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from job_runs import OVERRIDES, Run, assert_equal, wait_until
+from job_runs import OVERRIDES, Job, Run, assert_equal, wait_until
 from learning import evaluated, learnt, planned
 
 from diki_ray.learning.module import TaskModule
@@ -43,6 +46,31 @@ def test_a_worker_and_the_store_killed_in_the_middle_of_tasks_change_nothing(tmp
     evaluation = evaluated(plan, store)
     assert run.results()["accuracy"] == evaluation.accuracy().round(6).tolist()  # as results.json has it
     assert run.results()["zero_shot"] == evaluation.zero_shot().round(6).tolist()
+
+
+def importing(job: Job) -> list[int]:
+    """The workers that have begun to import what they train with."""
+    found = []
+    for pid in job.processes():
+        with contextlib.suppress(OSError):  # it ended since it was listed
+            place = Path(f"/proc/{pid}")
+            is_worker = (place / "cmdline").read_text().startswith("ray::RayTrainWorker")
+            if is_worker and "torchvision" in (place / "maps").read_text():
+                found.append(pid)
+    return found
+
+
+@pytest.mark.long
+def test_a_worker_killed_while_it_starts_is_followed_by_another_and_costs_no_restart(
+    tmp_path: Path, undisturbed: Run
+) -> None:
+    run = Run(tmp_path, undisturbed.prepared)
+    job = run.begin("train.max_failures=0")
+    wait_until(lambda: bool(importing(job)), 120, "a worker to import what it trains with")
+    os.kill(importing(job)[0], signal.SIGKILL)
+    done = job.wait()
+    assert done.returncode == 0, done.stderr
+    assert_equal(run, undisturbed)
 
 
 @pytest.mark.long

@@ -1,4 +1,4 @@
-"""Workers' collectives over the network by which Ray's nodes reach each other.
+"""Workers are made ready for training together, over the network by which Ray's nodes reach each other.
 
 gloo takes the address that the machine's own name has. Debian and others give that name a loopback address, and then
 workers on two machines wait for each other at 127.0.0.1.
@@ -6,6 +6,7 @@ workers on two machines wait for each other at 127.0.0.1.
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import Any
 
@@ -29,8 +30,18 @@ def interface_of(address: str) -> str | None:
     return next((name for name, known in interfaces if address in (one.address for one in known)), None)
 
 
+def import_training() -> None:
+    """Imports in a worker what it trains with: seconds in which it may die.
+
+    Ray starts a group anew when a worker dies here. It gives up (2.60) when one dies while it is handed the training
+    function, and would import all this then.
+    """
+    importlib.import_module("diki_ray.runs.train.group")
+
+
 class _Backend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        worker_group.execute(import_training)
         worker_group.execute(use_rays_network)
         super().on_start(worker_group, backend_config)
 
