@@ -35,7 +35,7 @@ def measured(tmp_path: Path, *more: object) -> tuple[dict[str, Any], str]:
         "--output",
         tmp_path,
     ]
-    done = run_job("benchmark", "--model", "debug", "--device", "cpu", *sizes, *fixed, *more)
+    done = run_job("benchmark", "--model", "debug", "--device", "cpu", *sizes, *fixed, *more, timeout_s=800)
     sections = json.loads((tmp_path / "debug.json").read_text())["sections"]
     assert all(title in done.stdout for title in sections)
     return sections, (tmp_path / "debug.md").read_text()
@@ -57,6 +57,7 @@ def test_the_benchmark_at_its_smallest_writes_a_table_json_and_plots(tmp_path: P
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_all_of_the_benchmark_at_its_smallest(tmp_path: Path) -> None:
     sections, page = measured(tmp_path)
     assert list(sections) == SECTIONS

@@ -6,7 +6,6 @@ workers on two machines wait for each other at 127.0.0.1.
 
 from __future__ import annotations
 
-import importlib
 import os
 from typing import Any
 
@@ -36,7 +35,7 @@ def import_training() -> None:
     Ray starts a group anew when a worker dies here. It gives up (2.60) when one dies while it is handed the training
     function, and would import all this then.
     """
-    importlib.import_module("diki_ray.runs.train.group")
+    import diki_ray.runs.train.worker  # noqa: F401
 
 
 class _Backend(_TorchBackend):
