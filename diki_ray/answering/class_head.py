@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from diki_ray.answering.class_answers import ClassDensities
-from diki_ray.answering.class_model import ClassConstants, ClassModel, LearntClasses
+from diki_ray.answering.class_model import ClassModel, LearntClasses
 from diki_ray.answering.routing import Scores
+from diki_ray.config.class_model import ClassModelSection
 from diki_ray.learning.module import TaskModule
 
 WEIGHT_STEPS = 32
@@ -36,7 +37,7 @@ class ClassModels:
         ConfigError: a module has no class means.
     """
 
-    def __init__(self, modules: Sequence[TaskModule], constants: ClassConstants) -> None:
+    def __init__(self, modules: Sequence[TaskModule], constants: ClassModelSection) -> None:
         self._tasks = [LearntClasses(m.key, m.class_names, m.class_statistics) for m in modules]
         self._constants = constants
         self._kept: OrderedDict[tuple[int, ...], ClassModel] = OrderedDict()

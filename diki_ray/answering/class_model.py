@@ -32,7 +32,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diki_ray.errors import ConfigError, DataError
+from diki_ray.config.class_model import ClassModelSection
+from diki_ray.errors import DataError
 from diki_ray.learning.moments import Moments
 from diki_ray.learning.statistics import Statistics
 
@@ -42,43 +43,8 @@ float32 feature's own rounding."""
 SMALLEST_BETWEEN = 1e-3
 """The variance between class means is taken to be at least this, in units of the variance within: below it nothing
 would be told apart."""
-
-
-@dataclass(frozen=True)
-class ClassConstants:
-    """What the class model is calibrated with. None of it enters a module's key: changing it learns nothing anew.
-
-    likelihood_ratio: factor of the log likelihood ratio between a class learnt and one never seen, where these are
-        compared. Below 1, for images that no Gaussian fits are unlikely under all of them.
-    own_covariance: share of q_c (the task's own covariance) beside ℓ_c (the pooled one) where tasks are compared.
-    zero_shot_between: of the zero-shot logits, where tasks and classes not learnt are compared.
-    zero_shot_within: of the zero-shot logits, among the classes of one task.
-    most_pooled: images for each dimension up to which a task's part in the pooled covariance grows with its images: one
-        large task does not decide what is likely for all others.
-    pooling: images for each dimension at which a task's own covariance counts as much as the pooled one; above 0.
-    sharpness: factor of the answers' logits; below 1 it makes confidences milder, it changes no answer. None: 3/√E, at
-        which validation and leave-one-out likelihood chose 0.43 at E = 64, and 0.17 to 0.20 at E = 256.
-    covariance_eps: added to the diagonal of the pooled covariance.
-    """
-
-    likelihood_ratio: float = 0.5
-    own_covariance: float = 0.2
-    zero_shot_between: float = 1.0
-    zero_shot_within: float = 0.3
-    most_pooled: float = 4.0
-    pooling: float = 1.0
-    sharpness: float | None = None
-    covariance_eps: float = 1e-7
-
-    def __post_init__(self) -> None:
-        if self.pooling <= 0:
-            raise ConfigError(
-                f"pooling is {self.pooling}; it has to be above 0, or few images leave a task no covariance"
-            )
-        if self.most_pooled <= 0:
-            raise ConfigError(f"most_pooled is {self.most_pooled}; it has to be above 0, for the tasks share P")
-        if not 0 <= self.own_covariance <= 1:
-            raise ConfigError(f"own_covariance is {self.own_covariance}; allowed is 0 to 1")
+COVARIANCE_EPS = 1e-7
+"""It is added to the diagonal of the pooled covariance."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +95,7 @@ class PooledScatter:
     num_repeated: int
 
     @staticmethod
-    def of(task: LearntClasses, constants: ClassConstants) -> PooledScatter:
+    def of(task: LearntClasses, constants: ClassModelSection) -> PooledScatter:
         images = task.moments.count
         counted = min(images, math.ceil(constants.most_pooled * len(task.moments.mean)))
         scatter = np.rint(task.scatter() * (counted / images / SCATTER_GRID)).astype(np.int64)
@@ -193,12 +159,12 @@ class ClassModel:
     def __init__(
         self,
         tasks: Sequence[LearntClasses],
-        constants: ClassConstants | None = None,
+        constants: ClassModelSection | None = None,
         factor_bytes: float = 2**30,
         pooled: PooledScatter | None = None,
     ) -> None:
         self.tasks = tuple(tasks)
-        self.constants = constants or ClassConstants()
+        self.constants = constants or ClassModelSection()
         self._factor_bytes = factor_bytes
         self._factors: OrderedDict[int, OwnCovariance] = OrderedDict()
         self._held_bytes = 0
@@ -238,9 +204,9 @@ class ClassModel:
 
     def _fit(self) -> None:
         """P, B, ȳ and the classes' means in the coordinates where P is the identity and B diagonal."""
-        eps, embed_dim = self.constants.covariance_eps, len(self._known[0].moments.mean)
+        embed_dim = len(self._known[0].moments.mean)
         self.centre, self.counts, means = self._class_means()
-        self._pooled_covariance = self._covariance_within(eps)
+        self._pooled_covariance = self._covariance_within()
         pooled_factor = torch.linalg.cholesky(self._pooled_covariance)
         self._log_det_pooled = 2 * float(pooled_factor.diagonal().log().sum())
         off_centre = means - self.centre
@@ -267,13 +233,13 @@ class ClassModel:
         means = np.concatenate([task.statistics.means[task.seen] for task in self._known])
         return torch.from_numpy(means.mean(axis=0)), torch.from_numpy(counts).double(), torch.from_numpy(means)
 
-    def _covariance_within(self, eps: float) -> Tensor:
+    def _covariance_within(self) -> Tensor:
         """P; where no class has a second image nothing tells the scatter within from that between, and each is taken to
         be half of the whole."""
         if self.pooled.num_repeated:
-            return _shrunk(self.pooled.scatter * SCATTER_GRID, self.pooled.count, eps)
+            return _shrunk(self.pooled.scatter * SCATTER_GRID, self.pooled.count, COVARIANCE_EPS)
         whole = np.sum([task.scatter(within=False) for task in self._known], axis=0)
-        return _shrunk(0.5 * whole, self.pooled.count, eps)
+        return _shrunk(0.5 * whole, self.pooled.count, COVARIANCE_EPS)
 
     def _pairs(self, names: tuple[str, ...]) -> Pairs:
         """The classes learnt among candidates of these names."""

@@ -8,7 +8,6 @@ import torch
 
 from diki_ray.answering.class_features import ClassFeatures, Exact, Tabulated
 from diki_ray.answering.class_head import ClassHead, ClassModels, ClassRouter
-from diki_ray.answering.class_model import ClassConstants
 from diki_ray.answering.coarse import CoarseGaussians
 from diki_ray.answering.gaussians import Gaussians
 from diki_ray.answering.predictor import Predictor
@@ -96,8 +95,7 @@ def build_router(
         ConfigError: also where the class model routes and a module has no class means.
     """
     if routes_by_classes(config):
-        constants = config.class_model.model_dump(exclude={"beside_modules"})
-        return ClassRouter(ClassModels(modules, ClassConstants(**constants)))
+        return ClassRouter(ClassModels(modules, config.class_model))
     statistics = config.statistics
     if not modules:
         return GaussianRouter(None, build_calibration(config, embed_dim, None, modules))

@@ -93,7 +93,10 @@ class Plan:
 
     def few_images(self) -> str | None:
         """A sentence for people where a Gaussian that routes comes, unshrunk, from fewer images than dimensions."""
-        if self.config.statistics.shrinkage != "none" or METHODS[self.config.method.name].answering != "routed":
+        gaussians_route = (
+            self.config.routing.density == "task" and METHODS[self.config.method.name].answering == "routed"
+        )
+        if self.config.statistics.shrinkage != "none" or not gaussians_route:
             return None
         few = [t.name for t in self.tasks if t.index.split("train").num_samples <= self.embed_dim]
         if not few:

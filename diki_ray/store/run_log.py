@@ -118,12 +118,12 @@ class RunLog:
             f"{self.objects.uri}: entry {self.state.seq + 1} of run {self.run!r} can neither be made nor read"
         )
 
-    def acquire(self, holder: Holder, ttl_s: float, take_over: bool = False, wait_s: float = 0.0) -> int:
+    def take_lease(self, holder: Holder, ttl_s: float, take_over: bool = False, wait_s: float = 0.0) -> int:
         """Take the run and return the new epoch; see RunStore.acquire."""
         deadline = time.monotonic() + wait_s
         for _ in range(_MAX_RACES):
             if holder.token in self.refresh().tokens:
-                return self.resume(holder)
+                return self.resume_lease(holder)
             if not take_over:
                 self._await_free(deadline)
             metadata = {"holder": vars(holder), "ttl_s": ttl_s}
@@ -134,7 +134,7 @@ class RunLog:
                 return lease.epoch
         raise StorageError(f"{self.objects.uri}: the lease of run {self.run!r} can neither be made nor read")
 
-    def resume(self, holder: Holder) -> int:
+    def resume_lease(self, holder: Holder) -> int:
         """Return the epoch `holder` has already; FencedError when it lost it, StorageError if it never had it here."""
         state = self.refresh()
         if holder.token not in state.tokens:
@@ -152,7 +152,7 @@ class RunLog:
         self.require(epoch)
         self.objects.put(self._heartbeat(epoch), seal({"renewed_at": time.time()}))
 
-    def release(self, epoch: int) -> None:
+    def end_lease(self, epoch: int) -> None:
         """Give the run back; its epoch can't write any more. A second time it is no error."""
         state = self.refresh()
         if state.lease is not None or state.epoch != epoch:
@@ -288,7 +288,7 @@ class RunLog:
         lock = unseal(data, UPKEEP_LOCK)
         holder = Holder(**lock["holder"])
         if is_alive(holder) is not False and time.time() < lock["until"]:
-            self.release(lease.epoch)
+            self.end_lease(lease.epoch)
             raise LeaseHeldError(
                 f"{holder.describe()} is tidying {self.objects.uri}, no run may start meanwhile: try again in a minute"
             )

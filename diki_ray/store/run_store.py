@@ -74,11 +74,11 @@ class RunStore(ReadableRun):
         it gives a sign of life; then LeaseHeldError says who holds the run. `take_over` doesn't ask: the holder's later
         writes raise FencedError.
         """
-        return self.log.acquire(holder, ttl_s, take_over, wait_s)
+        return self.log.take_lease(holder, ttl_s, take_over, wait_s)
 
     def resume(self, holder: Holder) -> int:
         """Return the epoch `holder` has already, after a restart of its process; FencedError if it lost the run."""
-        return self.log.resume(holder)
+        return self.log.resume_lease(holder)
 
     def renew(self, epoch: int) -> None:
         """Keep the lease for another `ttl_s`; FencedError when it was lost."""
@@ -86,7 +86,7 @@ class RunStore(ReadableRun):
 
     def release(self, epoch: int) -> None:
         """Give the run back, so that the next driver need not wait. Nothing can be written with `epoch` afterwards."""
-        self.log.release(epoch)
+        self.log.end_lease(epoch)
 
     # Modules
 

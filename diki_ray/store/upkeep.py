@@ -163,7 +163,7 @@ def _fence_other_runs(objects: Objects, own: str) -> None:
         # Its driver died, or sleeps: closing the lease makes sure that it can't wake up and refer to what is deleted.
         # A driver that takes the run just now finds our lock and steps back; to release its old lease is then an error.
         with suppress(FencedError):
-            other.release(lease.epoch)
+            other.end_lease(lease.epoch)
 
 
 @contextmanager

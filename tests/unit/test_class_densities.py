@@ -14,7 +14,8 @@ from scipy.stats import multivariate_normal
 from sklearn.covariance import OAS
 
 from diki_ray.answering.class_answers import ClassDensities
-from diki_ray.answering.class_model import ClassConstants, ClassModel, LearntClasses
+from diki_ray.answering.class_model import COVARIANCE_EPS, ClassModel, LearntClasses
+from diki_ray.config.class_model import ClassModelSection
 from diki_ray.errors import DataError
 from diki_ray.learning.statistics import Statistics
 
@@ -48,8 +49,8 @@ def shrunk(x: np.ndarray) -> np.ndarray:
 class Formulas:
     """ℓ_c, q_c and ℓ₀ by dense linear algebra in the features' own coordinates, tasks in the order of DATA."""
 
-    def __init__(self, constants: ClassConstants) -> None:
-        eye = np.eye(E) * constants.covariance_eps
+    def __init__(self, constants: ClassModelSection) -> None:
+        eye = np.eye(E) * COVARIANCE_EPS
         centred = {
             key: np.concatenate([x[y == c] - x[y == c].mean(0) for c in range(y.max() + 1)])
             for key, (x, y) in DATA.items()
@@ -86,14 +87,23 @@ class Formulas:
         self.mixed = [(1 - share) * p + share * q for p, q in zip(self.pooled, self.own, strict=True)]
 
 
-@pytest.fixture(
-    params=[ClassConstants(), ClassConstants(0.8, 0.5, 0.7, 0.6, 2.0, 3.0, 0.4, 1e-4)], ids=["default", "other"]
+OTHER = ClassModelSection(
+    likelihood_ratio=0.8,
+    own_covariance=0.5,
+    zero_shot_between=0.7,
+    zero_shot_within=0.6,
+    most_pooled=2.0,
+    pooling=3.0,
+    sharpness=0.4,
 )
-def constants(request: pytest.FixtureRequest) -> ClassConstants:
+
+
+@pytest.fixture(params=[ClassModelSection(), OTHER], ids=["default", "other"])
+def constants(request: pytest.FixtureRequest) -> ClassModelSection:
     return request.param
 
 
-def test_routing_densities_are_the_formula_where_a_task_can_win(constants: ClassConstants) -> None:
+def test_routing_densities_are_the_formula_where_a_task_can_win(constants: ClassModelSection) -> None:
     expected = np.stack([logsumexp(mixed, axis=0) for mixed in Formulas(constants).mixed], axis=1)
     actual = ClassDensities(ClassModel(TASKS, constants), QUERIES).log_density().numpy()
     computed = np.isfinite(actual)
@@ -101,20 +111,20 @@ def test_routing_densities_are_the_formula_where_a_task_can_win(constants: Class
     assert (actual.argmax(1) == expected.argmax(1)).all()
 
 
-def test_no_class_density_is_above_its_bound(constants: ClassConstants) -> None:
+def test_no_class_density_is_above_its_bound(constants: ClassModelSection) -> None:
     model, formulas = ClassModel(TASKS, constants), Formulas(constants)
     for column, t in enumerate(model.columns):
         assert (formulas.own[t] <= float(model.upper_bounds[column])).all()
 
 
-def test_weights_are_the_likelihood_ratio_against_a_class_never_seen(constants: ClassConstants) -> None:
+def test_weights_are_the_likelihood_ratio_against_a_class_never_seen(constants: ClassModelSection) -> None:
     formulas = Formulas(constants)
     mean = np.stack([logsumexp(p, axis=0) - np.log(len(p)) for p in formulas.pooled], axis=1)
     actual = ClassDensities(ClassModel(TASKS, constants), QUERIES).weight()
     np.testing.assert_allclose(actual, expit(mean - formulas.unseen[:, None]), rtol=1e-7, atol=1e-12)
 
 
-def answers_by_formula(constants: ClassConstants, candidates: list[str]) -> np.ndarray:
+def answers_by_formula(constants: ClassModelSection, candidates: list[str]) -> np.ndarray:
     """Logits [N, C]."""
     formulas, z = Formulas(constants), ZERO_SHOT.double().numpy()[:, [NAMES.index(name) for name in candidates]].T
     scores = constants.zero_shot_between * z
@@ -136,7 +146,7 @@ def answers_by_formula(constants: ClassConstants, candidates: list[str]) -> np.n
 
 @pytest.mark.parametrize("stranger", [False, True])
 @pytest.mark.parametrize("candidates", [NAMES, NAMES[:3], [NAMES[8], NAMES[1], NAMES[4]]])
-def test_answers_are_the_formula(constants: ClassConstants, candidates: list[str], stranger: bool) -> None:
+def test_answers_are_the_formula(constants: ClassModelSection, candidates: list[str], stranger: bool) -> None:
     zero_shot = ZERO_SHOT[:, [NAMES.index(name) for name in candidates]]
     expected = answers_by_formula(constants, candidates)
     if stranger:

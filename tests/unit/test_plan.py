@@ -136,15 +136,17 @@ def test_seeds_come_from_the_data_and_not_from_the_position(prepared: Path) -> N
 
 
 def test_fewer_images_than_dimensions_are_said_where_a_gaussian_routes_unshrunk(prepared: Path) -> None:
-    sentence = planned(prepared, "statistics.shrinkage=none").few_images()  # 40 images, 64 dimensions
+    unshrunk = ("routing.density=task", "statistics.shrinkage=none")
+    sentence = planned(prepared, *unshrunk).few_images()  # 40 images, 64 dimensions
     assert sentence is not None
     assert "digits, gems" in sentence
     assert "statistics.shrinkage=oas" in sentence
-    assert planned(prepared).few_images() is None
-    tree = planned(prepared, "statistics.shrinkage=none").config.model_dump() | {"method": {"name": "rail"}}
+    assert planned(prepared, "routing.density=task").few_images() is None
+    assert planned(prepared, "routing.density=classes", "statistics.shrinkage=none").few_images() is None
+    tree = planned(prepared, *unshrunk).config.model_dump() | {"method": {"name": "rail"}}
     assert make_plan(Config.model_validate(tree), BACKBONE).few_images() is None  # no Gaussian routes there
     tasks = "tasks=[{data: 'embedded:digits', shots: 7}]"  # 70
-    tree = load(DEBUG, [f"data.root={prepared}", "statistics.shrinkage=none", tasks])
+    tree = load(DEBUG, [f"data.root={prepared}", *unshrunk, tasks])
     assert make_plan(tree, BACKBONE).few_images() is None
 
 
