@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.request import urlopen
 
 import numpy as np
@@ -31,12 +31,13 @@ from benchmarks.growth import BACKBONE
 from benchmarks.world import World
 from diki_ray.config import parse
 from diki_ray.data.images import decode_image
+from diki_ray.learning.module import TaskModule
 from diki_ray.serving.batches import Batches
 from diki_ray.serving.decoding import Decoder
 from diki_ray.serving.engine import Question, answer_questions
 from diki_ray.serving.settings import Settings
 from diki_ray.serving.snapshot import Snapshots
-from diki_ray.serving.uploads import from_json
+from diki_ray.serving.uploads import from_json, scaled_first
 from diki_ray.store.process import this_process
 from diki_ray.store.run_store import CONFIG_DOCUMENT, RunStore
 
@@ -47,6 +48,9 @@ FEEDERS = 2
 """Threads that preprocess for the engine alone: as many as decode in a replica."""
 LOADS = {"64 px PNG": ("PNG", 64, 1), "500 px JPEG": ("JPEG", 500, 1), "8 of 64 px PNG": ("PNG", 64, 8)}
 """Format, size and images of each request."""
+IMAGES_PER_CLASS = 4
+NOISE = 0.3
+"""Standard deviation of what is added to a task's picture to make its training images, after preprocessing."""
 _START_S = 120.0
 
 
@@ -54,7 +58,8 @@ def serving(world: World, num_tasks: int, num_classes: int, seconds: float, roun
     """Images a second and the time of requests, for each load of each of the four, which take turns."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as servers:
         settings = stored_run(world, Path(folder), num_tasks, num_classes)
-        ports = {k: servers.enter_context(_server(k, settings, world.device)) for k in ("served", "app", "plain")}
+        kinds = ("served", "app", "plain")
+        ports = {k: servers.enter_context(server(k, settings, world.device)).port for k in kinds}
         return [row for load in LOADS for row in _of_load(load, Path(folder), settings, ports, seconds, rounds)]
 
 
@@ -69,7 +74,7 @@ def _of_load(
     engine = list[float]()
     for number in range(rounds + 1):  # the first is a warm-up: class features are computed when they are first needed
         for kind, port in ports.items():
-            found = _ask(port, folder / "bodies", seconds)
+            found = ask(port, folder / "bodies", seconds)
             taken[kind] += found if number else []
         rate = engine_rate(settings, files, seconds)
         engine += [rate] if number else []
@@ -94,7 +99,8 @@ def stages(world: World, num_tasks: int, num_classes: int, rounds: int) -> list[
     is its way. Of decoding in a child it is what the replica's own process has to do."""
     with tempfile.TemporaryDirectory() as folder:
         settings = stored_run(world, Path(folder), num_tasks, num_classes)
-        snapshot, decoder = Snapshots(settings).current, Decoder(1, 10.0)
+        snapshot = Snapshots(settings).current
+        decoder = Decoder(1, 10.0, scaled_first(snapshot.predictor.backbone.preprocess))
         rows = []
         for load, (image_format, size, _) in LOADS.items():
             if load.startswith("8"):
@@ -132,28 +138,52 @@ def _ms_an_image(act: Any, rounds: int) -> float:
 
 def stored_run(world: World, folder: Path, num_tasks: int, num_classes: int) -> Settings:
     """A run with random modules, told apart by the noise of their images."""
+    names = [[f"{name} of {task}" for name in world.names(num_classes)] for task in range(num_tasks)]
+    modules = [world.module(task, names[task], world.images(96, task)) for task in range(num_tasks)]
+    return stored(world, folder, modules, "task")
+
+
+def stored(world: World, folder: Path, modules: Sequence[TaskModule], density: str) -> Settings:
+    """A run that has these modules and tells their tasks apart by `density`, as replicas find it."""
     backbone = folder / "backbone.py"
     backbone.write_text(BACKBONE.format(model=world.model))
     method = {f"{tower}_depth": depth for tower, depth in world.method.depth.items()}
     config = parse(
         {
             "run": {"name": RUN, "storage": str(folder / "storage")},
-            "tasks": [{"data": f"embedded:{task}"} for task in range(num_tasks)],
+            "tasks": [{"data": f"embedded:{module.task}"} for module in modules],
             "backbone": {"name": str(backbone)},
             "method": method | {"image_length": 8, "text_length": 8},
             "statistics": {"shrinkage": "oas"},
-            "routing": {"density": "task"},
+            "routing": {"density": density},
             "train": {"device": world.device},
         }
     )
     store = RunStore.open(config.run.storage, RUN)
     epoch = store.acquire(this_process("benchmark"))
     store.put_document(epoch, CONFIG_DOCUMENT, config.to_yaml())
-    for task in range(num_tasks):
-        module = world.module(task, [f"{name} of {task}" for name in world.names(num_classes)], world.images(96, task))
-        store.commit_module(epoch, f"{task:064x}", module.task, module.to_bytes())
+    for module in modules:
+        commit(store, epoch, module)
     store.release(epoch)
     return Settings(storage=config.run.storage, run=RUN, backbone=str(backbone))
+
+
+def picture_module(world: World, task: int, num_classes: int) -> TaskModule:
+    """A random module of a task that knows its own picture: its training images are this one with noise."""
+    picture = world.backbone.preprocess(decode_image(task_file(task)))
+    generator = torch.Generator().manual_seed(task)
+    noise = torch.randn(IMAGES_PER_CLASS * num_classes, *picture.shape, generator=generator)
+    names = [f"{name} of {task}" for name in world.names(num_classes)]
+    labels = torch.arange(len(noise)) % num_classes
+    return world.module(task, names, (picture + NOISE * noise).to(world.device), labels)
+
+
+def task_file(task: int) -> bytes:
+    return picture_file(task, "PNG", 64)
+
+
+def commit(store: RunStore, epoch: int, module: TaskModule) -> None:
+    store.commit_module(epoch, f"{int(module.task):064x}", module.task, module.to_bytes())
 
 
 def request_body(files: Sequence[bytes]) -> bytes:
@@ -189,14 +219,21 @@ def engine_rate(settings: Settings, files: Sequence[bytes], seconds: float) -> f
         torch.set_num_threads(threads)
 
 
-def _ask(port: int, bodies: Path, seconds: float) -> list[float]:
+def ask(port: int, bodies: Path, seconds: float) -> list[float]:
+    """The seconds of every request of clients in a process of their own, which ask with the lines of `bodies`."""
     command = [sys.executable, "-m", "benchmarks.serving_processes", "clients", port, bodies, CLIENTS, seconds]
     done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True, check=True)
     return list(map(float, json.loads(done.stdout)))
 
 
+class Server(NamedTuple):
+    port: int
+    pid: int
+
+
 @contextmanager
-def _server(kind: str, settings: Settings, device: str) -> Iterator[int]:
+def server(kind: str, settings: Settings, device: str, num_replicas: int = 1) -> Iterator[Server]:
+    """One of the servers that are compared, while in the block; only the platform's has several replicas."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -204,7 +241,7 @@ def _server(kind: str, settings: Settings, device: str) -> Iterator[int]:
     if kind == "served":
         options = zip(("--storage", "--run", "--backbone"), run, strict=True)
         given = [word for option in options for word in option]
-        command = [ROOT / "jobs" / "serve.py", *given, "--port", port, "--no-token"]
+        command = [ROOT / "jobs" / "serve.py", *given, "--port", port, "--no-token", "--replicas", num_replicas]
         command += ["--gpus-per-replica", 1] if device == "cuda" else []
     else:
         command = ["-m", "benchmarks.serving_processes", kind, port, *run]
@@ -218,7 +255,7 @@ def _server(kind: str, settings: Settings, device: str) -> Iterator[int]:
     )
     try:
         _wait_for(port, process)
-        yield port
+        yield Server(port, process.pid)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=60)

@@ -33,10 +33,12 @@ from benchmarks import (
     layout,
     many_tasks,
     matrix,
+    prediction,
     processes,
     report,
     routing,
     serving,
+    serving_day,
     start,
     store_growth,
     timing,
@@ -47,12 +49,13 @@ from benchmarks.world import MODELS, World
 SECTIONS = (
     *("training", "evaluation", "ablation", "stream", "growth", "routing", "class_model"),
     *("input", "scaling", "memory", "layout", "decoding", "store"),
-    *("start", "serving", "serving_stages"),
-    *("compile", "attention", "many_tasks"),
+    *("start", "serving", "serving_stages", "prediction"),
+    *("compile", "attention", "many_tasks", "serving_day"),
 )
-LEFT_OUT = {"cpu": ("compile", "attention", "many_tasks"), "cuda": ("scaling", "store", "start", "many_tasks")}
-"""By default: compiling takes minutes on a CPU, and so does a stream of a thousand tasks; the two workers of `scaling`
-are CPU processes, and a store and a start have little to do with a card."""
+LONG = ("many_tasks", "serving_day")
+LEFT_OUT = {"cpu": ("compile", "attention", *LONG), "cuda": ("scaling", "store", "start", *LONG)}
+"""By default: compiling takes minutes on a CPU, and so do a stream of a thousand tasks and a day's requests; the two
+workers of `scaling` are CPU processes, and a store and a start have little to do with a card."""
 QUICK = {
     "classes": [10, 100],
     "batch": [32],
@@ -61,6 +64,7 @@ QUICK = {
     "routing_tasks": [10, 100],
     "modules": [10, 100],
     "seconds": 1.0,
+    "images": 500,
 }
 SERVED_TASKS = 5
 MOST_CLASS_TASKS = 1000
@@ -85,6 +89,9 @@ def main() -> int:
     parser.add_argument("--routing-tasks", type=int, nargs="+", default=[10, 100, 1000, 5000])
     parser.add_argument("--modules", type=int, nargs="+", default=[1, 10, 100, 1000, 10_000], help="of a store")
     parser.add_argument("--stream-of", type=int, default=1000, help="tasks, of the section many_tasks")
+    parser.add_argument("--served-tasks", type=int, default=100, help="of the section serving_day")
+    parser.add_argument("--requests", type=int, default=100_000, help="of the section serving_day")
+    parser.add_argument("--images", type=int, default=5000, help="of the section prediction")
     parser.add_argument("--seconds", type=float, default=4.0, help="of each load of a server in each round")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--compile-mode", help="of torch.compile; `reduce-overhead` is CUDA graphs")
@@ -147,6 +154,10 @@ def measure(a: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> di
         "start": lambda: start.start(few),
         "serving": lambda: serving.serving(world, SERVED_TASKS, a.stream_classes, a.seconds, few),
         "serving_stages": lambda: serving.stages(world, SERVED_TASKS, a.stream_classes, a.rounds),
+        "prediction": lambda: prediction.prediction(world, SERVED_TASKS, a.stream_classes, a.images, a.seconds),
+        "serving_day": lambda: serving_day.serving_day(
+            world, a.served_tasks, a.stream_classes, 5 * a.seconds, a.requests
+        ),
         "many_tasks": lambda: many_tasks.many_tasks(world, a.stream_of),
         "compile": lambda: [training.compiled(world, classes, batch, a.rounds, a.compile_mode)],
         "attention": lambda: [attention.attention(world, batch, a.rounds)],

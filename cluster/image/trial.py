@@ -111,7 +111,7 @@ def disturbed() -> dict[str, Any]:
         workers = begin(cluster)
         expected = digests(cluster, STORAGE)
         submitter = cluster.submit(job_id, f"run.storage={DISTURBED}")
-        wait_for_epoch(cluster, submitter, task=2, epoch=5)
+        wait_for_epoch(cluster, submitter, task=2, epoch=3)
         lost = cluster.nodes_of("RayTrainWorker")[0]
         say(f"killing {lost}")
         began = time.monotonic()
@@ -123,7 +123,7 @@ def disturbed() -> dict[str, Any]:
         worker_s = time.monotonic() - began
         say(f"trained on after {worker_s:.0f} s")
 
-        wait_for_epoch(cluster, submitter, task=4, epoch=5)
+        wait_for_epoch(cluster, submitter, task=4, epoch=2)
         under_way = epochs(cluster.log(submitter))[-1].task
         say("killing the head")
         began = time.monotonic()

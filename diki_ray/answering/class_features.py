@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -38,6 +39,9 @@ class Candidates:
     """It identifies these candidates where class features are kept."""
     passing: bool = False
     """It says that only one request names them: their features are kept apart and so drive out no others."""
+    parts: tuple[Candidates, ...] = ()
+    """They are joined from these, whose tokens are not repeated, and whose features are kept for each by itself: joined
+    with one more, none of theirs is computed anew."""
 
     @staticmethod
     def of(
@@ -45,6 +49,17 @@ class Candidates:
     ) -> Candidates:
         tokens = torch.stack([backbone.tokenize(class_names, template) for template in templates], dim=1)
         return Candidates(tuple(class_names), tokens, repr((tuple(class_names), tuple(templates))), passing)
+
+    @staticmethod
+    @lru_cache(maxsize=64)
+    def joined(parts: tuple[Candidates, ...]) -> Candidates:
+        """Returns all of the parts as one: an image is then answered among hundreds of tasks' classes at once."""
+        if len(parts) == 1:
+            return parts[0]
+        names = tuple(name for part in parts for name in part.names)
+        return Candidates(
+            names, torch.empty(0), repr([part.key for part in parts]), any(p.passing for p in parts), parts
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +72,8 @@ class PromptedClasses:
     """It gives normalised features [N, E] of tokens [N, L] at a weight."""
     digest: str
     """It is the module's sha256, or empty for the frozen model."""
+    parts: tuple[PromptedClasses, ...] = ()
+    """They are those of the candidates' parts."""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -65,6 +82,8 @@ class PromptedClasses:
     @torch.no_grad()
     def features(self, weight: float) -> Tensor:
         """Returns [C, E] at a weight, on the CPU."""
+        if self.parts:
+            return torch.cat([part.features(weight) for part in self.parts])
         c, k, _ = self.candidates.tokens.shape
         chunks = self.candidates.tokens.flatten(0, 1).split(TEXT_BATCH)
         features = torch.cat([self.encode(chunk, weight) for chunk in chunks]).unflatten(0, (c, k))
@@ -123,7 +142,12 @@ class ClassFeatures(ABC):
 
     def _at(self, weight: float, classes: PromptedClasses) -> Tensor:
         cache = self.passing if classes.candidates.passing else self.kept
-        return cache.get((*classes.key, weight), lambda: classes.features(weight))
+        return cache.get((*classes.key, weight), lambda: self._computed(weight, classes))
+
+    def _computed(self, weight: float, classes: PromptedClasses) -> Tensor:
+        if classes.parts:
+            return torch.cat([self._at(weight, part) for part in classes.parts])
+        return classes.features(weight)
 
 
 class Exact(ClassFeatures):

@@ -65,18 +65,17 @@ def decide(
     for n, blocks in enumerate(candidates):
         groups.setdefault(tuple(block.key for block in blocks), []).append(n)
     for group in groups.values():
-        rows, blocks = torch.tensor(group), candidates[group[0]]
-        names = [name for block in blocks for name in block.names]
-        logits = predictor.answer_logits(features[rows], frozen[rows], routes.of(rows), blocks)
-        plain = predictor.zero_shot_logits(frozen[rows], blocks) if zero_shot else [None] * len(group)
+        rows, among = torch.tensor(group), Candidates.joined(tuple(candidates[group[0]]))
+        logits = predictor.answer_logits(features[rows], frozen[rows], routes.of(rows), [among])
+        plain = predictor.zero_shot_logits(frozen[rows], [among]) if zero_shot else [None] * len(group)
         confidence, best = logits.softmax(1).max(1)
         for i, n in enumerate(group):
             answer = Answer(
-                class_name=names[int(best[i])],
+                class_name=among.names[int(best[i])],
                 confidence=float(confidence[i]),
                 task=None if answering[n] == NO_TASK else tasks[answering[n]],
                 weight=float(routes.weight[n]),
                 log_densities={t: d for t, d in zip(tasks, scores.log_density[n].tolist(), strict=True) if d > -inf},
             )
-            decisions[n] = Decision(answer, names, logits[i], plain[i])
+            decisions[n] = Decision(answer, among.names, logits[i], plain[i])
     return [decisions[n] for n in range(len(images))]

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 
 from diki_ray.config import Config
@@ -26,6 +27,7 @@ from diki_ray.learning.methods import METHODS
 from diki_ray.prediction.batch_output import open_output
 from diki_ray.prediction.batch_worker import (
     CALLS_AT_ONCE,
+    COMPUTED_S,
     IMAGES_PER_PASS,
     Learnt,
     Worker,
@@ -58,13 +60,14 @@ class Tally:
     tasks: Counter[str] = field(default_factory=Counter)
     interpolation_error: float | None = None
     """It is that of `batch_worker.interpolation_error`; None: nothing was interpolated."""
+    num_workers: int = 1
+    _first: tuple[float, int] | None = None
+    _last_s: float = 0.0
+    _computed_s: float = 0.0
 
     @property
     def num_skipped(self) -> int:
         return self.skipped.total()
-
-    _first: tuple[float, int] | None = None
-    _last_s: float = 0.0
 
     @property
     def images_per_s(self) -> float:
@@ -73,10 +76,21 @@ class Tally:
             return 0.0
         return (self.num_images - self._first[1]) / (self._last_s - self._first[0])
 
+    @property
+    def computing_share(self) -> float:
+        """The share of this time in which workers computed: in what is left they waited for images to be read and
+        decoded."""
+        if self._first is None or self._last_s == self._first[0]:
+            return 0.0
+        return self._computed_s / (self._last_s - self._first[0]) / self.num_workers
+
     def add(self, rows: pa.Table) -> None:
         self.num_images += len(rows)
         self._last_s = time.monotonic()
-        self._first = self._first or (self._last_s, self.num_images)
+        if self._first is None:
+            self._first = self._last_s, self.num_images
+        else:
+            self._computed_s += pc.sum(rows[COMPUTED_S.name]).as_py() or 0.0
         self.skipped.update(error for error in rows["error"].to_pylist() if error)
         self.tasks.update(task for task in rows["task"].to_pylist() if task)
 
@@ -108,8 +122,12 @@ def answer_all(
             if time.monotonic() - shown >= PROGRESS_S:
                 shown = time.monotonic()
                 say(_progress(tally, total))
-    rate = f", {tally.images_per_s:,.0f} images/s from the first answers on" if tally.images_per_s else ""
-    say(f"{tally.num_images:,} images in {time.monotonic() - started:.0f} s{rate}: {output}")
+    rate = (
+        f", {tally.images_per_s:,.0f} images/s from the first answers on, workers computed {tally.computing_share:.0%} "
+        "of this time"
+    )
+    took = f"{tally.num_images:,} images in {time.monotonic() - started:.0f} s"
+    say(f"{took}{rate if tally.images_per_s else ''}: {output}")
     if tally.num_skipped:
         say(f"{_skipped(tally)}.")
     if tally.interpolation_error is not None:
@@ -145,7 +163,7 @@ def answer_parts(
         ConfigError: the cluster cannot be joined or is too small. UserError: what a worker could not do.
     """
     with cluster(_on_cluster(learnt.config, workers)):
-        num = workers.num or _room(workers)
+        num = tally.num_workers = workers.num or _room(workers)
         _quiet()
         reference = ray.put(learnt)
         rows = [{"part": to_json(part)} for part in parts]
@@ -166,7 +184,7 @@ def answer_parts(
         )
         for table in _or_reason(answered.iter_batches(batch_size=None, batch_format="pyarrow")):
             tally.add(table)
-            yield table
+            yield table.drop_columns(COMPUTED_S.name)
         routed = METHODS[learnt.config.method.name].answering == "routed"
         if routed and learnt.config.evaluate.text_grid and tally.tasks:
             measure = ray.remote(num_cpus=workers.cpus, num_gpus=workers.gpus)(interpolation_error)

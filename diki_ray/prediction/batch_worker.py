@@ -7,6 +7,7 @@ them.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -52,6 +53,8 @@ ANSWERED = pa.schema(
     }
 )
 """Every input has one row. With an `error` the answer's columns are null."""
+COMPUTED_S = pa.field("computed_s", pa.float64())
+"""A worker adds this column: the seconds that it computed for a row. The driver counts them, and writes the others."""
 
 
 @dataclass(frozen=True)
@@ -109,12 +112,14 @@ class Worker:
         found = list(self._threads.map(self._pixels, rows["data"].to_pylist(), rows["error"].to_pylist()))
         ready = [pixels for pixels in found if not isinstance(pixels, str)]
         with self._answering:
+            started = time.monotonic()
             answers = iter(self._predictor.answer_pixels(torch.stack(ready)) if ready else ())
+            computed_s = (time.monotonic() - started) / max(1, len(found))
         answered = [
             {"image": image} | ({"error": pixels} if isinstance(pixels, str) else asdict(next(answers)))
             for image, pixels in zip(rows["image"].to_pylist(), found, strict=True)
         ]
-        return pa.Table.from_pylist(answered, ANSWERED)
+        return pa.Table.from_pylist(answered, ANSWERED).append_column(COMPUTED_S, [[computed_s] * len(found)])
 
     def _pixels(self, data: bytes | None, error: str | None) -> torch.Tensor | str:
         """Returns [3, H, W] of an image file, or why there is none."""

@@ -42,13 +42,15 @@ from diki_ray.serving.schema import (
 )
 from diki_ray.serving.settings import Settings
 from diki_ray.serving.snapshot import Snapshot, Snapshots
-from diki_ray.serving.uploads import Refusal, from_form, from_json, request_body, to_pixels
+from diki_ray.serving.uploads import Refusal, from_form, from_json, request_body, scaled_first, to_pixels
 
 logger = logging.getLogger(__name__)
 
 Ask = Callable[[Question], Awaitable[ImageAnswer | None]]
 """Answers one image, together with whatever else waits; None once its deadline is over."""
 
+SMALL_BODY_BYTES = 2**16
+"""Reading so much JSON takes less time than passing it to another thread."""
 ROUTES = ("/", "/healthz", "/metrics", "/openapi.json", "/predict", "/tasks")
 
 
@@ -63,7 +65,8 @@ class Service:
         self.metrics = Metrics(self.snapshots)
         self.ask = ask or self._ask
         self.decoders = ThreadPoolExecutor(settings.decode_threads, "diki-serve-decode")
-        self._decoder = Decoder(settings.decode_threads, settings.decode_timeout_s)
+        size_px = scaled_first(self.snapshots.backbone.preprocess)
+        self._decoder = Decoder(settings.decode_threads, settings.decode_timeout_s, size_px)
         self._batches = Batches(self._answer_together, settings.max_batch_size, settings.batch_wait_s)
         self._num_waiting = 0
         self._counting = threading.Lock()  # requests come in the event loops of a replica's door and of Ray Serve
@@ -80,7 +83,10 @@ class Service:
         self._waits(len(files))
         try:
             loop = asyncio.get_running_loop()
-            candidates = await loop.run_in_executor(self.decoders, self._candidates, snapshot, asked)
+            if asked.classes is None:
+                candidates = self._learnt(snapshot)
+            else:
+                candidates = await loop.run_in_executor(self.decoders, self._named, asked)
             preprocess = snapshot.predictor.backbone.preprocess
             pixels = await asyncio.gather(
                 *(
@@ -120,9 +126,10 @@ class Service:
         self._decoder.close()
         self._batches.close()
 
-    def _candidates(self, snapshot: Snapshot, asked: Asked) -> tuple[Candidates, ...]:
-        if asked.classes is not None:
-            return (self.snapshots.vocabularies.named(asked.classes, asked.template or DEFAULT_TEMPLATE),)
+    def _named(self, asked: Asked) -> tuple[Candidates, ...]:
+        return (self.snapshots.vocabularies.named(asked.classes or (), asked.template or DEFAULT_TEMPLATE),)
+
+    def _learnt(self, snapshot: Snapshot) -> tuple[Candidates, ...]:
         if not snapshot.learnt:
             raise Refusal(422, "the run has no task at present: give the classes to choose from.", "no classes")
         return snapshot.learnt
@@ -231,6 +238,8 @@ async def _read(service: Service, request: Request) -> tuple[list[bytes], Asked]
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
         body = await request.body()
+        if len(body) <= SMALL_BODY_BYTES:
+            return from_json(body, settings)
         return await asyncio.get_running_loop().run_in_executor(service.decoders, from_json, body, settings)
     if kind == "multipart/form-data":
         num_fields = settings.max_classes + 1

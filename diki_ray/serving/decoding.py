@@ -1,7 +1,9 @@
 """Images are decoded in processes that can be ended: nothing else ends a decoder of C that was given a hostile file.
 
-A child (`python -m diki_ray.serving.decoding`) knows Pillow alone. It is asked over its standard input and answers on
-its standard output: lengths and bytes. It ends with its input, and at its own alarm where nobody is left to end it.
+A child (`python -m diki_ray.serving.decoding`) knows Pillow alone. It scales images to the model's size as well, so
+that the process of the model has neither this work nor all of their pixels. It is asked over its standard input and
+answers on its standard output: lengths and bytes. It ends with its input, and at its own alarm where nobody is left to
+end it.
 """
 
 from __future__ import annotations
@@ -14,31 +16,42 @@ import struct
 import subprocess
 import sys
 import time
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from PIL import Image
 
-from diki_ray.data.images import UndecodableImageError, decode_image
+from diki_ray.data.images import UndecodableImageError, at_size, decode_image
 
-_ASK = struct.Struct("<QQd")  # bytes of the file, pixels that it may have, seconds that it may take
-_REPLY = struct.Struct("<BQII")  # whether it is an image, bytes, width, height
+_ASK = struct.Struct("<QQdI")  # bytes of the file, pixels that it may have, seconds that it may take, size or 0
+_REPLY = struct.Struct("<BQIIII")  # whether it is an image, bytes, width, height, and those of the file
 _CHUNK = 2**20
+MAX_SCALED_RATIO = 30
+"""Images whose sides differ more are not scaled."""
 
 
 class DecodingTooSlowError(Exception):
     """The image was not decoded in time, or its process died of it; the process is ended."""
 
 
-class Decoder:
-    """Decodes in up to `processes` processes at once, which are started when first needed."""
+class Decoded(NamedTuple):
+    """An image, and the width and height that it has in its file."""
 
-    def __init__(self, processes: int, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
+    image: Image.Image
+    width: int
+    height: int
+
+
+class Decoder:
+    """Decodes in up to `processes` processes at once, which are started when first needed. With `size_px` they scale
+    and crop images to this square, too (`at_size`)."""
+
+    def __init__(self, processes: int, timeout_s: float, size_px: int | None = None) -> None:
+        self._timeout_s, self._size_px = timeout_s, size_px or 0
         self._free: queue.SimpleQueue[_Child | None] = queue.SimpleQueue()
         for _ in range(processes):
             self._free.put(None)
 
-    def decode(self, data: bytes, max_pixels: int) -> Image.Image:
+    def decode(self, data: bytes, max_pixels: int) -> Decoded:
         """Returns the image, 8-bit RGB and upright. Called by as many threads as there are processes.
 
         Raises:
@@ -49,7 +62,7 @@ class Decoder:
             if child is None or child.process.poll() is not None:
                 child = _Child()
             try:
-                return child.decode(data, max_pixels, self._timeout_s)
+                return child.decode(data, max_pixels, self._timeout_s, self._size_px)
             except (TimeoutError, OSError, EOFError) as error:
                 child.end()
                 child = None
@@ -75,18 +88,18 @@ class _Child:
         )
         _read(self._output(), 1, time.monotonic() + 60)  # it has imported what it needs
 
-    def decode(self, data: bytes, max_pixels: int, timeout_s: float) -> Image.Image:
+    def decode(self, data: bytes, max_pixels: int, timeout_s: float, size_px: int) -> Decoded:
         deadline = time.monotonic() + timeout_s
-        self._input().write(_ASK.pack(len(data), max_pixels, timeout_s))
+        self._input().write(_ASK.pack(len(data), max_pixels, timeout_s, size_px))
         view = memoryview(data)
         while view:
             view = view[self._input().write(view[:_CHUNK]) :]
-        is_image, length, width, height = _REPLY.unpack(_read(self._output(), _REPLY.size, deadline))
+        is_image, length, *sizes = _REPLY.unpack(_read(self._output(), _REPLY.size, deadline))
         reply = _read(self._output(), length, deadline)
         if not is_image:
             reason, _, detail = reply.decode().partition("\0")
             raise UndecodableImageError(reason, detail)
-        return Image.frombytes("RGB", (width, height), bytes(reply))
+        return Decoded(Image.frombytes("RGB", (sizes[0], sizes[1]), bytes(reply)), sizes[2], sizes[3])
 
     def end(self) -> None:
         self.process.kill()
@@ -119,14 +132,17 @@ def _read(file: BinaryIO, length: int, deadline: float = float("inf")) -> bytear
     return read
 
 
-def _answer(data: bytes, max_pixels: int) -> tuple[bytes, bytes]:
+def _answer(data: bytes, max_pixels: int, size_px: int) -> tuple[bytes, bytes]:
     try:
         image = decode_image(data, max_pixels)
     except UndecodableImageError as error:
         said = f"{error.reason}\0{error}".encode()
-        return _REPLY.pack(False, len(said), 0, 0), said
-    pixels = image.tobytes()
-    return _REPLY.pack(True, len(pixels), *image.size), pixels
+        return _REPLY.pack(False, len(said), 0, 0, 0, 0), said
+    # A line of pixels would become a huge image; whoever asks refuses it, so it is left as it is.
+    fits = size_px and max(image.size) <= MAX_SCALED_RATIO * min(image.size)
+    scaled = at_size(image, size_px) if fits else image
+    pixels = scaled.tobytes()
+    return _REPLY.pack(True, len(pixels), *scaled.size, *image.size), pixels
 
 
 def main() -> None:
@@ -136,12 +152,12 @@ def main() -> None:
         answers.flush()
         while True:
             try:
-                length, max_pixels, timeout_s = _ASK.unpack(_read(asked, _ASK.size))
+                length, max_pixels, timeout_s, size_px = _ASK.unpack(_read(asked, _ASK.size))
                 data = bytes(_read(asked, length))
             except EOFError:
                 return
             signal.setitimer(signal.ITIMER_REAL, timeout_s + 1)  # its default action ends the process, also in C
-            for part in _answer(data, max_pixels):
+            for part in _answer(data, max_pixels, size_px):
                 answers.write(part)
             answers.flush()
             signal.setitimer(signal.ITIMER_REAL, 0)

@@ -6,16 +6,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from pydantic import ValidationError
 from starlette.datastructures import FormData, UploadFile
 
-from diki_ray.data.images import UndecodableImageError
+from diki_ray.data.images import UndecodableImageError, at_size
 from diki_ray.serving.decoding import Decoder, DecodingTooSlowError
 from diki_ray.serving.schema import MAX_NAME_LENGTH, MAX_TEMPLATE_LENGTH, Asked, PredictRequest
 from diki_ray.serving.settings import Settings
 
 _MAX_PROBLEMS = 5
+_PROBES = ((61, 97), (300, 131), (40, 40))
+"""Heights and widths of the images on which a preprocessing is tried."""
 
 
 class Refusal(Exception):
@@ -74,20 +78,32 @@ def to_pixels(
 ) -> torch.Tensor:
     """Returns [3, H, W] of an image file, as the backbone wants it."""
     try:
-        image = decoder.decode(data, settings.max_pixels)
+        image, width, height = decoder.decode(data, settings.max_pixels)
     except DecodingTooSlowError:
         slow = f"decoding it took more than {settings.decode_timeout_s:g} s"
         raise Refusal(422, f"{where} cannot be used: {slow}.", "slow image") from None
     except UndecodableImageError as error:
         raise Refusal(422, f"{where} cannot be used: {error.reason}.", error.reason) from None
-    short, long = sorted(image.size)
-    if long > settings.max_aspect_ratio * short:
+    if max(width, height) > settings.max_aspect_ratio * min(width, height):
         raise Refusal(
             422,
-            f"{where} cannot be used: {image.width}x{image.height} pixels is too long and thin.",
+            f"{where} cannot be used: {width}x{height} pixels is too long and thin.",
             "aspect ratio",
         )
     return preprocess(image)
+
+
+def scaled_first(preprocess: Callable[[Any], torch.Tensor]) -> int | None:
+    """Returns the size to which `at_size` may scale images without changing what `preprocess` makes of them; None: it
+    begins with something else than CLIP's scaling. It is tried on noise, which other scalings change."""
+    noise = np.random.default_rng(0)
+    images = [Image.fromarray(noise.integers(0, 256, (*shape, 3), dtype=np.uint8)) for shape in _PROBES]
+    expected = [preprocess(image) for image in images]
+    height, width = expected[0].shape[-2:]
+    same = height == width and all(
+        torch.equal(preprocess(at_size(image, width)), pixels) for image, pixels in zip(images, expected, strict=True)
+    )
+    return width if same else None
 
 
 def _check_values(body: bytes, settings: Settings) -> None:

@@ -12,7 +12,7 @@ from job_process import run_job
 SECTIONS = [
     *("training", "evaluation", "ablation", "stream", "growth", "routing", "class_model"),
     *("input", "scaling", "memory", "layout", "decoding", "store"),
-    *("start", "serving", "serving_stages"),
+    *("start", "serving", "serving_stages", "prediction"),
 ]
 PLOTS = ("classes", "batches", "ablation", "routing")
 
@@ -30,6 +30,8 @@ def measured(tmp_path: Path, *more: object) -> tuple[dict[str, Any], str]:
         "4",
         "--seconds",
         "0.5",
+        "--images",
+        "600",
         "--threads",
         "1",
         "--output",
@@ -73,5 +75,22 @@ def test_all_of_the_benchmark_at_its_smallest(tmp_path: Path) -> None:
         ("evaluation", True, True),
     ]
     assert {r["of"] for r in sections["serving"]} == {"served", "app", "plain", "engine"}
+    assert [(r["jpeg_px"], r["workers"]) for r in sections["prediction"]] == [(64, 1), (64, 2), (500, 1), (500, 2)]
+    assert all(0 < r["computing_share"] <= 1 for r in sections["prediction"])
     assert {p.name for p in tmp_path.glob("*.svg")} == {f"debug_{n}.svg" for n in PLOTS}
     assert all(f"### debug: {section}\n" in page for section in SECTIONS)
+
+
+@pytest.mark.long
+def test_a_stream_of_tiny_tasks_and_a_short_day_of_a_server(tmp_path: Path) -> None:
+    few = ["--stream-of", "12", "--served-tasks", "6", "--requests", "60"]
+    sections, _ = measured(tmp_path, "--sections", "many_tasks", "serving_day", *few)
+    stream, day = sections["many_tasks"], sections["serving_day"]
+    assert stream[-1]["tasks"] == 12
+    assert all(row["driver_mb"] > 0 and row["store_mb"] > 0 for row in stream)
+    assert any(row["worker_mb"] > 0 for row in stream)
+    assert [(r["replicas"], r["when"]) for r in day if not r["when"].endswith("asked")] == [
+        (replicas, when) for replicas in (1, 2) for when in ("first answers", "at rest", "learning")
+    ]
+    assert sum(r["requests"] for r in day if r["when"].endswith("asked")) >= 60
+    assert all(row["replica_mb"] > 0 and row["front_mb"] > 0 for row in day)

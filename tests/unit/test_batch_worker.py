@@ -11,8 +11,8 @@ from PIL import Image
 from stored_run import StoredRun, picture
 
 from diki_ray.data.inputs import parts_of, to_json
-from diki_ray.prediction import batch_worker
-from diki_ray.prediction.batch_worker import ANSWERED, Learnt, Worker, interpolation_error, read_parts
+from diki_ray.prediction import batch, batch_worker
+from diki_ray.prediction.batch_worker import ANSWERED, COMPUTED_S, Learnt, Worker, interpolation_error, read_parts
 from diki_ray.prediction.run_predictor import load_predictor
 
 
@@ -27,7 +27,7 @@ def test_answers_are_those_of_one_by_one(tmp_path: Path, monkeypatch: pytest.Mon
     worker = Worker(pickle.loads(pickle.dumps(learnt)))
     parts = parts_of([str(tmp_path / "*.png"), str(tmp_path / "gone.png")])
     tables = [worker(table) for table in read_parts({"part": [to_json(part) for part in parts]})]
-    assert all(table.schema == ANSWERED for table in tables)
+    assert all(table.schema == ANSWERED.append(COMPUTED_S) for table in tables)
     rows = pa.concat_tables(tables).to_pylist()
     assert [(Path(row["image"]).stem, row["error"]) for row in rows] == [
         *((str(n), None) for n in range(4)),
@@ -43,3 +43,16 @@ def test_answers_are_those_of_one_by_one(tmp_path: Path, monkeypatch: pytest.Mon
         assert row["confidence"] == pytest.approx(answer.confidence, abs=2e-3)
         assert row["weight"] == pytest.approx(answer.weight, abs=1e-6)
         assert dict(row["log_densities"]) == pytest.approx(dict(answer.log_densities), rel=1e-5)
+
+
+def test_the_rate_and_the_share_of_computing_count_from_the_first_answers_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter((100.0, 104.0, 110.0))
+    monkeypatch.setattr(batch.time, "monotonic", lambda: next(clock))
+    tally = batch.Tally(num_workers=2)
+    row = {"image": "a.png", "error": None, "task": "warm", "computed_s": 0.5}
+    tally.add(pa.Table.from_pylist([row] * 50))
+    assert (tally.images_per_s, tally.computing_share) == (0, 0)
+    tally.add(pa.Table.from_pylist([row] * 8))
+    tally.add(pa.Table.from_pylist([row | {"computed_s": 0.75}] * 12))
+    assert tally.images_per_s == pytest.approx(20 / 10)
+    assert tally.computing_share == pytest.approx((8 * 0.5 + 12 * 0.75) / 10 / 2)

@@ -61,6 +61,25 @@ def test_a_table_answers_an_image_alone_as_among_others() -> None:
         torch.testing.assert_close(alone[0], together[n], atol=1e-5, rtol=0)
 
 
+def test_joined_candidates_are_their_parts_and_one_more_computes_nothing_of_the_others() -> None:
+    features, weights = GOLDEN.backbone.encode_image(IMAGES), torch.linspace(0, 1, len(IMAGES))
+    other = Candidates.of(GOLDEN.backbone, ["one", "two"], ["{}", "a {}.", "the {}."])  # of other templates
+    parts = (*BLOCKS, other)
+    for class_features in (Exact(), Tabulated(5)):
+        predictor = make_predictor(class_features)
+        for task in (NO_TASK, 0):
+            before = predictor.classes(task, Candidates.joined(tuple(BLOCKS)))
+            class_features.logits(features, weights, before)
+            known = set(class_features.kept.known())
+            joined = class_features.logits(features, weights, predictor.classes(task, Candidates.joined(parts)))
+            apart = [class_features.logits(features, weights, predictor.classes(task, part)) for part in parts]
+            torch.testing.assert_close(joined, torch.cat(apart, dim=1), atol=1e-5, rtol=0)
+            new = {key for _, key, _ in set(class_features.kept.known()) - known}
+            assert new <= {other.key, Candidates.joined(parts).key}
+    assert Candidates.joined((other,)) is other
+    assert Candidates.joined(parts) is Candidates.joined(parts)
+
+
 def test_a_vocabulary_of_one_request_drives_out_nothing_that_was_learnt() -> None:
     tabulated = Tabulated(3, max_passing_bytes=1)
     predictor = make_predictor(tabulated)

@@ -13,11 +13,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import numpy as np
+import open_clip
 import pytest
+import torch
 from PIL import Image
+from torchvision import transforms
 
 from diki_ray.data.images import UndecodableImageError, decode_image
 from diki_ray.serving.decoding import Decoder, DecodingTooSlowError
+from diki_ray.serving.uploads import scaled_first
 
 TIMEOUT_S = 1.5
 
@@ -28,6 +32,37 @@ def decoder() -> Iterator[Decoder]:
     yield decoder
     decoder.close()
     assert children() == []
+
+
+@pytest.mark.parametrize(("height", "width"), [(90, 40), (31, 64), (48, 48), (20, 599), (599, 20)])
+def test_images_are_scaled_as_the_model_would_scale_them(height: int, width: int) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(noise).save(out, "PNG")
+    preprocess = open_clip.image_transform(48, is_train=False)
+    assert scaled_first(preprocess) == 48
+    decoder = Decoder(1, TIMEOUT_S, 48)
+    try:
+        image, *sides = decoder.decode(out.getvalue(), 100_000)
+    finally:
+        decoder.close()
+    assert sides == [width, height]
+    assert image.size == (48, 48)
+    assert torch.equal(preprocess(image), preprocess(Image.fromarray(noise)))
+
+
+def test_a_line_of_pixels_and_what_another_preprocessing_gets_are_not_scaled() -> None:
+    decoder = Decoder(1, TIMEOUT_S, 48)
+    try:
+        out = io.BytesIO()
+        Image.new("RGB", (3_200, 100)).save(out, "PNG")
+        assert decoder.decode(out.getvalue(), 10**6).image.size == (3_200, 100)
+    finally:
+        decoder.close()
+    squeezing = transforms.Compose([transforms.Resize((48, 48)), transforms.ToTensor()])
+    bilinear = transforms.Compose([transforms.Resize(48), transforms.CenterCrop(48), transforms.ToTensor()])
+    oblong = transforms.Compose([transforms.Resize((48, 32)), transforms.ToTensor()])
+    assert [scaled_first(other) for other in (squeezing, bilinear, oblong)] == [None] * 3
 
 
 def children() -> list[int]:
@@ -56,7 +91,7 @@ def progressive(num_scans: int) -> bytes:
 def test_images_are_those_of_decode_image(decoder: Decoder) -> None:
     files = [file_of(n, image_format=kind) for n, kind in enumerate(("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"))] * 4
     with ThreadPoolExecutor(2) as pool:
-        images = list(pool.map(lambda data: decoder.decode(data, 10_000), files))
+        images = list(pool.map(lambda data: decoder.decode(data, 10_000).image, files))
     for image, data in zip(images, files, strict=True):
         expected = decode_image(data, 10_000)
         assert (image.mode, image.size) == ("RGB", expected.size)
@@ -71,7 +106,7 @@ def test_reasons_are_those_of_decode_image(decoder: Decoder, data: bytes, reason
     with pytest.raises(UndecodableImageError) as told:
         decoder.decode(data, 10_000)
     assert told.value.reason == reason
-    assert decoder.decode(file_of(2), 10_000).size == (43, 40)
+    assert decoder.decode(file_of(2), 10_000).image.size == (43, 40)
 
 
 def test_an_image_that_would_take_minutes_is_ended_at_its_time_and_the_next_is_decoded(decoder: Decoder) -> None:
@@ -86,7 +121,7 @@ def test_an_image_that_would_take_minutes_is_ended_at_its_time_and_the_next_is_d
 
     with ThreadPoolExecutor(2) as pool:
         assert max(pool.map(seconds_of, [hostile, hostile])) < TIMEOUT_S + 5  # starting a process is not counted
-    assert decoder.decode(file_of(4), 10_000).size == (43, 40)
+    assert decoder.decode(file_of(4), 10_000).image.size == (43, 40)
 
 
 def test_a_process_that_stands_still_or_is_killed_is_replaced(decoder: Decoder) -> None:
@@ -99,7 +134,7 @@ def test_a_process_that_stands_still_or_is_killed_is_replaced(decoder: Decoder) 
         for _ in former:
             with suppress(DecodingTooSlowError):  # each is found out at most once
                 decoder.decode(file_of(4), 10_000)
-        assert decoder.decode(file_of(4), 10_000).size == (43, 40)
+        assert decoder.decode(file_of(4), 10_000).image.size == (43, 40)
         assert not set(former) & set(children())
 
 
