@@ -86,20 +86,23 @@ class ReplaySection(Section):
     """The most bytes of these images as files, over all tasks together. If they have more, fewer images are kept."""
     score: ChangesModule[Literal["bregman", "confidence", "margin", "entropy", "random", "reservoir"]] = "bregman"
     """The score by which a task's images are chosen once the task is learnt. bregman: how much the logits differ under
-    twelve transforms of an image. confidence, margin, entropy: that of the answer to the image as it is. random: by
-    chance. reservoir: by chance among all images seen, whatever their classes; with all other scores each class keeps
-    equally many images, where it has them."""
+    twelve transforms of an image. confidence: 1 less the largest probability, for the image as it is. margin: 1 less
+    the distance of the two largest. entropy: that of the answer. All four are higher where the model is less certain.
+    random: by chance. reservoir: by chance among all images seen, whatever their classes; with all other scores each
+    class keeps equally many images, where it has them."""
     choice: ChangesModule[Literal["bottom", "top", "step"]] = "bottom"
-    """The lowest scores are kept, the highest, or some from the lowest to the highest in equal steps."""
+    """bottom: the images with the lowest scores are kept, which are the most certain ones. top: the highest. step: some
+    from the lowest to the highest in equal steps, of which the lowest stay when fewer fit. Not with random or
+    reservoir."""
     batch_size: ChangesModule[int] = Field(default=32, ge=1)
     """Exemplars in a step."""
     weight: ChangesModule[float] = Field(default=1.0, gt=0)
     """The weight of the exemplars' mean loss, beside that of the task's own images."""
 
     @model_validator(mode="after")
-    def _reservoir_is_drawn(self) -> Self:
-        if self.score == "reservoir" and self.choice != "bottom":
-            raise ValueError("a reservoir is drawn, and not chosen by scores; leave choice out")
+    def _nothing_to_choose_by(self) -> Self:
+        if self.score in ("random", "reservoir") and self.choice != "bottom":
+            raise ValueError(f"score={self.score} draws images, and nothing is chosen by scores; leave choice out")
         return self
 
 
@@ -128,13 +131,13 @@ class SequentialLoraSection(LowRankSection):
     wise_ft: ChangesModule[float] = Field(default=1.0, ge=0, le=1)
     """Answers are given under weights that are this share of the way from the frozen model to the fine-tuned one."""
     ewc_lambda: ChangesModule[float] = Field(default=1000.0, gt=0)
-    """ewc: strength of the penalty."""
+    """Strength of the penalty; only with against_forgetting: ewc."""
     badam_std: ChangesModule[float] = Field(default=0.01, gt=0)
-    """badam: deviation of every weight before the first task."""
-    blip_prior: Annotated[ChangesModule[float], AddedLater()] = Field(default=1e-10, gt=0)
-    """blip: every weight's Fisher information before the first task is this value times the number of weights that feed
-    the same output. A smaller value freezes more bits. The right value depends on the data; choose it on validation
-    images."""
+    """Deviation of every weight before the first task; only with against_forgetting: badam."""
+    blip_prior: Annotated[ChangesModule[float], AddedLater()] = Field(default=1e-10, ge=1e-12)
+    """Every weight's Fisher information before the first task is this value times the number of weights that feed the
+    same output; only with against_forgetting: blip. A smaller value freezes more bits. The right value depends on the
+    data; choose it on validation images."""
 
 
 class KeepLoraSection(LowRankSection):

@@ -89,17 +89,20 @@ class Budget:
     choice: Choice = "bottom"
     """bottom: the lowest scores; top: the highest; step: from the lowest to the highest in equal steps."""
 
-    def kept(self, tasks: Sequence[Exemplars]) -> list[list[int]]:
-        """The places of what is kept of each task: as many images as both limits allow."""
+    def kept(self, stored: Sequence[Exemplars], new: Exemplars | None = None) -> list[list[int]]:
+        """The places of what is kept of each stored task, which is only cut short, and at last of a new one, from which
+        is chosen: as many images as both limits allow."""
+        tasks = list(stored) if new is None else [*stored, new]
+        choices = [_CUT_SHORT[self.choice]] * len(stored) + [self.choice]
         fitting, too_many = 0, min(self.num_images, sum(len(task.images) for task in tasks)) + 1
         while too_many - fitting > 1:  # more images have more bytes, or, chosen in steps, about as many
             middle = (fitting + too_many) // 2
-            places = self._kept(tasks, middle)
+            places = self._kept(tasks, choices, middle)
             num_bytes = sum(len(task.images[p]) for task, of_task in zip(tasks, places, strict=True) for p in of_task)
             fitting, too_many = (middle, too_many) if num_bytes <= self.max_bytes else (fitting, middle)
-        return self._kept(tasks, fitting)
+        return self._kept(tasks, choices, fitting)
 
-    def _kept(self, tasks: Sequence[Exemplars], num_images: int) -> list[list[int]]:
+    def _kept(self, tasks: Sequence[Exemplars], choices: Sequence[Choice], num_images: int) -> list[list[int]]:
         groups = [(t, group) for t, task in enumerate(tasks) for group in self.groups(task.labels, task.scores)]
         found: list[list[int]] = [[] for _ in tasks]
         if self.score == "reservoir":
@@ -108,7 +111,7 @@ class Budget:
                 found[t].append(place)
             return [sorted(places) for places in found]
         for (t, group), quota in zip(groups, quotas([len(g) for _, g in groups], num_images), strict=True):
-            found[t] += [group[p] for p in picked(len(group), quota, self.choice)]
+            found[t] += [group[p] for p in picked(len(group), quota, choices[t])]
         return found
 
     def groups(self, labels: np.ndarray, scores: np.ndarray) -> list[list[int]]:
@@ -117,6 +120,10 @@ class Budget:
         if self.score == "reservoir":
             return [order.tolist()]
         return [order[labels[order] == label].tolist() for label in np.unique(labels)]
+
+
+_CUT_SHORT: dict[Choice, Choice] = {"bottom": "bottom", "top": "top", "step": "bottom"}
+"""What stays of images that were chosen before: steps are not taken again, or images would come back."""
 
 
 def quotas(available: Sequence[int], budget: int) -> list[int]:
@@ -149,16 +156,17 @@ def bregman_information(logits: Tensor) -> Tensor:
 
 
 def scores(kind: Score, logits: Tensor) -> Tensor:
-    """float64 [B] of logits [K, B, C], the first of which are those of the image as it is: Bregman information over all
-    K, else of the first the largest probability, its distance to the second, or the entropy."""
+    """float64 [B] of logits [K, B, C], the first of which are those of the image as it is; the less certain the answer,
+    the higher: Bregman information over all K, else of the first 1 less the largest probability, 1 less its distance
+    to the second, or the entropy."""
     if kind == "bregman":
         return bregman_information(logits)
     probabilities = logits[0].double().softmax(-1)
     best = probabilities.topk(min(2, probabilities.shape[-1]), -1).values
     if kind == "confidence":
-        return best[:, 0]
+        return 1 - best[:, 0]
     if kind == "margin":
-        return best[:, 0] - (best[:, 1] if best.shape[1] > 1 else 0)
+        return 1 - best[:, 0] + (best[:, 1] if best.shape[1] > 1 else 0)
     return -torch.special.xlogy(probabilities, probabilities).sum(-1)
 
 

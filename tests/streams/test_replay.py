@@ -21,9 +21,9 @@ from torch.nn import functional as F
 
 import diki_ray
 from diki_ray.clip.backbone import load
-from diki_ray.config import parse
 from diki_ray.config.methods import METHOD_SECTIONS, ReplaySection
-from diki_ray.errors import ConfigError, CorruptError
+from diki_ray.data.images import decode_image
+from diki_ray.errors import CorruptError
 from diki_ray.learning.exemplars import (
     NUM_TRANSFORMS,
     Budget,
@@ -42,6 +42,7 @@ from diki_ray.learning.parts import StepInParts
 from diki_ray.prediction.bundle import BUNDLE, export_bundle
 from diki_ray.runs.plan import Plan, build_method
 from diki_ray.runs.train.replay import Memory
+from diki_ray.runs.train.task_data import TaskData
 from diki_ray.store.process import this_process
 
 LORA = {"name": "sequential_lora", "image_depth": 1, "text_depth": 1}
@@ -57,11 +58,15 @@ def test_bregman_information_is_what_it_is_by_hand() -> None:
 def test_the_other_scores_are_those_of_the_image_as_it_is() -> None:
     probabilities = torch.tensor([[0.7, 0.2, 0.1], [0.5, 0.5, 0.0]])
     logits = torch.stack([probabilities.log(), torch.zeros(2, 3)])  # what the second transform says is not asked
-    assert scores("confidence", logits).tolist() == pytest.approx([0.7, 0.5], abs=1e-6)
-    assert scores("margin", logits).tolist() == pytest.approx([0.5, 0.0], abs=1e-6)
+    assert scores("confidence", logits).tolist() == pytest.approx([0.3, 0.5], abs=1e-6)
+    assert scores("margin", logits).tolist() == pytest.approx([0.5, 1.0], abs=1e-6)
     entropy = -(0.7 * math.log(0.7) + 0.2 * math.log(0.2) + 0.1 * math.log(0.1))
     assert scores("entropy", logits).tolist() == pytest.approx([entropy, math.log(2)], abs=1e-6)
-    assert scores("margin", torch.zeros(1, 2, 1)).tolist() == [1.0, 1.0]  # a task of one class
+    assert scores("margin", torch.zeros(1, 2, 1)).tolist() == [0.0, 0.0]  # a task of one class
+
+    certain, not_so = torch.tensor([[[8.0, 0.0, 0.0], [1.0, 0.9, 0.0]], [[8.0, 0.0, 0.0], [0.0, 1.0, 0.0]]]).unbind(1)
+    for kind in ("bregman", "confidence", "margin", "entropy"):  # all are higher where the answer is less certain
+        assert scores(kind, certain[:, None]) < scores(kind, not_so[:, None])
 
 
 @pytest.mark.parametrize(
@@ -102,6 +107,16 @@ def test_old_classes_are_truncated_in_the_order_that_they_were_given_once() -> N
     assert budget.kept([first]) == [[1, 2, 4, 3]]
     assert budget.kept([first, task({0: [7.0, 6.0]})]) == [[1, 2, 4], [1]]
     assert Budget(4, 10**6, choice="top").kept([first, task({0: [7.0, 6.0]})]) == [[2, 0, 3], [0]]
+
+
+def test_steps_are_taken_once_and_then_only_cut_short() -> None:
+    budget = Budget(12, 10**6, choice="step")
+    new = task({0: [n / 20 for n in range(20)]})
+    assert budget.kept([], new) == [[0, 1, 3, 5, 6, 8, 10, 11, 13, 15, 16, 18]]
+    stored = [new.chosen(budget.kept([], new)[0])]
+    for quota in (12, 6, 4, 3, 3, 2):  # five share 12, and the first has what does not divide
+        assert budget.kept(stored)[0] == list(range(quota))
+        stored.append(new.chosen(budget.kept(stored, new)[-1]))
 
 
 def test_as_many_are_kept_as_fit_into_the_bytes() -> None:
@@ -216,7 +231,33 @@ def test_each_module_keeps_exemplars_of_its_own_task_within_the_budget(learnt_on
     replay = memory.replay(build_method(plan.config, load(plan.config.backbone.name)))
     assert replay is not None
     assert len(replay.images) == 12
+    assert replay.classes.tolist() == [*range(10), *(10 + second.exemplars.labels)]  # after the ten of the first task
     assert len(replay.class_tokens) == len(first.class_names) + len(second.class_names)
+
+
+def test_those_whose_answers_differ_least_under_the_transforms_are_kept_with_their_labels(
+    learnt_once: tuple[Plan, FakeStore], first: TaskModule
+) -> None:
+    plan, kept = learnt_once[0], first.exemplars
+    assert kept is not None
+    backbone = load(plan.config.backbone.name)
+    method, data = build_method(plan.config, backbone), TaskData(plan.config, plan.tasks[0], backbone)
+    batches = [batch for part in range(data.num_parts) for batch in data.part_of("train", part)]
+    images, labels = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
+    with torch.no_grad():
+        parameters = {name: torch.from_numpy(p) for name, p in first.parameters.items()}
+        texts = method.text_features(backbone.tokenize(first.class_names, first.templates[0]), parameters)
+        views = [backbone.logits(method.image_features(view, parameters), texts) for view in transforms(images)]
+    score = bregman_information(torch.stack(views))
+    found = [backbone.preprocess(decode_image(image)) for image in kept.images]
+    places = [int((images == image).flatten(1).all(1).nonzero()) for image in found]
+    assert labels[places].tolist() == kept.labels.tolist()
+    torch.testing.assert_close(score[places], torch.from_numpy(kept.scores), rtol=1e-3, atol=1e-6)
+    gone = [place for place in range(len(labels)) if place not in places]
+    apart = torch.stack([score[q] - score[p] for p in places for q in gone if labels[p] == labels[q]])
+    assert len(apart) == 8
+    assert apart.min() > -1e-6  # up to rounding
+    assert apart.max() > 1e-5
 
 
 @pytest.mark.parametrize(
@@ -279,20 +320,6 @@ def test_a_bundle_hands_no_exemplar_on_and_answers(tmp_path: Path, learnt_once: 
     model = diki_ray.load(str(tmp_path / "bundle"), backbone=plan.config.backbone.name)
     [answer] = model.predict([Image.open(io.BytesIO(exemplars.images[0]))])
     assert answer.class_name in model.class_names
-
-
-@pytest.mark.parametrize(
-    ("method", "said"),
-    [
-        (settings(score="reservoir", choice="top"), "a reservoir is drawn"),
-        (settings(num_images=0), "num_images"),
-        (settings(score="luck"), "score"),
-        ({"name": "diki", "replay": {}}, "replay"),
-    ],
-)
-def test_settings_that_mean_nothing_are_refused(method: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        parse({"run": {"name": "r"}, "tasks": [{"data": "x"}], "method": method})
 
 
 # What storage says

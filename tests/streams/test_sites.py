@@ -102,6 +102,23 @@ def test_parts_of_three_sites_are_one_sites_module_to_the_bit_in_any_order(sites
         np.testing.assert_array_equal(module.class_statistics.tensors()[name], array)
 
 
+def test_merging_again_with_one_part_more_or_less_gives_the_sums_of_exactly_these(sites: Path) -> None:
+    config = agreed(sites)
+    parts = parts_of(sites, config)
+    digests = [merge_parts(config, chosen)[0].digest for chosen in (parts[:2], parts, parts[:2])]
+    assert digests[0] == digests[2] != digests[1]
+    store = RunStore.open(config.run.storage, "defects")
+    [entry] = store.modules()  # the former module is replaced
+    assert entry.digest == digests[0]
+    found = TaskModule.from_bytes(store.read_module(entry.digest)).class_statistics
+    assert found.counts.tolist() == [10, 14, 4]
+    draw(sites / "two", SITES["north"], "north")
+    draw(sites / "two", SITES["south"], "south")
+    expected, _ = make_part(config, data=str(sites / "two"), classes=CLASSES)
+    for name, array in expected.statistics.tensors().items():
+        np.testing.assert_array_equal(found.tensors()[name], array)
+
+
 def test_the_merged_run_answers_from_its_storage_as_one_site_would(sites: Path) -> None:
     config = agreed(sites)
     photo = Image.open(sites / "all/test/crack/north0.png").convert("RGB")
@@ -199,13 +216,30 @@ def test_sites_share_sums_and_no_training(sites: Path) -> None:
         merge_parts(config, parts_of(sites, config))
 
 
-def test_what_differs_between_sites_and_only_rounds_is_said(sites: Path) -> None:
+def test_what_differs_between_sites_and_only_rounds_is_said(sites: Path, capsys: Any) -> None:
     config = agreed(sites)
     north, _ = make_part(config, data=str(sites / "north"), classes=CLASSES)
     south, _ = make_part(agreed(sites, train={"batch_size": 5}), data=str(sites / "south"), classes=CLASSES)
     assert differences([north, south]) == ["batch_size"]
     entry, _ = merge_parts(config, [("north", north), ("south", south)])
     assert entry.metadata["sites"] == 2
+    for name, part in (("north", north), ("south", south)):
+        (sites / f"{name}.part").write_bytes(part.to_bytes())
+    (sites / "agreed.yaml").write_text(config.to_yaml())
+    files = [str(sites / name) for name in ("north.part", "south.part")]
+    assert command(None, ["site", "merge", *files, "--config", str(sites / "agreed.yaml"), "--min-count", "1"]) == 0
+    assert "note: made with different batch size, so the sums are those of one site up to" in capsys.readouterr().out
+
+
+def test_a_part_of_few_images_says_that_much_can_be_told_from_it(sites: Path, capsys: Any) -> None:
+    (sites / "agreed.yaml").write_text(agreed(sites).to_yaml())
+    draw(sites / "many", {"crack": 20, "dent": 13}, "north")  # a feature has 32 dimensions
+    for name, images, noted in (("north", 12, True), ("many", 33, False)):
+        given = ["--config", str(sites / "agreed.yaml"), "--data", str(sites / name), "--min-count", "1"]
+        assert command(None, ["site", "part", str(sites / f"{name}.part"), *given]) == 0
+        said = capsys.readouterr().out
+        assert f"{images} in all" in said
+        assert ("note: that is no more images than the 32 dimensions of their features" in said) == noted
 
 
 # What comes from elsewhere

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from tiny_backbone import write_tiny_backbone
 from torch.nn import functional as F
 
 from diki_ray.clip.backbone import load
 from diki_ray.clip.residual import Parameters
+from diki_ray.config.methods import SequentialLoraSection
 from diki_ray.learning.methods import SequentialLora, Step, TrainingBatch
 from diki_ray.learning.methods.blip import Blip, rounded
 from diki_ray.learning.methods.fisher import squared_gradients
@@ -66,6 +68,19 @@ def test_no_more_than_twenty_bits_are_frozen() -> None:
     blip = Blip(1e-30)
     sums = {"squares/q_up": torch.ones(1, 4, dtype=torch.float64), "count/images": torch.tensor(1)}
     assert blip.finish(during(blip), sums)["bits/q_up"].max().item() == 20
+
+
+def test_the_smallest_prior_that_is_allowed_gives_finite_weights() -> None:
+    smallest = {"name": "sequential_lora", "against_forgetting": "blip", "blip_prior": 1e-12}
+    with pytest.raises(ValidationError, match="blip_prior"):
+        SequentialLoraSection.model_validate(smallest | {"blip_prior": 9e-13})
+    blip = Blip(SequentialLoraSection.model_validate(smallest).blip_prior)
+    tasks = [{"squares/q_up": torch.full((1, 4), s).double(), "count/images": torch.tensor(1)} for s in (0, 1e6, 0)]
+    module = blip.finish(during(blip, up=0.5), tasks[0])
+    for sums in tasks[1:]:
+        assert all(p.isfinite().all() for p in module.values())
+        module = blip.finish(during(blip, predecessor=module), sums)
+    assert all(p.isfinite().all() for p in module.values())
 
 
 def test_the_random_factors_are_not_trained_and_pass_from_task_to_task_as_they_are(tmp_path: Path) -> None:

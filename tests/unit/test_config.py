@@ -19,6 +19,10 @@ def changed(**sections: object) -> dict:
     return GOOD | sections
 
 
+def replayed(**settings: object) -> dict:
+    return changed(method={"name": "sequential_lora", "replay": settings})
+
+
 TABLE = [
     ("unknown section", changed(trian={}), r"trian: there is no such field; there are backbone, .* train"),
     ("unknown key", changed(train={"epoch": 3}), r"train\.epoch: there is no such field; there are activation_ch"),
@@ -60,6 +64,15 @@ TABLE = [
     ),
     ("a method's wrong setting", changed(method={"text_depth": -1}), r"^configuration: method\.text_depth: .*-1"),
     ("no method at all", changed(method=3), r"method\.name: there is no method 3"),
+    (
+        "a choice among images of a reservoir",
+        replayed(score="reservoir", choice="top"),
+        r"method\.replay: .*score=reservoir draws images, and nothing is chosen by scores; leave choice out",
+    ),
+    ("a choice among drawn images", replayed(score="random", choice="step"), r"method\.replay: .*score=random draws"),
+    ("a memory of nothing", replayed(num_images=0), r"method\.replay\.num_images"),
+    ("no such score", replayed(score="luck"), r"method\.replay\.score: .*'bregman'.*'luck'"),
+    ("replay without factors", changed(method={"name": "diki", "replay": {}}), r"method\.replay: there is no such"),
     ("a grid of one point", changed(evaluate={"text_grid": 1}), r"1 point is no grid"),
     ("port out of range", changed(telemetry={"port": 70000}), r"telemetry\.port: .*65535"),
     ("not a tree", ["a"], r"configuration: "),

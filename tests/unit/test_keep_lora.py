@@ -117,6 +117,31 @@ def test_a_task_reads_no_direction_that_is_protected(backbone: Backbone) -> None
     assert (second["image.layer0.q_down"] @ inputs).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("shares", [{"image": 0.9, "text": 0.3}, {"image": 0.3, "text": 0.9}])
+def test_each_tower_has_its_own_share_of_protected_energy(backbone: Backbone, shares: dict[str, float]) -> None:
+    method = method_of(backbone, image_energy=shares["image"], text_energy=shares["text"])
+    batch = batch_of(backbone)
+    start = method.initial(torch.Generator().manual_seed(0))
+    begun = method.begin(start, summed(method, start, batch), batch.class_tokens)
+    for tower in backbone.towers:
+        vectors, values, _ = torch.linalg.svd(tower.block(0).projections()[0].double())
+        held = values.square().cumsum(0) / values.square().sum()
+        num = int((held < shares[tower.name]).sum()) + 1
+        along = (begun[f"{tower.name}.layer0.q_down"].double() @ vectors).square().sum(0)
+        assert along[:num].max() < 1e-8
+        if shares[tower.name] < 0.5:
+            assert along[num : int((held < 0.9).sum()) + 1].sum() > 0.1  # what the other share would protect is read
+
+
+def test_the_directions_of_a_task_are_not_trained(backbone: Backbone) -> None:
+    method = method_of(backbone)
+    first = method.initial(torch.Generator().manual_seed(0))
+    second = method.initial(torch.Generator().manual_seed(1), first)
+    assert "old/image.layer0.q_up" in second
+    ups = [f"{tower}.layer0.{part}_up" for tower in ("image", "text") for part in ("q", "k", "v", "out")]
+    assert sorted(filter(method.is_trained, second)) == sorted(ups)
+
+
 def test_the_pairs_of_all_tasks_add_up(backbone: Backbone) -> None:
     method, batch = method_of(backbone), batch_of(backbone)
     generator = torch.Generator().manual_seed(1)

@@ -14,7 +14,7 @@ from diki_ray.clip.backbone import Backbone, load
 from diki_ray.clip.residual import Parameters
 from diki_ray.learning.methods import Mahalanobis, Step, TrainingBatch
 from diki_ray.learning.methods.base import OwnImages
-from diki_ray.learning.methods.mahalanobis import scores
+from diki_ray.learning.methods.mahalanobis import _within, scores
 from diki_ray.learning.module import TaskModule
 from diki_ray.learning.moments import Moments
 
@@ -83,7 +83,8 @@ def test_a_task_starts_as_linear_discriminant_analysis(backbone: Backbone) -> No
 
 
 def test_the_metric_of_a_class_goes_on_in_the_next_domain_whatever_the_coordinates(backbone: Backbone) -> None:
-    """Without images of their own in it, classes score as they did: only the covariance has changed."""
+    """Seen in features, the teacher and the directions are where they were, and a class's mean is moved by its new
+    images: the coordinates alone have changed."""
     method = method_of(backbone)
     first = begun(method)
     first["mean"] += torch.randn(first["mean"].shape, generator=torch.Generator().manual_seed(5)) * 0.3
@@ -115,6 +116,15 @@ def test_a_direction_in_which_classes_move_between_domains_counts_for_less(backb
     weight = [(p["shared/whiten"][1] ** 2).sum().item() for p in (first, second)]  # of the axis of the shift
     assert weight[1] < 0.3 * weight[0]
     assert second["sums/count"].tolist() == [80, 80]
+
+
+def test_where_no_class_has_a_second_image_the_covariance_is_half_of_the_whole_scatter() -> None:
+    images = torch.tensor([[4.0, 1.0], [-2.0, 1.0], [2.0, 1.0], [0.0, 1.0]]).double()
+    sums = {"count": torch.ones(4), "first": images, "second": images.T @ images, "num": torch.tensor(4)}
+    # About their mean (1, 1): [[20, 0], [0, 0]]; half of it over four images: [[2.5, 0], [0, 0]], of mean 1.25.
+    # OAS: α = μ² = 1.25², so the share of 1.25 I is (α + μ²) / (5 (α − μ²/2)) = 0.8.
+    expected = torch.diag(torch.tensor([0.2 * 2.5 + 0.8 * 1.25, 0.8 * 1.25])).double()
+    torch.testing.assert_close(_within(sums), expected, rtol=0, atol=1e-6)
 
 
 def test_classes_that_are_gone_leave_their_scatter_and_no_rows(backbone: Backbone) -> None:

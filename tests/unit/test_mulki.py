@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_backbone import write_tiny_backbone
@@ -15,6 +16,8 @@ from diki_ray.clip.residual import Parameters
 from diki_ray.learning.methods import Mulki, Step, TrainingBatch
 from diki_ray.learning.methods.base import OwnImages
 from diki_ray.learning.methods.low_rank import kept, trained
+from diki_ray.learning.module import TaskModule
+from diki_ray.learning.moments import Moments
 
 STEP = Step(3, 10, 0.1, 5)
 NAMES = ("cat", "dog", "owl")
@@ -93,3 +96,15 @@ def test_weights_are_averaged_within_a_task_and_interpolated_after_it(tiny: Path
     assert module[name].unique().tolist() == pytest.approx([integrated])
     assert all(method.is_trained(n) for n in module)
     assert all(torch.equal(p, module[n]) for n, p in method.effective(module).items())
+
+
+def test_the_next_task_starts_from_the_integrated_weights_of_this_one(tiny: Path) -> None:
+    method = method_of(tiny)
+    factors = method.finish(begun(method)[0], {})
+    arrays = {name: p.numpy() for name, p in factors.items()}
+    module = TaskModule("key", "task", NAMES, ("a {}.",), "mulki", arrays, Moments.empty(2), np.zeros((0, 2)))
+    following = method.starting(torch.Generator().manual_seed(2), ("sun", "moon"), module)
+    assert trained(following).keys() == factors.keys()
+    for name, p in factors.items():
+        assert p.abs().max() > 0
+        assert all(torch.equal(following[kind + name], p) for kind in ("", "before/", "average/"))

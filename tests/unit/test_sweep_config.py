@@ -140,6 +140,8 @@ def test_each_case_is_tried_with_every_combination_of_the_parameters() -> None:
         SweepConfig.model_validate({"name": "s", "base": "b", "cases": cases, "search": "random"})
 
 
-def test_the_comparison_of_methods_is_valid() -> None:
+def test_the_comparisons_of_methods_are_valid() -> None:
     sweep, _ = load_sweep(ROOT / "configs/compare_embedded.yaml")
     assert {case["method"]["name"] for case in sweep.cases} == set(METHODS)
+    for name in ("compare_real7", "compare_gem_styles"):
+        load_sweep(ROOT / f"configs/{name}.yaml")

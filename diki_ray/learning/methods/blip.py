@@ -2,7 +2,7 @@
 
 A weight θ lies in [−b, b], b = 6/√fan_in. n of its bits are frozen, none at first and at most 20: after every step θ
 goes no further than b 2⁻ⁿ from where the task before left it, and stays below b (1 − 2⁻²⁰). After task t = 0, 1, …
-with F the mean of squared gradients of single images, at labels that are drawn from the model:
+with F the mean of squared gradients of single images, at labels that are drawn from the model, before θ is rounded:
 
     n ← n + max(0, ⌈½ log₂( (F + (t + 1) F_old) / ((t + 2) F_old) )⌉)
     θ ← θ rounded to a multiple of b 2⁻ⁿ, and to 0 where n is 0
@@ -14,8 +14,8 @@ weights by SGD (rates of 0.01 to 0.05, batches of 32 to 64) and choose F_prior f
 Here otherwise: the weights are those of low-rank factors. The random factor A is frozen at its start, as in LoRA-FA
 (Zhang et al., 2023, arXiv 2308.03303): were both rounded to 0, no gradient would ever move them again. B, which starts
 at 0, is what is quantised; its fan_in is the rank, and b was made for weights that start at random, so for B it is a
-choice. F is of the weights before they are rounded, over all training images once (there 80 batches of 100), and of an
-image's own loss; there it is of a hundredth of it, so their F_prior is ten thousand times smaller for the same bits.
+choice. F is over all training images once (there 80 batches of 100), and of an image's own loss; there it is of a
+hundredth of it, so their F_prior is ten thousand times smaller for the same bits.
 """
 
 from __future__ import annotations

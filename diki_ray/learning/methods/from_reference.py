@@ -1,9 +1,9 @@
-"""Reference images and captions of no task: what `zscl` and `snd` distil on."""
+"""Reference images of no task, which `zscl` and `snd` distil on, and their captions, which `zscl` reads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from diki_ray.learning.methods.low_rank import LowRankMethod
 
 
 class FromReference(LowRankMethod):
+    reads_captions: ClassVar[bool] = True
+    """Captions are not encoded otherwise."""
     reference: Callable[[], tuple[Tensor, Sequence[str]]]
     """Gives reference images [N, 3, H, W] and captions; set where the data are known, called before training only."""
 
@@ -34,8 +36,10 @@ class FromReference(LowRankMethod):
         """Reference images and the frozen features of images and captions; once, and not in the middle of a step."""
         if self._known is None:
             images, captions = self.reference()
-            tokens = self.backbone.tokenizer(list(captions))
             image_features = torch.cat([self.backbone.encode_image(part) for part in images.split(256)])
-            text_features = torch.cat([self.backbone.encode_text(part) for part in tokens.split(256)])
+            text_features = torch.zeros(0, self.backbone.embed_dim)
+            if self.reads_captions:
+                tokens = self.backbone.tokenizer(list(captions))
+                text_features = torch.cat([self.backbone.encode_text(part) for part in tokens.split(256)])
             self._known = images, image_features, text_features
         return self._known

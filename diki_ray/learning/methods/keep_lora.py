@@ -10,13 +10,15 @@ M is an orthonormal basis of what is protected: the leading left singular vector
 energy Σ s², and, of the earlier tasks, the leading directions of the inputs x of this projection, up to a share of
 theirs. After a task A B stays in the weights. Here the pairs of all tasks stand side by side, which is that sum.
 
-The authors' code for ViT-B/16: r 16; AdamW at lr 1e-3 with weight decay 0.01, batches of 64, one-cycle, 5 to 10 epochs;
-0.99 of the inputs' energy; of the weights' energy, with a classifier beside the texts, 0.85 (images) and 0.2 (texts).
+The authors' code for ViT-B/16: r 16, A B times 1/16; AdamW at lr 1e-3 with weight decay 0.01, batches of 64, one-cycle,
+5 to 10 epochs; 0.99 of the inputs' energy; 0.85 (images) and 0.2 (texts) of the weights', with a classifier or without.
 A gives no gradient outside its r directions; where all is protected it is 0 and the projection stays as it is.
 
-Here otherwise: class texts answer, without a classifier; directions of inputs are those of Σ xᵀ x over all tokens
-(there of batches averaged token by token), under the task's own weights, of the last block's output projection over the
-tokens that are read.
+Here otherwise: class texts answer, without a classifier; A B is taken times `alpha` / r, 1 by default; directions of
+inputs are those of Σ xᵀ x over all tokens (there of batches averaged token by token), under the task's own weights, of
+the last block's output projection over the tokens that are read. Directions of weights and of inputs are found apart
+and then united; there those of the inputs extend those of the weights, which count towards the 0.99. Of the weights the
+fewest directions that reach the share are protected, there those that together stay below it.
 """
 
 from __future__ import annotations

@@ -9,11 +9,13 @@ model before this task:
     L = CE + 9 · mean η ‖g − g₁‖² + 0.5 · mean (1 − η) ‖g − g₀‖²
 
 Where the earlier tasks moved an image's features far, it looks like one of theirs, and the model before is the teacher;
-elsewhere the pre-trained one. The authors train all weights for ViT-B/16: AdamW at lr 1e-5 with weight decay 5e-4,
-batches of 32, up to 1,000 steps a task, reference images of ImageNet.
+elsewhere the pre-trained one. The authors train all weights of the image tower of ViT-B/16 and freeze the text tower:
+AdamW at lr 1e-5 with weight decay 5e-4, batches of 32, up to 1,000 steps a task, 64 images of ImageNet a step as the
+reference.
 
-Here otherwise: low-rank changes are trained; the gate is each image's own, as the paper has it (in the code, whose gate
-is a column and whose distances are a row, the means are multiplied).
+Here otherwise: low-rank changes are trained, of the text tower, too, where nothing distils them (`text_depth: 0` leaves
+it as it is); 32 reference images a step; the gate is each image's own, as the paper has it (in the code, whose gate is
+a column and whose distances are a row, the means are multiplied).
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ THRESHOLD = 0.2
 class Snd(FromReference):
     name = "snd"
     version = 1
+    reads_captions = False
     summary = (
         "SND (Yu et al., ECCV 2024, arXiv 2403.09296) on low-rank changes of the projections: distilled from the "
         "pre-trained model and the one before while it learnt; the latest weights answer every image"

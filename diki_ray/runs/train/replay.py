@@ -98,10 +98,10 @@ class Memory:
         places, labels, found = _scored(module, data, method, budget)
         # Of what can at most be kept the files are read, and then their bytes are counted.
         candidates = Exemplars(tuple(b"" for _ in places), labels, found)
-        most = budget.kept([*self.exemplars, candidates])[-1]
+        most = budget.kept(self.exemplars, candidates)[-1]
         files = _files(data.task.index, places[most].tolist())
         read = Exemplars(tuple(files), labels[most], found[most])
-        kept = read.chosen(budget.kept([*self.exemplars, read])[-1])
+        kept = read.chosen(budget.kept(self.exemplars, read)[-1])
         return module.with_exemplars(kept, {EARLIER: self.keys})
 
 
