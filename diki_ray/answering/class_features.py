@@ -13,7 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -40,8 +40,8 @@ class Candidates:
     passing: bool = False
     """It says that only one request names them: their features are kept apart and so drive out no others."""
     parts: tuple[Candidates, ...] = ()
-    """They are joined from these, whose tokens are not repeated, and whose features are kept for each by itself: joined
-    with one more, none of theirs is computed anew."""
+    """They are joined from these, whose tokens are not repeated. Joined with one more, none of their features is
+    computed anew."""
 
     @staticmethod
     def of(
@@ -72,8 +72,10 @@ class PromptedClasses:
     """It gives normalised features [N, E] of tokens [N, L] at a weight."""
     digest: str
     """It is the module's sha256, or empty for the frozen model."""
-    parts: tuple[PromptedClasses, ...] = ()
-    """They are those of the candidates' parts."""
+
+    @property
+    def parts(self) -> list[PromptedClasses]:
+        return [replace(self, candidates=part) for part in self.candidates.parts]
 
     @property
     def key(self) -> tuple[str, str]:
@@ -82,7 +84,7 @@ class PromptedClasses:
     @torch.no_grad()
     def features(self, weight: float) -> Tensor:
         """Returns [C, E] at a weight, on the CPU."""
-        if self.parts:
+        if self.candidates.parts:
             return torch.cat([part.features(weight) for part in self.parts])
         c, k, _ = self.candidates.tokens.shape
         chunks = self.candidates.tokens.flatten(0, 1).split(TEXT_BATCH)
@@ -112,6 +114,12 @@ class FeatureCache:
             self.num_bytes -= self._kept.popitem(last=False)[1].nbytes
         return found
 
+    def take(self, key: Key) -> Tensor | None:
+        """Returns what is kept under a key, and keeps it no longer."""
+        found = self._kept.pop(key, None)
+        self.num_bytes -= 0 if found is None else found.nbytes
+        return found
+
 
 class ClassFeatures(ABC):
     """Gives logits of image features among candidate classes.
@@ -125,6 +133,7 @@ class ClassFeatures(ABC):
     def __init__(self, max_bytes: float = math.inf, max_passing_bytes: float | None = None) -> None:
         self.kept = FeatureCache(max_bytes)
         self.passing = self.kept if max_passing_bytes is None else FeatureCache(max_passing_bytes)
+        self._joined: dict[tuple[str, float], Candidates] = {}
 
     @abstractmethod
     def logits(self, features: Tensor, weight: Tensor, classes: PromptedClasses) -> Tensor:
@@ -145,9 +154,20 @@ class ClassFeatures(ABC):
         return cache.get((*classes.key, weight), lambda: self._computed(weight, classes))
 
     def _computed(self, weight: float, classes: PromptedClasses) -> Tensor:
-        if classes.parts:
-            return torch.cat([self._at(weight, part) for part in classes.parts])
-        return classes.features(weight)
+        """The features of joined candidates take those of the candidates that were joined before them, which are then
+        no longer kept: each class is kept once, and only a new task's are computed."""
+        if not classes.candidates.parts:
+            return classes.features(weight)
+        former = self._joined.get((classes.digest, weight))
+        known: dict[str, Tensor] = {}
+        if former is not None and (found := self.kept.take((classes.digest, former.key, weight))) is not None:
+            parts = found.split([len(part.names) for part in former.parts])
+            known = dict(zip((part.key for part in former.parts), parts, strict=True))
+        self._joined[classes.digest, weight] = classes.candidates
+        features = (known.get(part.candidates.key) for part in classes.parts)
+        return torch.cat(
+            [part.features(weight) if f is None else f for part, f in zip(classes.parts, features, strict=True)]
+        )
 
 
 class Exact(ClassFeatures):

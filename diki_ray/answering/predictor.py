@@ -178,17 +178,14 @@ class Predictor:
 
     def classes(self, task: int, candidates: Candidates) -> PromptedClasses:
         """Returns the candidates under a task's text prompts, or under none for NO_TASK."""
-        parts = tuple(self.classes(task, part) for part in candidates.parts)
         if task == NO_TASK:
-            encode = self.backbone.encode_text
-            return PromptedClasses(self.backbone, candidates, lambda tokens, _: encode(tokens), "", parts)
+            return PromptedClasses(self.backbone, candidates, lambda tokens, _: self.backbone.encode_text(tokens), "")
         parameters, method = self.parameters[task], self.method
         return PromptedClasses(
             self.backbone,
             candidates,
             lambda tokens, weight: method.text_features(tokens, parameters, weight),
             self.modules[task].digest,
-            parts,
         )
 
     def tables(self) -> list[tuple[int, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from golden import Golden
@@ -61,23 +61,39 @@ def test_a_table_answers_an_image_alone_as_among_others() -> None:
         torch.testing.assert_close(alone[0], together[n], atol=1e-5, rtol=0)
 
 
+def watched(classes: PromptedClasses) -> tuple[PromptedClasses, list[int]]:
+    """The same classes, and how many texts are encoded each time."""
+    texts: list[int] = []
+
+    def encode(tokens: Tensor, weight: float) -> Tensor:
+        texts.append(len(tokens))
+        return classes.encode(tokens, weight)
+
+    return replace(classes, encode=encode), texts
+
+
 def test_joined_candidates_are_their_parts_and_one_more_computes_nothing_of_the_others() -> None:
     features, weights = GOLDEN.backbone.encode_image(IMAGES), torch.linspace(0, 1, len(IMAGES))
     other = Candidates.of(GOLDEN.backbone, ["one", "two"], ["{}", "a {}.", "the {}."])  # of other templates
-    parts = (*BLOCKS, other)
-    for class_features in (Exact(), Tabulated(5)):
-        predictor = make_predictor(class_features)
-        for task in (NO_TASK, 0):
-            before = predictor.classes(task, Candidates.joined(tuple(BLOCKS)))
-            class_features.logits(features, weights, before)
-            known = set(class_features.kept.known())
-            joined = class_features.logits(features, weights, predictor.classes(task, Candidates.joined(parts)))
-            apart = [class_features.logits(features, weights, predictor.classes(task, part)) for part in parts]
-            torch.testing.assert_close(joined, torch.cat(apart, dim=1), atol=1e-5, rtol=0)
-            new = {key for _, key, _ in set(class_features.kept.known()) - known}
-            assert new <= {other.key, Candidates.joined(parts).key}
+    fewer, parts = Candidates.joined(tuple(BLOCKS)), (*BLOCKS, other)
+    all_of_them = Candidates.joined(parts)
+    for task in (NO_TASK, 0):
+        tabulated, exact = Tabulated(5), Exact()
+        predictor = make_predictor(tabulated)
+        apart = [Tabulated(5).logits(features, weights, predictor.classes(task, part)) for part in parts]
+        tabulated.logits(features, weights, predictor.classes(task, fewer))
+        classes, texts = watched(predictor.classes(task, all_of_them))
+        joined = tabulated.logits(features, weights, classes)
+        torch.testing.assert_close(joined, torch.cat(apart, dim=1), atol=1e-5, rtol=0)
+        assert texts == [6] * len(tabulated.kept.known())  # other's, once for each point
+        assert {key for _, key, _ in tabulated.kept.known()} == {all_of_them.key}
+        kept = [tabulated.kept.get(key, lambda: torch.empty(0)) for key in tabulated.kept.known()]
+        assert tabulated.kept.num_bytes == sum(table.nbytes for table in kept)
+        one_by_one = torch.cat([exact.logits(features, weights, part) for part in classes.parts], dim=1)
+        torch.testing.assert_close(exact.logits(features, weights, classes), one_by_one, atol=1e-5, rtol=0)
+        back = tabulated.logits(features, weights, predictor.classes(task, fewer))  # by a snapshot that is still asked
+        torch.testing.assert_close(back, torch.cat(apart[:-1], dim=1), atol=1e-5, rtol=0)
     assert Candidates.joined((other,)) is other
-    assert Candidates.joined(parts) is Candidates.joined(parts)
 
 
 def test_a_vocabulary_of_one_request_drives_out_nothing_that_was_learnt() -> None:
