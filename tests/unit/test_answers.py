@@ -179,6 +179,20 @@ def test_under_xtail_a_name_in_two_data_sets_is_right_only_in_the_images_own(
     assert twins("seen", logits).accuracy()[1].tolist() == [1, 1]
 
 
+def test_routes_that_a_task_more_does_not_change_are_one_object_and_all_test_sets_share_what_they_ask() -> None:
+    def ask(learnt: tuple[int, ...]) -> SplitRoutes:
+        task = np.array([0 if learnt else NO_TASK, 2 if 2 in learnt else NO_TASK])
+        return SplitRoutes(task, 0.5 * (task >= 0), 0.5 * (task >= 0), task)
+
+    asked, one, other = prefixes([range(5)]), RoutesAfter(ask), RoutesAfter(ask)
+    found = [id(one(learnt)) for learnt in asked]
+    assert [found.index(routes) for routes in found] == [0, 1, 1, 3, 3, 3]  # after none, the first, and the third
+    assert all(np.array_equal(one(learnt).task, ask(learnt).task) for learnt in asked)
+    for learnt in asked:
+        other(learnt)
+    assert [id(key) for key in one._known] == [id(key) for key in other._known]
+
+
 def test_chance_is_one_among_all_that_an_image_may_be_answered_with() -> None:
     sizes = [10, 100, 990]
     assert chances("task", sizes) == [0.1, 0.01, 1 / 990]
