@@ -106,16 +106,16 @@ def stages(world: World, num_tasks: int, num_classes: int, rounds: int) -> list[
             if load.startswith("8"):
                 continue
             files = [picture_file(seed, image_format, size) for seed in range(CLIENTS)]
-            images = [decode_image(data) for data in files]
+            scaled = [decoder.decode(data, 10**8).image for data in files]
             bodies = [request_body([data]) for data in files]
-            pixels = [snapshot.predictor.backbone.preprocess(image) for image in images]
+            pixels = [snapshot.predictor.backbone.preprocess(image) for image in scaled]
             asked = [Question(p, snapshot, snapshot.learnt, time.monotonic() + 3600) for p in pixels]
             answers = [a for a in answer_questions(asked) if a is not None]
             acts = {
                 "body_to_file": lambda bodies=bodies: [from_json(body, settings) for body in bodies],
                 "decoded_here": lambda files=files: [decode_image(data) for data in files],
                 "decoded_in_a_child": lambda files=files: [decoder.decode(data, 10**8) for data in files],
-                "preprocessed": lambda images=images: [snapshot.predictor.backbone.preprocess(i) for i in images],
+                "preprocessed": lambda scaled=scaled: [snapshot.predictor.backbone.preprocess(i) for i in scaled],
                 "engine_1_a_pass": lambda asked=asked: [answer_questions([question]) for question in asked],
                 "engine_8_a_pass": lambda asked=asked: [answer_questions(asked[n : n + 8]) for n in (0, 8)],
                 "engine_16_a_pass": lambda asked=asked: answer_questions(asked),
