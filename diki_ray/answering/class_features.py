@@ -51,7 +51,7 @@ class Candidates:
         return Candidates(tuple(class_names), tokens, repr((tuple(class_names), tuple(templates))), passing)
 
     @staticmethod
-    @lru_cache(maxsize=64)
+    @lru_cache(maxsize=4)
     def joined(parts: tuple[Candidates, ...]) -> Candidates:
         """Returns all of the parts as one: an image is then answered among hundreds of tasks' classes at once."""
         if len(parts) == 1:
@@ -133,7 +133,8 @@ class ClassFeatures(ABC):
     def __init__(self, max_bytes: float = math.inf, max_passing_bytes: float | None = None) -> None:
         self.kept = FeatureCache(max_bytes)
         self.passing = self.kept if max_passing_bytes is None else FeatureCache(max_passing_bytes)
-        self._joined: dict[tuple[str, float], Candidates] = {}
+        self._joined: dict[tuple[str, float], tuple[str, list[tuple[str, int]]]] = {}
+        """By module and weight the key of the candidates that were joined last, and their parts' keys and sizes."""
 
     @abstractmethod
     def logits(self, features: Tensor, weight: Tensor, classes: PromptedClasses) -> Tensor:
@@ -158,16 +159,24 @@ class ClassFeatures(ABC):
         no longer kept: each class is kept once, and only a new task's are computed."""
         if not classes.candidates.parts:
             return classes.features(weight)
-        former = self._joined.get((classes.digest, weight))
         known: dict[str, Tensor] = {}
-        if former is not None and (found := self.kept.take((classes.digest, former.key, weight))) is not None:
-            parts = found.split([len(part.names) for part in former.parts])
-            known = dict(zip((part.key for part in former.parts), parts, strict=True))
-        self._joined[classes.digest, weight] = classes.candidates
-        features = (known.get(part.candidates.key) for part in classes.parts)
-        return torch.cat(
-            [part.features(weight) if f is None else f for part, f in zip(classes.parts, features, strict=True)]
-        )
+        if (classes.digest, weight) in self._joined:
+            key, parts = self._joined[classes.digest, weight]
+            if (found := self.kept.take((classes.digest, key, weight))) is not None:
+                features = found.split([size for _, size in parts])
+                known = {name: f for (name, _), f in zip(parts, features, strict=True)}
+        parts = [(part.key, len(part.names)) for part in classes.candidates.parts]
+        self._joined[classes.digest, weight] = classes.candidates.key, parts
+        if len(self._joined) > 2 * len(self.kept.known()) + 64:  # of modules that are gone, or that nobody asks for
+            kept = set(self.kept.known())
+            self._joined = {(d, w): (k, p) for (d, w), (k, p) in self._joined.items() if (d, k, w) in kept}
+        joined = []
+        for part in classes.parts:
+            alone = known.get(part.candidates.key)
+            if alone is None:  # it may have been the only task
+                alone = self.kept.take((*part.key, weight))
+            joined.append(part.features(weight) if alone is None else alone)
+        return torch.cat(joined)
 
 
 class Exact(ClassFeatures):

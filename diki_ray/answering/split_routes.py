@@ -9,8 +9,7 @@ Shapes: N images of a test set, T tasks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -39,11 +38,6 @@ class SplitRoutes:
         )
 
 
-_members = lru_cache(maxsize=4096)(frozenset[int])
-"""A thousand tasks have a thousand test sets, and for each the same thousand sets of tasks are asked about: of half a
-million numbers, which all of them share."""
-
-
 class RoutesAfter:
     """The routes of a test set after any tasks; called with them in the order in which they were learnt. Most tasks
     change no route of a test set, and the routes before and after them are one object.
@@ -51,21 +45,32 @@ class RoutesAfter:
     ask: gives the routes after some tasks. It is called once for each set of them, or once for each order of a set
         where its answer says that the order matters.
     no_module: whatever the routes, no module answers.
+    sets: the sets of tasks asked about, by their order, which test sets share: a thousand tasks have a thousand test
+        sets, which all are asked about the same thousand sets, of half a million numbers.
     """
 
-    def __init__(self, ask: Callable[[tuple[int, ...]], SplitRoutes], no_module: bool = False):
+    def __init__(
+        self,
+        ask: Callable[[tuple[int, ...]], SplitRoutes],
+        no_module: bool = False,
+        sets: dict[tuple[int, ...], frozenset[int]] | None = None,
+    ):
         self._ask, self.no_module = ask, no_module
+        self._sets = {} if sets is None else sets
         self._known: dict[frozenset[int] | tuple[int, ...], SplitRoutes] = {}
         self._last: SplitRoutes | None = None
 
     def __call__(self, learnt: Iterable[int]) -> SplitRoutes:
         order = tuple(learnt)
-        found = self._known.get(_members(order)) or self._known.get(order)
+        members = self._sets.get(order)
+        if members is None:
+            members = self._sets[order] = frozenset(order)
+        found = self._known.get(members) or self._known.get(order)
         if found is None:
             found = self._ask(order)
             if self._last is not None and found.same_as(self._last):
                 found = self._last
-            self._last = self._known[order if found.ordered else _members(order)] = found
+            self._last = self._known[order if found.ordered else members] = found
         return found
 
 
@@ -80,6 +85,7 @@ class SplitRouter:
     answering: Answering
     routing: Routing
     skip_weight: float = 0.0
+    sets: dict[tuple[int, ...], frozenset[int]] = field(default_factory=dict)
 
     @staticmethod
     def of(config: Config, router: Router) -> SplitRouter:
@@ -90,7 +96,9 @@ class SplitRouter:
         """The routes of images with these frozen features [N, E], which lie in canonical batches of these sizes."""
         if self.answering not in ROUTED:
             last_counts = self.answering == "latest"
-            return RoutesAfter(lambda n: self._joined([unrouted(len(frozen), self.answering, n)], last_counts))
+            return RoutesAfter(
+                lambda n: self._joined([unrouted(len(frozen), self.answering, n)], last_counts), sets=self.sets
+            )
         scores = self.router.about(frozen)
 
         def ask(learnt: tuple[int, ...]) -> SplitRoutes:
@@ -101,7 +109,7 @@ class SplitRouter:
                 batches = [Scores(learnt, log_density, weight) for log_density, weight in parts]
             return self._joined([b.routes(self.routing) for b in batches], any(self._tied(b) for b in batches))
 
-        return RoutesAfter(ask, no_module=self.answering == "classes")
+        return RoutesAfter(ask, self.answering == "classes", self.sets)
 
     def _joined(self, routes: Sequence[Routes], ordered: bool) -> SplitRoutes:
         task, weight, text_weight = (torch.cat([vars(r)[n] for r in routes]) for n in ("task", "weight", "text_weight"))

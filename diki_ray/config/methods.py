@@ -92,17 +92,17 @@ class ReplaySection(Section):
     class keeps equally many images, where it has them."""
     choice: ChangesModule[Literal["bottom", "top", "step"]] = "bottom"
     """bottom: the images with the lowest scores are kept, which are the most certain ones. top: the highest. step: some
-    from the lowest to the highest in equal steps, of which the lowest stay when fewer fit. Not with random or
-    reservoir."""
+    from the lowest to the highest in equal steps, of which the lowest stay when fewer fit. Under random it only
+    draws other images; a reservoir has none."""
     batch_size: ChangesModule[int] = Field(default=32, ge=1)
     """Exemplars in a step."""
     weight: ChangesModule[float] = Field(default=1.0, gt=0)
     """The weight of the exemplars' mean loss, beside that of the task's own images."""
 
     @model_validator(mode="after")
-    def _nothing_to_choose_by(self) -> Self:
-        if self.score in ("random", "reservoir") and self.choice != "bottom":
-            raise ValueError(f"score={self.score} draws images, and nothing is chosen by scores; leave choice out")
+    def _reservoir_is_drawn(self) -> Self:
+        if self.score == "reservoir" and self.choice != "bottom":
+            raise ValueError("a reservoir is drawn, and not chosen by scores; leave choice out")
         return self
 
 
@@ -134,7 +134,7 @@ class SequentialLoraSection(LowRankSection):
     """Strength of the penalty; only with against_forgetting: ewc."""
     badam_std: ChangesModule[float] = Field(default=0.01, gt=0)
     """Deviation of every weight before the first task; only with against_forgetting: badam."""
-    blip_prior: Annotated[ChangesModule[float], AddedLater()] = Field(default=1e-10, ge=1e-12)
+    blip_prior: Annotated[ChangesModule[float], AddedLater()] = Field(default=1e-10, ge=1e-20)
     """Every weight's Fisher information before the first task is this value times the number of weights that feed the
     same output; only with against_forgetting: blip. A smaller value freezes more bits. The right value depends on the
     data; choose it on validation images."""

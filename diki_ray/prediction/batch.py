@@ -63,6 +63,8 @@ class Tally:
     num_workers: int = 1
     _first: tuple[float, int] | None = None
     _last_s: float = 0.0
+    _num_tables: int = 0
+    _steady_s: float = 0.0
     _computed_s: float = 0.0
 
     @property
@@ -78,18 +80,21 @@ class Tally:
 
     @property
     def computing_share(self) -> float:
-        """The share of this time in which workers computed: in what is left they waited for images to be read and
-        decoded."""
-        if self._first is None or self._last_s == self._first[0]:
+        """The share of the time in which workers computed: in what is left they waited, most of all for images to be
+        read and decoded. It counts from when every worker has given two tables of answers, for the first ones were
+        computed before any came; it is 0 until then."""
+        if self._computed_s == 0 or self._last_s == self._steady_s:
             return 0.0
-        return self._computed_s / (self._last_s - self._first[0]) / self.num_workers
+        return min(1.0, self._computed_s / (self._last_s - self._steady_s) / self.num_workers)
 
     def add(self, rows: pa.Table) -> None:
         self.num_images += len(rows)
         self._last_s = time.monotonic()
-        if self._first is None:
-            self._first = self._last_s, self.num_images
-        else:
+        self._first = self._first or (self._last_s, self.num_images)
+        self._num_tables += 1
+        if self._num_tables == 2 * self.num_workers:
+            self._steady_s = self._last_s
+        elif self._num_tables > 2 * self.num_workers:
             self._computed_s += pc.sum(rows[COMPUTED_S.name]).as_py() or 0.0
         self.skipped.update(error for error in rows["error"].to_pylist() if error)
         self.tasks.update(task for task in rows["task"].to_pylist() if task)
@@ -122,12 +127,9 @@ def answer_all(
             if time.monotonic() - shown >= PROGRESS_S:
                 shown = time.monotonic()
                 say(_progress(tally, total))
-    rate = (
-        f", {tally.images_per_s:,.0f} images/s from the first answers on, workers computed {tally.computing_share:.0%} "
-        "of this time"
-    )
-    took = f"{tally.num_images:,} images in {time.monotonic() - started:.0f} s"
-    say(f"{took}{rate if tally.images_per_s else ''}: {output}")
+    rate = f", {tally.images_per_s:,.0f} images/s from the first answers on" if tally.images_per_s else ""
+    share = f", workers computed {tally.computing_share:.0%} of the time" if tally.computing_share else ""
+    say(f"{tally.num_images:,} images in {time.monotonic() - started:.0f} s{rate}{share}: {output}")
     if tally.num_skipped:
         say(f"{_skipped(tally)}.")
     if tally.interpolation_error is not None:

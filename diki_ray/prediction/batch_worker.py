@@ -119,7 +119,8 @@ class Worker:
             {"image": image} | ({"error": pixels} if isinstance(pixels, str) else asdict(next(answers)))
             for image, pixels in zip(rows["image"].to_pylist(), found, strict=True)
         ]
-        return pa.Table.from_pylist(answered, ANSWERED).append_column(COMPUTED_S, [[computed_s] * len(found)])
+        seconds = pa.array([computed_s] * len(found), COMPUTED_S.type)
+        return pa.Table.from_pylist(answered, ANSWERED).append_column(COMPUTED_S, seconds)
 
     def _pixels(self, data: bytes | None, error: str | None) -> torch.Tensor | str:
         """Returns [3, H, W] of an image file, or why there is none."""

@@ -34,7 +34,7 @@ class DecodingTooSlowError(Exception):
 
 
 class Decoded(NamedTuple):
-    """An image, and the width and height that it has in its file."""
+    """An image, and the width and height that it had, upright, before it was scaled."""
 
     image: Image.Image
     width: int
@@ -52,7 +52,8 @@ class Decoder:
             self._free.put(None)
 
     def decode(self, data: bytes, max_pixels: int) -> Decoded:
-        """Returns the image, 8-bit RGB and upright. Called by as many threads as there are processes.
+        """Returns the image, 8-bit RGB and upright, and at `size_px` where there is one. Called by as many threads as
+        there are processes.
 
         Raises:
             UndecodableImageError: as decode_image does. DecodingTooSlowError: it took longer than it may.
@@ -138,7 +139,7 @@ def _answer(data: bytes, max_pixels: int, size_px: int) -> tuple[bytes, bytes]:
     except UndecodableImageError as error:
         said = f"{error.reason}\0{error}".encode()
         return _REPLY.pack(False, len(said), 0, 0, 0, 0), said
-    # A line of pixels would become a huge image; whoever asks refuses it, so it is left as it is.
+    # A line of pixels would become a huge image, so it is left as it is; by default whoever asks refuses it.
     fits = size_px and max(image.size) <= MAX_SCALED_RATIO * min(image.size)
     scaled = at_size(image, size_px) if fits else image
     pixels = scaled.tobytes()

@@ -99,6 +99,7 @@ class Snapshots:
         self.vocabularies = Vocabularies(self.backbone)
         self.class_features = Tabulated(settings.text_grid, settings.learnt_cache_bytes, settings.named_cache_bytes)
         self._modules: dict[str, TaskModule] = {}
+        self._candidates: dict[str, Candidates] = {}
         self.failures = 0
         self.stale_since: float | None = None
         self.text_feature_error: float | None = None
@@ -145,13 +146,16 @@ class Snapshots:
         # Tasks and their digests are of one state of the log, and a digest is checked when its module is read.
         modules = {e.digest: self._modules.get(e.digest) or self._read(e.digest) for e in entries}
         ordered = [modules[entry.digest] for entry in entries]
+        # Snapshots share what they have in common, or each would hold all tasks' tokens.
+        known = self._candidates
+        candidates = {d: known.get(d) or self.vocabularies.learnt(module) for d, module in modules.items()}
         snapshot = Snapshot(
             version=self._store.version,
             digests=tuple(entry.digest for entry in entries),
             predictor=build_predictor(self._config, self._method, ordered, self.class_features, COARSE_FROM_TASKS),
-            learnt=tuple(self.vocabularies.learnt(module) for module in ordered),
+            learnt=tuple(candidates[entry.digest] for entry in entries),
         )
-        self._modules = modules
+        self._modules, self._candidates = modules, candidates
         self.text_feature_error = self._measured_error()
         return snapshot
 

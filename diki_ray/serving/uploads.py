@@ -18,8 +18,6 @@ from diki_ray.serving.schema import MAX_NAME_LENGTH, MAX_TEMPLATE_LENGTH, Asked,
 from diki_ray.serving.settings import Settings
 
 _MAX_PROBLEMS = 5
-_PROBES = ((61, 97), (300, 131), (40, 40))
-"""Heights and widths of the images on which a preprocessing is tried."""
 
 
 class Refusal(Exception):
@@ -97,13 +95,18 @@ def scaled_first(preprocess: Callable[[Any], torch.Tensor]) -> int | None:
     """Returns the size to which `at_size` may scale images without changing what `preprocess` makes of them; None: it
     begins with something else than CLIP's scaling. It is tried on noise, which other scalings change."""
     noise = np.random.default_rng(0)
-    images = [Image.fromarray(noise.integers(0, 256, (*shape, 3), dtype=np.uint8)) for shape in _PROBES]
-    expected = [preprocess(image) for image in images]
-    height, width = expected[0].shape[-2:]
-    same = height == width and all(
-        torch.equal(preprocess(at_size(image, width)), pixels) for image, pixels in zip(images, expected, strict=True)
-    )
-    return width if same else None
+
+    def image_of(height: int, width: int) -> Image.Image:
+        return Image.fromarray(noise.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+    try:
+        height, size = preprocess(image_of(300, 400)).shape[-2:]
+        shapes = ((3 * size + 1, 5 * size), (7 * size, 2 * size + 1), (size // 2, size - 1), (size, size))
+        probes = [image_of(*shape) for shape in shapes]  # large, large and upright, to be enlarged, and as it is
+        same = all(torch.equal(preprocess(at_size(image, size)), preprocess(image.copy())) for image in probes)
+    except Exception:  # a preprocessing of the user's own may refuse such images
+        return None
+    return size if same and height == size else None
 
 
 def _check_values(body: bytes, settings: Settings) -> None:

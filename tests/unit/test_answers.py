@@ -184,7 +184,8 @@ def test_routes_that_a_task_more_does_not_change_are_one_object_and_all_test_set
         task = np.array([0 if learnt else NO_TASK, 2 if 2 in learnt else NO_TASK])
         return SplitRoutes(task, 0.5 * (task >= 0), 0.5 * (task >= 0), task)
 
-    asked, one, other = prefixes([range(5)]), RoutesAfter(ask), RoutesAfter(ask)
+    sets: dict[tuple[int, ...], frozenset[int]] = {}
+    asked, one, other = prefixes([range(5)]), RoutesAfter(ask, sets=sets), RoutesAfter(ask, sets=sets)
     found = [id(one(learnt)) for learnt in asked]
     assert [found.index(routes) for routes in found] == [0, 1, 1, 3, 3, 3]  # after none, the first, and the third
     assert all(np.array_equal(one(learnt).task, ask(learnt).task) for learnt in asked)

@@ -12,7 +12,7 @@ from stored_run import StoredRun, picture
 
 from diki_ray.data.inputs import parts_of, to_json
 from diki_ray.prediction import batch, batch_worker
-from diki_ray.prediction.batch_worker import ANSWERED, COMPUTED_S, Learnt, Worker, interpolation_error, read_parts
+from diki_ray.prediction.batch_worker import ANSWERED, COMPUTED_S, READ, Learnt, Worker, interpolation_error, read_parts
 from diki_ray.prediction.run_predictor import load_predictor
 
 
@@ -46,13 +46,23 @@ def test_answers_are_those_of_one_by_one(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_rate_and_the_share_of_computing_count_from_the_first_answers_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter((100.0, 104.0, 110.0))
+    clock = iter((100.0, 101.0, 102.0, 103.0, 107.0, 113.0))
     monkeypatch.setattr(batch.time, "monotonic", lambda: next(clock))
     tally = batch.Tally(num_workers=2)
     row = {"image": "a.png", "error": None, "task": "warm", "computed_s": 0.5}
     tally.add(pa.Table.from_pylist([row] * 50))
-    assert (tally.images_per_s, tally.computing_share) == (0, 0)
+    assert tally.images_per_s == 0
+    for _ in range(3):  # both workers have given two
+        tally.add(pa.Table.from_pylist([row] * 8))
+    assert tally.computing_share == 0
     tally.add(pa.Table.from_pylist([row] * 8))
     tally.add(pa.Table.from_pylist([row | {"computed_s": 0.75}] * 12))
-    assert tally.images_per_s == pytest.approx(20 / 10)
+    assert tally.images_per_s == pytest.approx(44 / 13)
     assert tally.computing_share == pytest.approx((8 * 0.5 + 12 * 0.75) / 10 / 2)
+
+
+def test_workers_answer_a_table_without_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = StoredRun(tmp_path, "warm", "cold")
+    monkeypatch.setattr(batch_worker.ray, "get", lambda reference: reference)
+    worker = Worker(Learnt.of(run.storage, "colours", run.config, None, "a photo of a {}."))
+    assert worker(READ.empty_table()).schema == ANSWERED.append(COMPUTED_S)

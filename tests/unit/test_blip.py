@@ -71,9 +71,9 @@ def test_no_more_than_twenty_bits_are_frozen() -> None:
 
 
 def test_the_smallest_prior_that_is_allowed_gives_finite_weights() -> None:
-    smallest = {"name": "sequential_lora", "against_forgetting": "blip", "blip_prior": 1e-12}
+    smallest = {"name": "sequential_lora", "against_forgetting": "blip", "blip_prior": 1e-20}
     with pytest.raises(ValidationError, match="blip_prior"):
-        SequentialLoraSection.model_validate(smallest | {"blip_prior": 9e-13})
+        SequentialLoraSection.model_validate(smallest | {"blip_prior": 9e-21})
     blip = Blip(SequentialLoraSection.model_validate(smallest).blip_prior)
     tasks = [{"squares/q_up": torch.full((1, 4), s).double(), "count/images": torch.tensor(1)} for s in (0, 1e6, 0)]
     module = blip.finish(during(blip, up=0.5), tasks[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -75,9 +76,9 @@ def watched(classes: PromptedClasses) -> tuple[PromptedClasses, list[int]]:
 def test_joined_candidates_are_their_parts_and_one_more_computes_nothing_of_the_others() -> None:
     features, weights = GOLDEN.backbone.encode_image(IMAGES), torch.linspace(0, 1, len(IMAGES))
     other = Candidates.of(GOLDEN.backbone, ["one", "two"], ["{}", "a {}.", "the {}."])  # of other templates
-    fewer, parts = Candidates.joined(tuple(BLOCKS)), (*BLOCKS, other)
-    all_of_them = Candidates.joined(parts)
-    for task in (NO_TASK, 0):
+    for task, fewer in itertools.product((NO_TASK, 0), (Candidates.joined(tuple(BLOCKS)), BLOCKS[0])):
+        parts = (*(fewer.parts or BLOCKS[:1]), other)
+        all_of_them = Candidates.joined(parts)
         tabulated, exact = Tabulated(5), Exact()
         predictor = make_predictor(tabulated)
         apart = [Tabulated(5).logits(features, weights, predictor.classes(task, part)) for part in parts]
@@ -142,3 +143,11 @@ def test_images_among_different_candidates_share_a_pass_and_keep_their_order() -
         assert (decision.answer.class_name, decision.answer.task) == (alone.answer.class_name, alone.answer.task)
         torch.testing.assert_close(decision.logits, alone.logits, atol=1e-4, rtol=0)
         torch.testing.assert_close(decision.zero_shot, alone.zero_shot, atol=1e-4, rtol=0)
+
+
+def test_what_is_remembered_of_joined_candidates_is_bounded() -> None:
+    tabulated = Tabulated(5, max_bytes=1)
+    classes = make_predictor(tabulated).classes(0, Candidates.joined(tuple(BLOCKS)))
+    for number in range(300):  # as many modules, each of which replaced the one before
+        tabulated.logits(torch.ones(1, GOLDEN.backbone.embed_dim), torch.zeros(1), replace(classes, digest=str(number)))
+    assert len(tabulated._joined) <= 64 + 2 * 2

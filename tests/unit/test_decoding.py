@@ -62,7 +62,16 @@ def test_a_line_of_pixels_and_what_another_preprocessing_gets_are_not_scaled() -
     squeezing = transforms.Compose([transforms.Resize((48, 48)), transforms.ToTensor()])
     bilinear = transforms.Compose([transforms.Resize(48), transforms.CenterCrop(48), transforms.ToTensor()])
     oblong = transforms.Compose([transforms.Resize((48, 32)), transforms.ToTensor()])
-    assert [scaled_first(other) for other in (squeezing, bilinear, oblong)] == [None] * 3
+
+    def reducing(image: Image.Image) -> torch.Tensor:
+        image.thumbnail((512, 512))
+        return open_clip.image_transform(224, is_train=False)(image)
+
+    def refusing(image: Image.Image) -> torch.Tensor:
+        raise ValueError("not such an image")
+
+    assert [scaled_first(other) for other in (squeezing, bilinear, oblong, reducing, refusing)] == [None] * 5
+    assert scaled_first(open_clip.image_transform(224, is_train=False)) == 224
 
 
 def children() -> list[int]:
