@@ -79,6 +79,7 @@ class SplitRouter:
     """Routes whole test sets as an evaluation does.
 
     skip_weight: images of a lower weight are answered by the frozen model; 0 is off.
+    sets: the sets of tasks that were asked about, which all test sets share (`RoutesAfter`).
     """
 
     router: Router
