@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,18 @@ from diki_ray.store.run_store import RunStore
 ROOT = Path(__file__).parents[1]
 RUN = "many"
 POINTS = 10
-OF = {"StoreActor": "store_mb", "RayTrainWorker": "worker_mb", "TrainController": "controller_mb"}
+OF = {
+    "StoreActor": "store_mb",
+    "RayTrainWorker": "worker_mb",
+    "TrainController": "controller_mb",
+    "EvaluationWorker": "evaluation_mb",
+}
 """What Ray calls the processes that are looked at; the driver is the one that was started here."""
 _EVERY_S = 0.5
 
 
 def many_tasks(world: World, num_tasks: int) -> list[dict[str, Any]]:
-    """A row for every tenth of the tasks learnt, and one for the evaluation with what it leaves."""
+    """A row for every tenth of the tasks learnt, and one for the evaluation: its largest memory, and what it leaves."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _write(world, folder, num_tasks)
@@ -62,17 +68,21 @@ def _watched(process: subprocess.Popen[bytes], folder: Path, num_tasks: int) -> 
     at, learnt_at, number = time.monotonic(), 0, 0
     log = folder / "storage" / "runs" / RUN / "log"
     step = max(1, num_tasks // POINTS)
+    most = dict.fromkeys(("driver_mb", *OF.values()), 0.0)
     while process.poll() is None:
         time.sleep(_EVERY_S)
         entries = len(os.listdir(log)) - 1 if log.is_dir() else 0  # but for the lease
         if number == 0 and entries > 0:
             at, learnt_at, number = time.monotonic(), entries, step
-        elif number and entries >= number and number <= num_tasks:
+        elif number > num_tasks:
+            with suppress(psutil.Error):  # it may end now
+                most = {column: max(mb, most[column]) for column, mb in _memory(process.pid).items()}
+        elif number and entries >= number:
             row = {"tasks": entries, "s_a_task": (time.monotonic() - at) / max(1, entries - learnt_at)}
             rows.append(row | _memory(process.pid))
             at, learnt_at, number = time.monotonic(), entries, number + step
-    peak = {"tasks": len(RunStore.open(str(folder / "storage"), RUN).modules()), "s_a_task": None}
-    return [*rows, rows[-1] | peak] if rows else [peak]
+    learnt = len(RunStore.open(str(folder / "storage"), RUN).modules())
+    return [*rows, {"tasks": learnt, "s_a_task": None} | most]
 
 
 def _memory(pid: int) -> dict[str, float]:

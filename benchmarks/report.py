@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def markdown(report: dict[str, Any]) -> str:
         "",
     ]
     for section, columns, rows in tables(report):
-        lines += [f"### {report['model']}: {section}", ""]
+        lines += [f"### {report['model']}: {section}", "", f"It took {report['seconds'][section]:,.0f} s.", ""]
         lines += [f"| {' | '.join(cells)} |" for cells in (columns, ["---:"] * len(columns), *rows)]
         lines.append("")
     return "\n".join(lines)
@@ -123,10 +124,30 @@ def plot(report: dict[str, Any], folder: Path) -> list[Path]:
         measured_at(axes, line)
         axes.legend(fontsize=7, frameon=False)
 
+    def tasks(axes: Any) -> None:
+        rows = [r for r in sections["many_tasks"] if r["s_a_task"] is not None]
+        for column, mb in rows[0].items():
+            if column.endswith("_mb") and mb:
+                axes.plot([r["tasks"] for r in rows], [r[column] for r in rows], "o-", label=column.removesuffix("_mb"))
+        axes.set(xlabel="tasks learnt", ylabel="MB resident", ylim=(0, None))
+        seconds = axes.twinx()
+        seconds.plot([r["tasks"] for r in rows], [r["s_a_task"] for r in rows], "k--", label="s a task (right)")
+        seconds.set(ylim=(0, None))
+        lines = axes.get_lines() + seconds.get_lines()
+        axes.legend(lines, [line.get_label() for line in lines], fontsize=7, frameon=False)
+
+    def day(axes: Any) -> None:
+        rows = [r for r in sections["serving_day"] if r["when"].endswith("asked")]
+        asked = list(accumulate(r["requests"] for r in rows))
+        for column in ("replica_mb", "front_mb"):
+            axes.plot(asked, [r[column] for r in rows], "o-", label=column.removesuffix("_mb"))
+        axes.set(xlabel="requests answered", ylabel="MB resident", ylim=(0, None))
+        axes.legend(fontsize=7, frameon=False)
+
     if "training" in sections or "evaluation" in sections:
         figure("classes", lambda axes: ratios(axes, "classes", "batch"))
         figure("batches", lambda axes: ratios(axes, "batch", "classes"))
-    for name, draw in (("ablation", ablations), ("routing", routes)):
+    for name, draw in (("ablation", ablations), ("routing", routes), ("many_tasks", tasks), ("serving_day", day)):
         if name in sections:
             figure(name, draw)
     return drawn

@@ -51,6 +51,8 @@ LOADS = {"64 px PNG": ("PNG", 64, 1), "500 px JPEG": ("JPEG", 500, 1), "8 of 64 
 IMAGES_PER_CLASS = 4
 NOISE = 0.3
 """Standard deviation of what is added to a task's picture to make its training images, after preprocessing."""
+REQUEST_TIMEOUT_S = 600.0
+"""A large tower on a CPU takes minutes for what 16 clients ask at once."""
 _START_S = 120.0
 
 
@@ -71,14 +73,16 @@ def _of_load(
     bodies = [request_body(files[n * per_request : (n + 1) * per_request]) for n in range(CLIENTS)]
     (folder / "bodies").write_text("\n".join(body.decode() for body in bodies))
     taken: dict[str, list[float]] = {kind: [] for kind in ports}
-    engine = list[float]()
-    for number in range(rounds + 1):  # the first is a warm-up: class features are computed when they are first needed
+    took, engine = dict.fromkeys(ports, 0.0), list[float]()
+    for port in ports.values():  # a warm-up: class features are computed when they are first needed
+        ask(port, folder / "bodies", min(1.0, seconds))
+    for _ in range(rounds):
         for kind, port in ports.items():
             found = ask(port, folder / "bodies", seconds)
-            taken[kind] += found if number else []
-        rate = engine_rate(settings, files, seconds)
-        engine += [rate] if number else []
-    rates = {kind: len(s) * per_request / (rounds * seconds) for kind, s in taken.items()}
+            taken[kind] += found.taken
+            took[kind] += found.seconds
+        engine.append(engine_rate(settings, files, seconds))
+    rates = {kind: len(s) * per_request / took[kind] for kind, s in taken.items()}
     rates["engine"] = float(np.median(engine))
     return [
         {
@@ -165,7 +169,7 @@ def stored(world: World, folder: Path, modules: Sequence[TaskModule], density: s
     for module in modules:
         commit(store, epoch, module)
     store.release(epoch)
-    return Settings(storage=config.run.storage, run=RUN, backbone=str(backbone))
+    return Settings(storage=config.run.storage, run=RUN, backbone=str(backbone), request_timeout_s=REQUEST_TIMEOUT_S)
 
 
 def picture_module(world: World, task: int, num_classes: int) -> TaskModule:
@@ -204,7 +208,7 @@ def engine_rate(settings: Settings, files: Sequence[bytes], seconds: float) -> f
         under_way, done = list[Any](), 0
         while time.perf_counter() < end:
             image = images[(first + done) % len(images)]
-            under_way.append(engine.ask(Question(preprocess(image), snapshot, snapshot.learnt, time.monotonic() + 60)))
+            under_way.append(engine.ask(Question(preprocess(image), snapshot, snapshot.learnt, float("inf"))))
             if len(under_way) >= 2 * settings.max_batch_size:
                 under_way.pop(0).result()
                 done += 1
@@ -219,11 +223,18 @@ def engine_rate(settings: Settings, files: Sequence[bytes], seconds: float) -> f
         torch.set_num_threads(threads)
 
 
-def ask(port: int, bodies: Path, seconds: float) -> list[float]:
-    """The seconds of every request of clients in a process of their own, which ask with the lines of `bodies`."""
+class Asked(NamedTuple):
+    taken: list[float]
+    """The seconds of every request."""
+    seconds: float
+    """From the first request to the last answer."""
+
+
+def ask(port: int, bodies: Path, seconds: float) -> Asked:
+    """What clients in a process of their own, which ask for so long with the lines of `bodies`, had to wait."""
     command = [sys.executable, "-m", "benchmarks.serving_processes", "clients", port, bodies, CLIENTS, seconds]
     done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True, check=True)
-    return list(map(float, json.loads(done.stdout)))
+    return Asked(**json.loads(done.stdout))
 
 
 class Server(NamedTuple):
@@ -237,9 +248,9 @@ def server(kind: str, settings: Settings, device: str, num_replicas: int = 1) ->
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    run = [settings.storage, settings.run, settings.backbone]
+    run = [settings.storage, settings.run, settings.backbone, settings.request_timeout_s]
     if kind == "served":
-        options = zip(("--storage", "--run", "--backbone"), run, strict=True)
+        options = zip(("--storage", "--run", "--backbone", "--request-timeout-s"), run, strict=True)
         given = [word for option in options for word in option]
         command = [ROOT / "jobs" / "serve.py", *given, "--port", port, "--no-token", "--replicas", num_replicas]
         command += ["--gpus-per-replica", 1] if device == "cuda" else []

@@ -83,7 +83,7 @@ def _day(running: Server, bodies: Path, requests: int, rate: float) -> Iterator[
 
 
 def _row(running: Server, replicas: int, bodies: Path, seconds: float) -> dict[str, Any]:
-    return _times(replicas, ask(running.port, bodies, seconds), seconds) | _memory(running.pid)
+    return _times(replicas, *ask(running.port, bodies, seconds)) | _memory(running.pid)
 
 
 def _times(replicas: int, taken: list[float], seconds: float) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What stands beside the platform's server in the serving section, each as a process of its own:
 
-    python -m benchmarks.serving_processes plain|app PORT STORAGE RUN BACKBONE   a server, until it is ended
-    python -m benchmarks.serving_processes clients PORT FILE CLIENTS SECONDS     prints the seconds of every request
+    python -m benchmarks.serving_processes plain|app PORT STORAGE RUN BACKBONE TIMEOUT   a server, until it is ended
+    python -m benchmarks.serving_processes clients PORT FILE CLIENTS SECONDS   prints what each request took, and all
 
 `plain` is what one writes in ten lines: FastAPI in uvicorn, whose threads decode, and a lock around the engine. `app`
 is the platform's application in the same uvicorn: what the server would be without Ray and without its front.
@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import uvicorn
@@ -46,18 +47,20 @@ def plain(settings: Settings) -> ASGIApp:
     return app
 
 
-def serve(kind: str, port: int, storage: str, run: str, backbone: str) -> None:
+def serve(kind: str, port: int, storage: str, run: str, backbone: str, request_timeout_s: str) -> None:
     torch.set_num_threads(1)  # as a replica has
-    settings = Settings(storage=storage, run=run, backbone=backbone)
+    settings = Settings(storage=storage, run=run, backbone=backbone, request_timeout_s=float(request_timeout_s))
     app = plain(settings) if kind == "plain" else build_app(Service(settings))
     uvicorn.run(app, port=port, log_level="critical", access_log=False)
 
 
-async def ask(port: int, bodies: list[bytes], num_clients: int, seconds: float) -> list[float]:
-    """The seconds of every request of clients that each wait for an answer before they ask again."""
+async def ask(port: int, bodies: list[bytes], num_clients: int, seconds: float) -> dict[str, Any]:
+    """The seconds of every request of clients that each wait for an answer before they ask again, and how long it was
+    until the last answer of those that were asked for within `seconds`."""
     head = "POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n"
     requests, taken = [head.format(len(body)).encode() + body for body in bodies], list[float]()
-    end = time.perf_counter() + seconds
+    began = time.perf_counter()
+    end = began + seconds
 
     async def client(number: int) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -73,7 +76,7 @@ async def ask(port: int, bodies: list[bytes], num_clients: int, seconds: float) 
         writer.close()
 
     await asyncio.gather(*map(client, range(num_clients)))
-    return taken
+    return {"taken": taken, "seconds": time.perf_counter() - began}
 
 
 def main(kind: str, port: str, *arguments: str) -> None:

@@ -79,13 +79,14 @@ class Doors:
 
     @contextmanager
     def least_busy(self) -> Iterator[str | None]:
-        """Yields the door with the fewest requests, for one more; None where there is none."""
+        """Yields the door with the fewest requests, for one more; of equals the one that was asked longest ago. None:
+        there is none."""
         counts = self._at_work
         door = min(counts, key=counts.__getitem__, default=None)
         if door is None:
             yield None
             return
-        counts[door] += 1
+        counts[door] = counts.pop(door) + 1  # it is the last of equals now
         try:
             yield door
         finally:

@@ -253,7 +253,11 @@ def test_a_door_lets_so_many_in_and_the_least_busy_one_is_asked() -> None:
     doors = Doors()
     doors.set([1, 2])
     with doors.least_busy() as one, doors.least_busy() as other:
-        assert {one, other} == {"http://127.0.0.1:1", "http://127.0.0.1:2"}
+        assert [one, other] == ["http://127.0.0.1:1", "http://127.0.0.1:2"]
+    for turn in ("http://127.0.0.1:1", "http://127.0.0.1:2", "http://127.0.0.1:1"):  # equals take turns
+        with doors.least_busy() as asked:
+            assert asked == turn
+    with doors.least_busy(), doors.least_busy():
         doors.set([2])  # the other's replica is gone
     with doors.least_busy() as left:
         assert left == "http://127.0.0.1:2"
