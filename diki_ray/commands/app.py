@@ -49,17 +49,6 @@ app.add_typer(store_app, name="store")
 app.add_typer(site_app, name="site")
 
 
-WORKERS_ENVIRONMENT = {
-    "DIKI_LIGHT_IMPORT": "1",  # clip/light_import.py, which is not to be imported yet
-    # glibc gives large blocks back to the system when they are freed, and asks for them anew in the next layer.
-    # Clearing their pages took as long as the layers of a convolutional tower on a CPU. One heap serves all threads.
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(2**32),
-    "MALLOC_TRIM_THRESHOLD_": str(2**32),
-}
-"""What a command's processes find in their environment; what is set already stays. The Dockerfile has it too."""
-
-
 def run(command: str | None = None, arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code: 2 for what the user can put right, with a sentence on stderr.
 
@@ -67,8 +56,7 @@ def run(command: str | None = None, arguments: Sequence[str] | None = None) -> i
     arguments: those of this process by default.
     """
     prepare_output()
-    for name, value in WORKERS_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    os.environ.setdefault("DIKI_LIGHT_IMPORT", "1")  # clip/light_import.py, which is not to be imported yet
     typed = list(sys.argv[1:] if arguments is None else arguments)
     typed = old_spellings.rewritten([command, *typed] if command else typed)
     code = _code_of(typed)

@@ -22,7 +22,6 @@ from cluster_overlays import (
 from packaging.requirements import Requirement
 
 import diki_ray
-from diki_ray.commands.app import WORKERS_ENVIRONMENT
 
 DOCKER = ROOT / "cluster" / "docker"
 EXTRAS = {name: list(map(Requirement, wanted)) for name, wanted in PYPROJECT["optional-dependencies"].items()}
@@ -99,9 +98,3 @@ def test_the_image_installs_the_package_with_the_extras_that_are_named(extras, a
     (install,) = re.findall(r"^RUN (pip install --constraint .*)", dockerfile(), re.MULTILINE)
     said = subprocess.run(["sh", "-c", f"echo {install}"], env={"EXTRAS": extras}, capture_output=True, text=True)
     assert said.stdout == f"pip install --constraint constraints.txt {asked_for}\n"
-
-
-def test_processes_in_the_image_find_what_those_of_a_cluster_that_a_command_starts_do():
-    assert [
-        f"{name}={value}" for name, value in WORKERS_ENVIRONMENT.items() if f"{name}={value}" not in dockerfile()
-    ] == []

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from diki_ray.commands.app import WORKERS_ENVIRONMENT, run
+from diki_ray.commands.app import run
 from diki_ray.commands.old_spellings import rewritten
 from diki_ray.commands.places import config_file, configured, one_run, rehearsed, server_limits, storage_of
 from diki_ray.config.protocols import protocols
@@ -133,33 +131,3 @@ def test_every_benchmark_has_a_configuration_that_can_be_rehearsed(name: str, mo
 def test_a_servers_limits_are_read_with_their_types() -> None:
     limits = server_limits(["--max-images", "8", "--refresh-s=0.5"], of_front=False)
     assert limits == {"max_images": 8, "refresh_s": 0.5}
-
-
-FAULTS = """
-import resource, threading
-def layers():
-    for _ in range(20):
-        b"x" * 50_000_000
-thread = threading.Thread(target=layers)
-thread.start(); thread.join()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the variables are glibc's")
-def test_a_worker_keeps_the_memory_of_a_layer_for_the_next_one():
-    def faults(environment: dict[str, str]) -> int:
-        bare = {n: v for n, v in os.environ.items() if not n.startswith("MALLOC_")}
-        command = [sys.executable, "-c", FAULTS]
-        return int(subprocess.run(command, env=bare | environment, capture_output=True, text=True, check=True).stdout)
-
-    assert 4 * faults(WORKERS_ENVIRONMENT) < faults({})
-
-
-def test_a_command_leaves_what_its_user_has_set_for_the_workers():
-    program = "import os; from diki_ray.commands.app import run; run('--help'); os._exit(int(os.environ[{name!r}]))"
-    for given, left in (({}, 1), ({"MALLOC_ARENA_MAX": "4"}, 4)):
-        bare = {n: v for n, v in os.environ.items() if not n.startswith("MALLOC_")}
-        command = [sys.executable, "-c", program.format(name="MALLOC_ARENA_MAX")]
-        done = subprocess.run(command, env=bare | given, capture_output=True)
-        assert done.returncode == left
