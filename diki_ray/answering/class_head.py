@@ -33,14 +33,23 @@ FACTOR_BYTES = 2**27
 class ClassModels:
     """The class models of any of the modules' tasks.
 
+    former: those of other modules with the same constants. What they keep of these tasks is taken over, so that a task
+        more is added to their model.
+
     Raises:
         ConfigError: a module has no class means.
     """
 
-    def __init__(self, modules: Sequence[TaskModule], constants: ClassModelSection) -> None:
+    def __init__(
+        self, modules: Sequence[TaskModule], constants: ClassModelSection, former: ClassModels | None = None
+    ) -> None:
         self._tasks = [LearntClasses(m.key, m.class_names, m.class_statistics) for m in modules]
         self._constants = constants
         self._kept: OrderedDict[tuple[int, ...], ClassModel] = OrderedDict()
+        numbers = {task.key: number for number, task in enumerate(self._tasks)}
+        for model in () if former is None else former._kept.values():
+            if all(task.key in numbers for task in model.tasks):
+                self._kept[tuple(numbers[task.key] for task in model.tasks)] = model
 
     def of(self, learnt: Sequence[int]) -> ClassModel:
         """The model of the tasks `learnt` (numbers of modules), its columns in that order."""

@@ -30,17 +30,20 @@ def build_predictor(
     modules: Sequence[TaskModule],
     class_features: ClassFeatures | None = None,
     coarse_from: int | None = None,
+    former: Predictor | None = None,
 ) -> Predictor:
     """Returns the predictor over these modules, in their order.
 
     class_features: where class features come from; by default as an evaluation under this configuration needs them.
     coarse_from: with so many modules or more, only the densities that decide an image's route are computed, and the
         others are minus infinity; every density by default, as tables of answers need them.
+    former: the predictor over other modules under this configuration, whose class models these ones' begin from.
 
     Raises:
         ConfigError: the calibration needs what a module does not have.
     """
-    router = build_router(config, method.backbone.embed_dim, modules, method.backbone.device, coarse_from)
+    known = None if former is None else former.router
+    router = build_router(config, method.backbone.embed_dim, modules, method.backbone.device, coarse_from, known)
     return Predictor(
         method,
         modules,
@@ -88,6 +91,7 @@ def build_router(
     modules: Sequence[TaskModule],
     device: str | torch.device = "cpu",
     coarse_from: int | None = None,
+    former: Router | None = None,
 ) -> Router:
     """Returns the router over the densities of these modules' tasks, as `build_predictor` says. It needs no backbone.
 
@@ -95,7 +99,8 @@ def build_router(
         ConfigError: also where the class model routes and a module has no class means.
     """
     if routes_by_classes(config):
-        return ClassRouter(ClassModels(modules, config.class_model))
+        known = former.models if isinstance(former, ClassRouter) else None
+        return ClassRouter(ClassModels(modules, config.class_model, known))
     statistics = config.statistics
     if not modules:
         return GaussianRouter(None, build_calibration(config, embed_dim, None, modules))

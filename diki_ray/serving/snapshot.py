@@ -114,7 +114,7 @@ class Snapshots:
             version = self._store.refresh()
             changed = tuple(entry.digest for entry in self._store.modules()) != self.current.digests
             if changed:
-                self.current = self._built()
+                self.current = self._built(self.current.predictor)
                 logger.info("run %s: version %d, tasks %s", self.settings.run, version, ", ".join(self.current.tasks))
             elif version != self.current.version:
                 self.current = replace(self.current, version=version)
@@ -141,7 +141,7 @@ class Snapshots:
         while not self._stop.wait(self.settings.refresh_s):
             self.refresh()
 
-    def _built(self) -> Snapshot:
+    def _built(self, former: Predictor | None = None) -> Snapshot:
         entries = self._store.modules()
         # Tasks and their digests are of one state of the log, and a digest is checked when its module is read.
         modules = {e.digest: self._modules.get(e.digest) or self._read(e.digest) for e in entries}
@@ -152,7 +152,9 @@ class Snapshots:
         snapshot = Snapshot(
             version=self._store.version,
             digests=tuple(entry.digest for entry in entries),
-            predictor=build_predictor(self._config, self._method, ordered, self.class_features, COARSE_FROM_TASKS),
+            predictor=build_predictor(
+                self._config, self._method, ordered, self.class_features, COARSE_FROM_TASKS, former
+            ),
             learnt=tuple(candidates[entry.digest] for entry in entries),
         )
         self._modules, self._candidates = modules, candidates

@@ -13,9 +13,11 @@ from stored_run import StoredRun, picture
 from diki_ray.answering.class_answers import ClassDensities
 from diki_ray.answering.class_features import Candidates, Exact
 from diki_ray.answering.class_head import WEIGHT_STEPS, ClassRouter
+from diki_ray.answering.class_model import LearntClasses, PooledScatter
 from diki_ray.answering.configured import answers_by_set, build_predictor
 from diki_ray.answering.predictor import Predictor
 from diki_ray.config import parse, parse_stored
+from diki_ray.config.class_model import ClassModelSection
 from diki_ray.errors import ConfigError
 from diki_ray.learning.module import TaskModule
 from diki_ray.prediction.run_predictor import load_predictor
@@ -106,6 +108,25 @@ def test_the_order_of_learning_changes_no_bit(which: str, request: pytest.Fixtur
     expected = logits(predictor_of(run), images, names)
     for order in ((2, 1, 0), (1, 2, 0)):
         assert torch.equal(logits(predictor_of(run, order), images, names), expected)
+
+
+def test_a_task_more_is_added_to_the_model_that_answered_before(
+    beside: StoredRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modules = [TaskModule.from_bytes(beside.store.read_module(entry.digest)) for entry in beside.store.modules()]
+    images, names, method = pixels(beside, *TASKS), ["red", "moss"], build_method(beside.config, beside.backbone)
+    former = build_predictor(beside.config, method, modules[:2], Exact())
+    logits(former, images, names)
+    expected, scatters, of = logits(predictor_of(beside), images, names), list[str](), PooledScatter.of
+
+    def counted(task: LearntClasses, constants: ClassModelSection) -> PooledScatter:
+        scatters.append(task.key)
+        return of(task, constants)
+
+    monkeypatch.setattr(PooledScatter, "of", counted)
+    grown = build_predictor(beside.config, method, modules, Exact(), former=former)
+    assert torch.equal(logits(grown, images, names), expected)
+    assert scatters == [modules[2].key]  # those of the others were not read again
 
 
 def test_a_removed_task_leaves_the_bits_of_a_stream_that_never_had_it(tmp_path: Path, alone: StoredRun) -> None:

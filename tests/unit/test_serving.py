@@ -31,9 +31,9 @@ from diki_ray.serving.snapshot import Snapshots
 FAR = time.monotonic() + 1e6
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> StoredRun:
-    return StoredRun(tmp_path, "warm", "cold")
+@pytest.fixture(params=["task", "classes"])
+def run(tmp_path: Path, request: pytest.FixtureRequest) -> StoredRun:
+    return StoredRun(tmp_path, "warm", "cold", routing={"density": request.param})
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_an_answer_does_not_depend_on_what_shares_its_pass_or_was_asked_before(r
     mixed = [q for pair in zip(before, after, strict=True) for q in pair]
     together = answer_questions(mixed)
     assert [a.task for a in together[1::2]] == ["warm", "cold", "lush", "warm", "lush"]
-    assert all(set(a.log_densities) == {"warm", "cold"} for a in together[0::2])
+    assert not any("lush" in a.log_densities for a in together[0::2])
     for question, answer in zip(mixed, together, strict=True):
         predictor = replace(question.snapshot.predictor, class_features=Tabulated(settings.text_grid))  # nothing kept
         unasked = replace(question, snapshot=replace(question.snapshot, predictor=predictor))
@@ -158,7 +158,7 @@ def test_a_task_learnt_or_removed_later_is_served_without_a_restart(run: StoredR
     client = TestClient(build_app(service))
     lush = as_json(picture_file("lush", 200))
     first = client.post("/predict", json=lush).json()
-    assert set(first["answers"][0]["log_densities"]) == {"warm", "cold"}
+    assert set(first["answers"][0]["log_densities"]) <= {"warm", "cold"}
 
     version = run.learn("lush")
     assert client.post("/predict", json=lush).json() == first  # until it is looked at
@@ -385,7 +385,8 @@ def test_the_page_needs_nothing_from_elsewhere_and_lets_nothing_else_run(client:
     assert not re.search(r"\bon\w+\s*=\s*[\"']|\bstyle\s*=|url\(|@import|innerHTML", PAGE)
 
 
-def test_frozen_answers_come_below_skip_weight(run: StoredRun) -> None:
+def test_frozen_answers_come_below_skip_weight(tmp_path: Path) -> None:
+    run = StoredRun(tmp_path, "warm", "cold")
     config = run.config.model_copy(update={"evaluate": run.config.evaluate.model_copy(update={"skip_weight": 1.0})})
     run.store.put_document(run.epoch, "config.yaml", config.to_yaml())
     settings = Settings(storage=run.storage, run="colours", backbone=run.config.backbone.name)
