@@ -20,7 +20,8 @@ TASKS = [{"data": f"embedded:{name}", "shots": 2} for name in ("digits", "gems")
 """20 images each, in batches of 7: the last has 6."""
 BLOCK = {"image_depth": 1, "text_depth": 1}
 METHODS: dict[str, dict[str, Any]] = {
-    "rail": {"hidden_dim": 16},  # sums alone
+    "classes": {},  # sums alone
+    "rail": {"hidden_dim": 16},
     "diki": BLOCK | {"image_length": 2, "text_length": 2},
     "concat_prompts": BLOCK | {"image_length": 2, "text_length": 2},
     "dpw": BLOCK | {"image_length": 2, "text_length": 2, "rank": 2},  # sums over what was trained
@@ -36,7 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "mulki": BLOCK,  # a loss of each image, and sums before the first step
     "mahalanobis": {"rank": 2},  # logits of its own, with gradients that come by no features
 }
-KINDS = ["rail", "dpw", "zscl_replay", "mahalanobis"]
+KINDS = ["classes", "rail", "dpw", "zscl_replay", "mahalanobis"]
 """What `make test` has time for: sums alone, sums over what was trained, a loss of shared rows beside one of the own,
 logits of its own."""
 MANY_PARTS = {"dpw": 12, "zscl": 7, "snd": 7, "mulki": 12, "replay": 11}
