@@ -52,7 +52,6 @@ gpu: env-test
 	$(BIN)/python -m pytest -rs -m "long or not long" tests/gpu tests/unit/test_benchmark.py tests/streams/test_benchmark_job.py tests/unit/test_to_device.py
 	$(BIN)/python jobs/benchmark.py --model ViT-B-16 --device cuda --output build/gpu
 	$(BIN)/python jobs/benchmark.py --model ViT-B-16 --device cuda --sections compile --compile-mode reduce-overhead --output build/gpu/graphs
-	$(BIN)/python jobs/benchmark.py --model ViT-B-16 --device cuda --sections routing class_model --batch 64 --output build/gpu/routing
 	@echo "build/gpu/*.md has what was measured, with its seconds: docs/benchmarks.md says which line each section fills."
 
 .PHONY: audit
