@@ -178,10 +178,12 @@ def answer_parts(
                 fn_constructor_args=[reference],
                 batch_size=IMAGES_PER_PASS,
                 batch_format="pyarrow",
-                concurrency=num,
+                # Without true multi-threading Ray Data makes the calls one after another, whatever their number.
+                compute=ray.data.ActorPoolStrategy(
+                    size=num, max_concurrent_calls_per_actor=CALLS_AT_ONCE, enable_true_multi_threading=True
+                ),
                 num_cpus=workers.cpus,
                 num_gpus=workers.gpus,
-                max_concurrency=CALLS_AT_ONCE,
             )
         )
         for table in _or_reason(answered.iter_batches(batch_size=None, batch_format="pyarrow")):
