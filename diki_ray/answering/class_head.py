@@ -46,10 +46,12 @@ class ClassModels:
         self._tasks = [LearntClasses(m.key, m.class_names, m.class_statistics) for m in modules]
         self._constants = constants
         self._kept: OrderedDict[tuple[int, ...], ClassModel] = OrderedDict()
-        numbers = {task.key: number for number, task in enumerate(self._tasks)}
+        # By their sums themselves: a task that was taken out and learnt anew may have the same key and other sums.
+        numbers = {id(task.statistics): number for number, task in enumerate(self._tasks)}
         for model in () if former is None else former._kept.values():
-            if all(task.key in numbers for task in model.tasks):
-                self._kept[tuple(numbers[task.key] for task in model.tasks)] = model
+            known = [numbers.get(id(task.statistics)) for task in model.tasks]
+            if None not in known:
+                self._kept[tuple(number for number in known if number is not None)] = model
 
     def of(self, learnt: Sequence[int]) -> ClassModel:
         """The model of the tasks `learnt` (numbers of modules), its columns in that order."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,11 @@ def test_a_task_more_is_added_to_the_model_that_answered_before(
     grown = build_predictor(beside.config, method, modules, Exact(), former=former)
     assert torch.equal(logits(grown, images, names), expected)
     assert scatters == [modules[2].key]  # those of the others were not read again
+    # Learnt anew, a task may have the key it had and other sums.
+    changed = [replace(modules[0], statistics=modules[2].statistics), modules[1]]
+    afresh = build_predictor(beside.config, method, changed, Exact())
+    again = build_predictor(beside.config, method, changed, Exact(), former=former)
+    assert torch.equal(logits(again, images, names), logits(afresh, images, names))
 
 
 def test_a_removed_task_leaves_the_bits_of_a_stream_that_never_had_it(tmp_path: Path, alone: StoredRun) -> None:
