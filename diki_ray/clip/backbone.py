@@ -84,15 +84,14 @@ class Backbone:
         return next(p.dtype for p in weights if len(getattr(p, "ds_shape", p.shape)) > 1)  # shared out, they are empty
 
     def to(self, device: str | torch.device, dtype: torch.dtype = torch.float32) -> Backbone:
-        """Moves the model; with bfloat16 its matrix weights are stored so. The layer norms of open_clip's own towers
-        stay float32; timm's and Hugging Face's towers expect all weights in one dtype."""
+        """Moves the model and stores its weights as dtype, but for the logits' scale and bias, which stay float32.
+        Layer norms still compute in float32; of their weights CUDA wants the dtype of what they normalise."""
         self.model.to(device)
         if dtype is not torch.float32:
-            if self._is_native:
-                open_clip.model.convert_weights_to_lp(self.model, dtype)
-            else:
-                self.model.visual.to(dtype)
-                self._text.to(dtype)
+            kept = {n: p.data for n, p in self.model.named_parameters() if n in ("logit_scale", "logit_bias")}
+            self.model.to(dtype)
+            for name, data in kept.items():
+                self.model.get_parameter(name).data = data
         return self
 
     @property
@@ -183,14 +182,15 @@ class Backbone:
 
     def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """exp(logit_scale) · f_img f_txtᵀ [B, C], plus logit_bias where the model has one (SigLIP; a constant, which
-        changes no softmax); text features [C, E], or [B, C, E] where each image has its own."""
-        scale = self.model.logit_scale.exp().float()
+        changes no softmax); text features [C, E], or [B, C, E] where each image has its own. They are on one device,
+        the model's or the CPU."""
+        scale = self.model.logit_scale.exp().float().to(image_features.device)
         if text_features.dim() == 3:
             logits = scale * torch.einsum("be,bce->bc", image_features, text_features)
         else:
             logits = scale * image_features @ text_features.T
         bias = getattr(self.model, "logit_bias", None)
-        return logits if bias is None else logits + bias.float()
+        return logits if bias is None else logits + bias.float().to(logits.device)
 
     def digest(self) -> str:
         """sha256 over every weight, the image preprocessing and the architecture."""
