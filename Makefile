@@ -5,8 +5,8 @@
 # make image        the image built and overlays/kind run from it in containers, 20 minutes and 30 GB; as root on Debian, with buildah, Podman, kubectl
 # make chaos        every test of tests/chaos, and every test anywhere that is marked long
 # make soak         KILLS (50) random kills over a long stream: bit-equal results and nothing left behind
-# make gpu         parity, then everything that docs/benchmarks.md has not measured, on a CUDA card, into build/gpu; about half
-#                  an hour, each section says its seconds; says loudly when there is no card
+# make gpu         parity, then everything that docs/benchmarks.md has not measured, on a CUDA card, into build/gpu; ten to
+#                  fifteen minutes, each section says its seconds; says loudly when there is no card
 # make browser      report.html and the server's page in a real Chromium, where there is one; screenshots in build/
 # make load         clients side by side on a server of the quickstart's run: throughput, latency, nothing mixed up
 # make audit        known vulnerabilities of what is installed; fails, too, where their list cannot be reached

@@ -56,6 +56,7 @@ class Backbone:
         read_alone(self.text)
         self.embed_dim: int = self._embed_dim()
         self.texts_a_row = TEXTS_A_ROW
+        self._digest_as_loaded: str | None = None
         self.start_pass: Callable[[], None] | None = None
         """Called before every pass, where the weights are shared out to all workers (`clip/sharded.py`)."""
 
@@ -88,6 +89,7 @@ class Backbone:
         Layer norms still compute in float32; of their weights CUDA wants the dtype of what they normalise."""
         self.model.to(device)
         if dtype is not torch.float32:
+            self._digest_as_loaded = self.digest()
             kept = {n: p.data for n, p in self.model.named_parameters() if n in ("logit_scale", "logit_bias")}
             self.model.to(dtype)
             for name, data in kept.items():
@@ -193,7 +195,10 @@ class Backbone:
         return logits if bias is None else logits + bias.float().to(logits.device)
 
     def digest(self) -> str:
-        """sha256 over every weight, the image preprocessing and the architecture."""
+        """sha256 over every weight, the image preprocessing and the architecture; of weights that `to` rounded, as they
+        were before, so that one backbone has one digest at every precision."""
+        if self._digest_as_loaded is not None:
+            return self._digest_as_loaded
         h = hashlib.sha256()
         for key, value in sorted(self.model.state_dict().items()):
             h.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())

@@ -2,7 +2,7 @@
 refuse.
 
 A card raises an error where its tensors meet the CPU's; the CPU alone never shows that. Inside `second_device()`,
-tensors on `DEVICE` hold their numbers in the CPU's memory, and an operation that mixes the two raises RuntimeError as on CUDA.
+tensors on `DEVICE` hold their numbers in the CPU's memory, and an operation that mixes the two raises as on CUDA.
 """
 
 from __future__ import annotations

@@ -166,8 +166,14 @@ def test_half_precision_is_the_same_model(backbone: Backbone) -> None:
     parameters = random_parameters(method)
     with torch.no_grad():
         single = method.image_features(images(), parameters), method.text_features(tokens(backbone.model), parameters)
+        digest = backbone.digest()
         backbone.to("cpu", torch.bfloat16)
         assert backbone.dtype is torch.bfloat16
+        assert {p.dtype for n, p in backbone.model.named_parameters() if n not in ("logit_scale", "logit_bias")} == {
+            torch.bfloat16  # CUDA's layer norm refuses weights in another dtype than that of what it normalises
+        }
+        assert backbone.model.logit_scale.dtype is torch.float32
+        assert backbone.digest() == digest
         half = method.image_features(images(), parameters), method.text_features(tokens(backbone.model), parameters)
     for a, b in zip(single, half, strict=True):
         assert (a * b).sum(1).min() > 0.99

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import torch
 from PIL import Image
 from stored_run import StoredRun, picture
 
@@ -43,6 +44,13 @@ def test_answers_are_those_of_one_by_one(tmp_path: Path, monkeypatch: pytest.Mon
         assert row["confidence"] == pytest.approx(answer.confidence, abs=2e-3)
         assert row["weight"] == pytest.approx(answer.weight, abs=1e-6)
         assert dict(row["log_densities"]) == pytest.approx(dict(answer.log_densities), rel=1e-5)
+
+
+def test_a_backbone_in_bfloat16_is_known_again_on_a_worker(tmp_path: Path) -> None:
+    run = StoredRun(tmp_path, "warm", "cold")
+    half = run.config.model_copy(update={"backbone": run.config.backbone.model_copy(update={"precision": "bfloat16"})})
+    learnt = Learnt.of(run.storage, "colours", half, None, "a photo of a {}.")
+    assert learnt.predictor().predictor.backbone.dtype is torch.bfloat16
 
 
 def test_the_rate_and_the_share_of_computing_count_from_the_first_answers_on(monkeypatch: pytest.MonkeyPatch) -> None:
