@@ -56,7 +56,7 @@ def named_tests() -> list[tuple[str, str | None, bool]]:
         usual, _, long = line.partition("*long*")
         file = ""
         for part, is_long in ((usual, False), (long, True)):
-            for path, names in re.findall(r"`((?:unit|streams|ray|chaos)/\w+\.py)?((?:::\w+)*)`", part):
+            for path, names in re.findall(r"`((?:unit|streams|ray|chaos|gpu)/\w+\.py)?((?:::\w+)*)`", part):
                 file = path or file
                 if path or names:
                     named.append((file, names.rpartition("::")[2] or None, is_long))
