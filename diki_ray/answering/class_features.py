@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -104,6 +104,9 @@ class FeatureCache:
     def known(self) -> list[Key]:
         return list(self._kept)
 
+    def __contains__(self, key: Key) -> bool:
+        return key in self._kept
+
     def get(self, key: Key, compute: Callable[[], Tensor]) -> Tensor:
         found = self._kept.get(key)
         if found is None:
@@ -145,10 +148,9 @@ class ClassFeatures(ABC):
         """Returns the largest absolute error of one of these class features (norm 1) over all weights."""
         return 0.0
 
-    def tables(self) -> list[tuple[str, str]]:
-        """Returns the keys of those `PromptedClasses` whose features have been interpolated, as far as they are
-        kept."""
-        return []
+    def interpolated(self, classes: PromptedClasses) -> bool:
+        """Says whether features between two points of a grid were used of these classes, as far as they are kept."""
+        return False
 
     def _at(self, weight: float, classes: PromptedClasses) -> Tensor:
         cache = self.passing if classes.candidates.passing else self.kept
@@ -235,9 +237,12 @@ class Tabulated(ClassFeatures):
         exact = torch.stack([classes.features((g + 0.5) / (len(table) - 1)) for g in range(len(middle))])
         return float((middle - exact).abs().max())
 
-    def tables(self) -> list[tuple[str, str]]:
-        keys = {key for cache in (self.kept, self.passing) for key in cache.known()}
-        return [table for table, count in Counter((digest, name) for digest, name, _ in keys).items() if count > 1]
+    def interpolated(self, classes: PromptedClasses) -> bool:
+        cache = self.passing if classes.candidates.passing else self.kept
+        return sum((*classes.key, self._weight(g)) in cache for g in range(self.num_points)) > 1
 
     def _point(self, point: int, classes: PromptedClasses) -> Tensor:
-        return self._at(point / (self.num_points - 1), classes)
+        return self._at(self._weight(point), classes)
+
+    def _weight(self, point: int) -> float:
+        return point / (self.num_points - 1)

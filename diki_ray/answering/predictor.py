@@ -188,14 +188,13 @@ class Predictor:
             self.modules[task].digest,
         )
 
-    def tables(self) -> list[tuple[int, str]]:
-        """Returns (task, candidates' key) of the class features that have been interpolated."""
-        digests = [module.digest for module in self.modules]
-        return [(digests.index(digest), key) for digest, key in self.class_features.tables() if digest in digests]
-
     def interpolation_error(self, task: int, candidates: Candidates) -> float:
         """Returns the largest absolute error of one of the candidates' features under a task's prompts; 0 if exact."""
         return self.class_features.error(self.classes(task, candidates))
+
+    def interpolated(self, task: int, candidates: Candidates) -> bool:
+        """Says whether interpolated features of the candidates under a task's prompts were used."""
+        return self.class_features.interpolated(self.classes(task, candidates))
 
     def _prompted(self, images: Tensor, task: Tensor, weight: Tensor) -> Tensor:
         """Makes one residual pass over images of any mixture of tasks: prompts are gathered per image."""

@@ -221,7 +221,8 @@ class SplitEvaluation:
     def _data_sets(self, j: int) -> list[int]:
         """Returns the data sets whose classes images of test set j are ever answered with."""
         space, num_tasks = self.plan.config.evaluate.label_space, len(self.known)
-        return sorted({c for learnt in self.asked for c in candidate_tasks(space, j, learnt, num_tasks)})
+        asked = self.asked if space == "seen" else self.asked[:1]  # elsewhere what is learnt does not matter
+        return sorted({c for learnt in asked for c in candidate_tasks(space, j, learnt, num_tasks)})
 
     def _unscored(self, j: int, task: int, used: np.ndarray) -> list[ToScore]:
         """The used rows that lack scores, data sets that lack them for the same rows together."""

@@ -141,8 +141,8 @@ class EvaluationWorker:
         candidates = self.candidates[data_set]
         found = best_classes(self.predictor, module, rows.features, rows.text_weight, candidates)
         if data_set not in errors:
-            tabulated = (module, candidates.key) in self.predictor.tables()
-            errors[data_set] = self.predictor.interpolation_error(module, candidates) if tabulated else 0.0
+            interpolated = self.predictor.interpolated(module, candidates)
+            errors[data_set] = self.predictor.interpolation_error(module, candidates) if interpolated else 0.0
         return replace(found, error=errors[data_set])
 
 
