@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from diki_ray.clip.weights import weights_file
@@ -41,7 +42,7 @@ def test_it_writes_a_configuration_that_can_be_run(
         (str(tmp_path / "wild birds"), "wild_birds", "a photo of a {}, a type of bird."),
         (str(tmp_path / "digits"), "digits", 'a photo of the number: "{}".'),
     ]
-    assert (config.run.name, config.method.name, config.backbone.name) == ("wild_birds-digits", "classes", "embedded")
+    assert (config.run.name, config.method.name, config.backbone.name) == ("wild_birds-digits", "diki", "embedded")
     text = Path("wild_birds-digits.yaml").read_text()
     assert "# images: 4 train, 2 val, 2 test (class folders)" in text
     assert "# images: 6 train, 2 val, 8 test (class folders in split folders)" in text
@@ -88,6 +89,33 @@ def test_names_of_folders_are_written_as_they_are(odd: str, tmp_path: Path) -> N
     assert isinstance(config, Config)
     assert (config.tasks[0].data, config.run.storage) == (task.data, odd)
     assert config.tasks[0].template == task.template
+
+
+@pytest.mark.parametrize(
+    ("backbone", "gpus", "method"), [("embedded", 0, "diki"), ("ViT-B-16", 0, "classes"), ("ViT-B-16", 4, "diki")]
+)
+def test_prompts_are_trained_where_that_takes_minutes_and_the_other_way_is_a_comment_that_works(
+    backbone: str, gpus: int, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    task = Proposal("/data/a", "a", "{}", ("x", "y"), {"train": 2}, "class folders", ())
+    text = configuration([task], "r", None, BackboneSection(name=backbone), "because")
+    (tmp_path / "c.yaml").write_text(text)
+    config = load(tmp_path / "c.yaml")
+    assert (config.method.name, config.routing.density, config.class_model.beside_modules > 0) == (
+        method,
+        "classes",
+        True,
+    )
+    fields = ("method:", "train:")
+    lines = [line for line in text.splitlines() if not line.startswith(fields)]
+    (tmp_path / "other.yaml").write_text(
+        "\n".join(x[2:] if x.startswith(tuple(f"# {f}" for f in fields)) else x for x in lines)
+    )
+    other = load(tmp_path / "other.yaml")
+    assert {config.method.name, other.method.name} == {"diki", "classes"}
+    assert config.train.num_workers == other.train.num_workers == (gpus or config.evaluate.num_workers)
 
 
 def test_whether_weights_are_here_is_known_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
