@@ -88,9 +88,7 @@ def _method(backbone: BackboneSection, recipe: str, workers: int) -> list[str]:
                 "Prompts are trained for each task, and the class model of all tasks routes and answers beside them."
             ),
             *prompts,
-            *_comment(
-                "The class model alone takes one pass over the images, and on photographs ends as well (docs/methods.md):"
-            ),
+            *_comment("The class model alone takes one pass, and on photographs it does as well (docs/methods.md):"),
             *(f"# {line}" for line in one_pass),
         ]
     return [
