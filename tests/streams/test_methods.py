@@ -245,3 +245,24 @@ def test_a_stream_learnt_with_rail_keeps_zero_shot_exactly_and_forgets_nothing(p
     assert turned.accuracy()[0, 1] == given.zero_shot()[0]
     np.testing.assert_array_equal(turned.accuracy()[1], given.accuracy()[1, ::-1])
     assert given.accuracy()[1].mean() > given.zero_shot().mean() + 0.05
+
+
+@pytest.mark.parametrize("routing", ["image", "batch"])
+def test_the_class_model_in_all_label_spaces_and_both_routings(prepared: Path, routing: str) -> None:
+    classes = {"name": "classes"}
+    spaces = {s: f"evaluate.label_space={s}" for s in ("task", "seen", "all")}
+    plans = {s: planned(prepared, classes, space, f"evaluate.routing={routing}") for s, space in spaces.items()}
+    store = learnt(plans["task"])
+    found = {space: evaluated(plan, store) for space, plan in plans.items()}
+    for space, evaluation in found.items():
+        accuracy, zero_shot = evaluation.accuracy(), evaluation.zero_shot()
+        assert accuracy[1].mean() > zero_shot.mean() + 0.05
+        assert space == "all" or accuracy[0, 1] == zero_shot[1]  # not learnt yet, and among its own classes
+        assert routing == "image" or len(set(evaluation.predict(0, (0, 1)).routed.tolist())) == 1  # by vote
+        turned = evaluated(plans[space].in_order((1, 0)), store)
+        np.testing.assert_array_equal(turned.accuracy()[1], accuracy[1, ::-1])
+    own, seen, among_all = (found[s].predict(0, (0,)) for s in spaces)
+    np.testing.assert_array_equal(own.best, seen.best)  # one task is learnt
+    assert set(seen.block.tolist()) == {0}
+    assert set(among_all.block.tolist()) <= {0, 1}
+    np.testing.assert_array_equal(found["seen"].accuracy()[1], found["all"].accuracy()[1])  # both are
