@@ -32,12 +32,13 @@ from benchmarks.world import World
 from diki_ray.config import parse
 from diki_ray.data.images import decode_image
 from diki_ray.learning.module import TaskModule
+from diki_ray.prediction.run_predictor import scaled_first
 from diki_ray.serving.batches import Batches
 from diki_ray.serving.decoding import Decoder
 from diki_ray.serving.engine import Question, answer_questions
 from diki_ray.serving.settings import Settings
 from diki_ray.serving.snapshot import Snapshots
-from diki_ray.serving.uploads import from_json, scaled_first
+from diki_ray.serving.uploads import from_json
 from diki_ray.store.process import this_process
 from diki_ray.store.run_store import CONFIG_DOCUMENT, RunStore
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -172,7 +173,12 @@ def answer_parts(
         num_blocks = min(len(rows), MAX_BLOCKS)
         answered = (
             ray.data.from_items(rows, override_num_blocks=num_blocks)
-            .map_batches(read_parts, batch_size=1, num_cpus=0, concurrency=min(max(2, num), num_blocks))
+            .map_batches(
+                partial(read_parts, size_px=learnt.size_px),
+                batch_size=1,
+                num_cpus=0,
+                concurrency=min(max(2, num * learnt.config.data.num_threads), num_blocks),
+            )
             .map_batches(
                 Worker,
                 fn_constructor_args=[reference],

@@ -5,10 +5,12 @@ A run's predictor needs its storage and nothing else: no cluster, and no lease, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -18,7 +20,7 @@ from diki_ray.answering.image_answers import Answer, decide
 from diki_ray.answering.predictor import Predictor
 from diki_ray.config import Config
 from diki_ray.config.templates import template_fault
-from diki_ray.data.images import UndecodableImageError, decode_image
+from diki_ray.data.images import UndecodableImageError, at_size, decode_image
 from diki_ray.errors import ConfigError, DataError
 from diki_ray.learning.methods import Method
 from diki_ray.learning.module import TaskModule
@@ -150,3 +152,21 @@ def on_this_machine(config: Config) -> Config:
     if config.train.device != "cuda" or torch.cuda.is_available():
         return config
     return config.model_copy(update={"train": config.train.model_copy(update={"device": "cpu"})})
+
+
+def scaled_first(preprocess: Callable[[Any], torch.Tensor]) -> int | None:
+    """Returns the size to which `at_size` may scale images without changing what `preprocess` makes of them; None: it
+    begins with something else than CLIP's scaling. It is tried on noise, which other scalings change."""
+    noise = np.random.default_rng(0)
+
+    def image_of(height: int, width: int) -> Image.Image:
+        return Image.fromarray(noise.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+    try:
+        height, size = preprocess(image_of(300, 400)).shape[-2:]
+        shapes = ((3 * size + 1, 5 * size), (7 * size, 2 * size + 1), (size // 2, size - 1), (size, size))
+        probes = [image_of(*shape) for shape in shapes]  # large, large and upright, to be enlarged, and as it is
+        same = all(torch.equal(preprocess(at_size(image, size)), preprocess(image.copy())) for image in probes)
+    except Exception:  # a preprocessing of the user's own may refuse such images
+        return None
+    return size if same and height == size else None

@@ -23,6 +23,7 @@ from torch import Tensor
 import diki_ray
 from diki_ray.answering.class_features import Candidates
 from diki_ray.errors import CorruptError
+from diki_ray.prediction.run_predictor import scaled_first
 from diki_ray.serving.batches import Batches
 from diki_ray.serving.decoding import Decoder
 from diki_ray.serving.engine import Question, answer_questions
@@ -42,7 +43,7 @@ from diki_ray.serving.schema import (
 )
 from diki_ray.serving.settings import Settings
 from diki_ray.serving.snapshot import Snapshot, Snapshots
-from diki_ray.serving.uploads import Refusal, from_form, from_json, request_body, scaled_first, to_pixels
+from diki_ray.serving.uploads import Refusal, from_form, from_json, request_body, to_pixels
 
 logger = logging.getLogger(__name__)
 

@@ -6,13 +6,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from pydantic import ValidationError
 from starlette.datastructures import FormData, UploadFile
 
-from diki_ray.data.images import UndecodableImageError, at_size
+from diki_ray.data.images import UndecodableImageError
 from diki_ray.serving.decoding import Decoder, DecodingTooSlowError
 from diki_ray.serving.schema import MAX_NAME_LENGTH, MAX_TEMPLATE_LENGTH, Asked, PredictRequest
 from diki_ray.serving.settings import Settings
@@ -89,24 +87,6 @@ def to_pixels(
             "aspect ratio",
         )
     return preprocess(image)
-
-
-def scaled_first(preprocess: Callable[[Any], torch.Tensor]) -> int | None:
-    """Returns the size to which `at_size` may scale images without changing what `preprocess` makes of them; None: it
-    begins with something else than CLIP's scaling. It is tried on noise, which other scalings change."""
-    noise = np.random.default_rng(0)
-
-    def image_of(height: int, width: int) -> Image.Image:
-        return Image.fromarray(noise.integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-    try:
-        height, size = preprocess(image_of(300, 400)).shape[-2:]
-        shapes = ((3 * size + 1, 5 * size), (7 * size, 2 * size + 1), (size // 2, size - 1), (size, size))
-        probes = [image_of(*shape) for shape in shapes]  # large, large and upright, to be enlarged, and as it is
-        same = all(torch.equal(preprocess(at_size(image, size)), preprocess(image.copy())) for image in probes)
-    except Exception:  # a preprocessing of the user's own may refuse such images
-        return None
-    return size if same and height == size else None
 
 
 def _check_values(body: bytes, settings: Settings) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import open_clip
 import pyarrow as pa
 import pytest
 import torch
@@ -14,7 +17,7 @@ from stored_run import StoredRun, picture
 from diki_ray.data.inputs import parts_of, to_json
 from diki_ray.prediction import batch, batch_worker
 from diki_ray.prediction.batch_worker import ANSWERED, COMPUTED_S, READ, Learnt, Worker, interpolation_error, read_parts
-from diki_ray.prediction.run_predictor import load_predictor
+from diki_ray.prediction.run_predictor import load_predictor, scaled_first
 
 
 def test_answers_are_those_of_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,7 +30,7 @@ def test_answers_are_those_of_one_by_one(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(batch_worker.ray, "get", lambda reference: reference)
     worker = Worker(pickle.loads(pickle.dumps(learnt)))
     parts = parts_of([str(tmp_path / "*.png"), str(tmp_path / "gone.png")])
-    tables = [worker(table) for table in read_parts({"part": [to_json(part) for part in parts]})]
+    tables = [worker(table) for table in read_parts({"part": [to_json(part) for part in parts]}, learnt.size_px)]
     assert all(table.schema == ANSWERED.append(COMPUTED_S) for table in tables)
     rows = pa.concat_tables(tables).to_pylist()
     assert [(Path(row["image"]).stem, row["error"]) for row in rows] == [
@@ -44,6 +47,31 @@ def test_answers_are_those_of_one_by_one(tmp_path: Path, monkeypatch: pytest.Mon
         assert row["confidence"] == pytest.approx(answer.confidence, abs=2e-3)
         assert row["weight"] == pytest.approx(answer.weight, abs=1e-6)
         assert dict(row["log_densities"]) == pytest.approx(dict(answer.log_densities), rel=1e-5)
+
+
+def test_what_is_scaled_where_it_is_read_is_what_the_preprocessing_makes_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_worker.ray, "get", lambda reference: reference)
+    run = StoredRun(tmp_path, "warm", "cold")
+    for n, size in enumerate(((300, 200), (20, 31), (32, 32))):
+        pixels = np.random.default_rng(n).integers(0, 256, (*size, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{n}.png")
+    (tmp_path / "3.png").write_bytes(b"words")
+    Image.new("RGB", (2000, 1)).save(tmp_path / "4.png")
+    preprocess = open_clip.image_transform(32, is_train=False)
+    learnt = Learnt.of(run.storage, "colours", run.config, None, "a photo of a {}.")
+    assert (learnt.size_px, scaled_first(preprocess)) == (None, 32)
+    parts = {"part": [to_json(part) for part in parts_of([str(tmp_path / "*.png")])]}
+    workers = {None: Worker(learnt), 32: Worker(replace(learnt, size_px=32))}
+    found = {}
+    for size_px, worker in workers.items():
+        worker._predictor.predictor.backbone.preprocess = preprocess
+        rows = pa.concat_tables(read_parts(parts, size_px)).to_pylist()
+        found[size_px] = [worker._pixels(row["data"], row["error"]) for row in rows]
+    for whole, scaled in zip(found[None][:3], found[32][:3], strict=True):
+        assert torch.equal(whole, scaled)
+    assert found[None][3:] == found[32][3:] == ["not an image", "too long and thin"]
 
 
 def test_a_backbone_in_bfloat16_is_known_again_on_a_worker(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from PIL import Image
 from torchvision import transforms
 
 from diki_ray.data.images import UndecodableImageError, decode_image
+from diki_ray.prediction.run_predictor import scaled_first
 from diki_ray.serving.decoding import Decoder, DecodingTooSlowError
-from diki_ray.serving.uploads import scaled_first
 
 TIMEOUT_S = 1.5
 
