@@ -68,7 +68,8 @@ def class_model(
     made: list[ClassModel] = []
     build_s = timed("cpu", lambda: made.append(ClassModel(tasks, factor_bytes=FACTOR_BYTES)))
     (model,) = made
-    add_s = interleaved("cpu", rounds, add=lambda: ClassModel.with_task(model.without_task(0), tasks[0]))["add"]
+    others = model.without_task(0)
+    add_s = interleaved("cpu", rounds, add=lambda: others.with_task(tasks[0]))["add"]
     names = [name for task in tasks for name in task.names]
     features = synthetic_images(source, batch, num_classes)
     zero_shot = torch.randn(batch, len(names), generator=torch.Generator().manual_seed(0))
@@ -89,7 +90,7 @@ def class_model(
         "answer_s": answer_s,
         "first_answer_s": first_s,
         "share_of_tower": answer_s / tower_s,
-        "taken_out_and_added_s": add_s,
+        "added_s": add_s,
         "made_s": build_s,
         "class_means_mb": 2 * model.means.numel() * 8 / 1e6,
         "sums_mb": sum(t.statistics.second.nbytes + t.statistics.first.nbytes for t in tasks) / 1e6,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -72,6 +73,8 @@ class ClassModels:
 
 class ClassRouter:
     """Routes by the posterior over the tasks learnt, and weighs by the likelihood ratio against a class never seen."""
+
+    by_task: ClassVar[bool] = False  # the covariance within classes is pooled over the tasks learnt
 
     def __init__(self, models: ClassModels) -> None:
         self.models = models

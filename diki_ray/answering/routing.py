@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -126,8 +126,10 @@ class Scores:
 class Router(Protocol):
     """Says to which of the tasks learnt an image belongs, and how much of that task's module to let in.
 
-    What it says of one task may depend on which others are learnt.
+    by_task: whether what it says of one task is the same whichever others are learnt.
     """
+
+    by_task: ClassVar[bool]
 
     def scores(self, features: Tensor, learnt: Sequence[int]) -> Scores:
         """Returns the scores of frozen features [N, E] once `learnt` (numbers of modules) are learnt, on the CPU."""
@@ -148,6 +150,7 @@ class GaussianRouter:
         density is computed by default, as tables of answers need them.
     """
 
+    by_task: ClassVar[bool] = True
     gaussians: Gaussians | None
     calibration: Calibration
     coarse: CoarseGaussians | None = None

@@ -101,13 +101,19 @@ class SplitRouter:
                 lambda n: self._joined([unrouted(len(frozen), self.answering, n)], last_counts), sets=self.sets
             )
         scores = self.router.about(frozen)
+        before: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
         def ask(learnt: tuple[int, ...]) -> SplitRoutes:
-            found = scores(learnt)
+            nonlocal before
+            among = learnt
+            if self.router.by_task and before is not None and before[0] == learnt[:-1]:
+                among = (*before[1], learnt[-1])  # a task that was no image's best does not become it by one more
+            found = scores(among)
+            before = learnt, self._best(found)
             batches = [found]
             if self.routing == "batch":
                 parts = zip(found.log_density.split(list(sizes)), found.weight.split(list(sizes)), strict=True)
-                batches = [Scores(learnt, log_density, weight) for log_density, weight in parts]
+                batches = [Scores(among, log_density, weight) for log_density, weight in parts]
             return self._joined([b.routes(self.routing) for b in batches], any(self._tied(b) for b in batches))
 
         return RoutesAfter(ask, self.answering == "classes", self.sets)
@@ -116,6 +122,14 @@ class SplitRouter:
         task, weight, text_weight = (torch.cat([vars(r)[n] for r in routes]) for n in ("task", "weight", "text_weight"))
         module = torch.where((weight < self.skip_weight) | (self.answering == "classes"), NO_TASK, task)
         return SplitRoutes(task.numpy(), weight.numpy(), text_weight.numpy(), module.numpy(), ordered)
+
+    def _best(self, scores: Scores) -> tuple[int, ...]:
+        """Returns the tasks that some image is routed to, or is tied with; in the order in which they were learnt."""
+        among = scores.log_density
+        if not among.numel():
+            return ()
+        best = (among == among.max(1, keepdim=True).values).any(0)
+        return tuple(task for task, is_best in zip(scores.learnt, best.tolist(), strict=True) if is_best)
 
     def _tied(self, scores: Scores) -> bool:
         """Whether an image, or the vote of a batch, has two best tasks."""

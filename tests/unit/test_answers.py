@@ -105,6 +105,8 @@ def test_matrices_of_all_orders_are_those_of_the_predictions(space: str) -> None
 class Even:
     """A router to which all tasks are alike."""
 
+    by_task = True
+
     def scores(self, features: torch.Tensor, learnt: Sequence[int]) -> Scores:
         same = torch.zeros(len(features), len(learnt), dtype=torch.float64)
         return Scores(learnt, same, same + 0.5)
@@ -127,6 +129,35 @@ def test_a_tie_between_two_tasks_goes_to_the_one_learnt_first(routing: Routing) 
     evaluation = Evaluation([answers, answers], names, "task", [routes, routes], lambda task, c: str(c))
     assert evaluation.accuracy_of(0, (0, 1)) == 1.0
     assert evaluation.accuracy_of(0, (1, 0)) == 0.0
+
+
+class Drawn:
+    """A router with densities of few values, so that many are tied."""
+
+    def __init__(self, by_task: bool, num_images: int, num_tasks: int) -> None:
+        random = torch.Generator().manual_seed(0)
+        self.by_task, self.asked = by_task, 0
+        self.density = torch.randint(0, 20, (num_images, num_tasks), generator=random).double()
+
+    def scores(self, features: torch.Tensor, learnt: Sequence[int]) -> Scores:
+        self.asked += len(learnt)
+        found = self.density[:, list(learnt)]
+        return Scores(learnt, found, found / 10 + torch.tensor(list(learnt)) / 100)
+
+    def about(self, features: torch.Tensor) -> Callable[[Sequence[int]], Scores]:
+        return partial(self.scores, features)
+
+
+@pytest.mark.parametrize("routing", ["image", "batch"])
+def test_of_tasks_that_were_no_images_best_none_is_looked_at_again(routing: Routing) -> None:
+    rng, orders = np.random.default_rng(0), [tuple(range(30))]
+    orders += [tuple(rng.permutation(30).tolist()) for _ in range(5)]
+    routers = [Drawn(by_task, 7, 30) for by_task in (True, False)]
+    few, all_ = (SplitRouter(r, "routed", routing).routes(torch.zeros(7, 4), [3, 4]) for r in routers)
+    for learnt in prefixes(orders):
+        found, expected = few(learnt), all_(learnt)
+        assert found.same_as(expected), learnt
+    assert routers[0].asked < 0.6 * routers[1].asked
 
 
 def test_fewer_residual_passes_than_evaluating_each_cell() -> None:
