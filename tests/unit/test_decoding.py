@@ -26,6 +26,16 @@ from diki_ray.serving.decoding import Decoder, DecodingTooSlowError
 TIMEOUT_S = 1.5
 
 
+OF_OTHER_TESTS: set[int] = set()
+"""Decoders of servers that other files' tests have had in this process."""
+
+
+@pytest.fixture(autouse=True)
+def count_anew() -> None:
+    OF_OTHER_TESTS.clear()
+    OF_OTHER_TESTS.update(children())
+
+
 @pytest.fixture
 def decoder() -> Iterator[Decoder]:
     decoder = Decoder(2, TIMEOUT_S)
@@ -75,9 +85,10 @@ def test_a_line_of_pixels_and_what_another_preprocessing_gets_are_not_scaled() -
 
 
 def children() -> list[int]:
-    """Process ids of the decoders that this process has started and not ended."""
+    """Process ids of the decoders that a test has started and not ended."""
     listed = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "pid=,args="], capture_output=True, text=True)
-    return [int(line.split()[0]) for line in listed.stdout.splitlines() if "diki_ray.serving.decoding" in line]
+    decoders = [line for line in listed.stdout.splitlines() if "diki_ray.serving.decoding" in line]
+    return [pid for pid in (int(line.split()[0]) for line in decoders) if pid not in OF_OTHER_TESTS]
 
 
 def file_of(seed: int, size: int = 40, image_format: str = "PNG") -> bytes:
