@@ -32,15 +32,19 @@ WORKERS = (1, 2)
 
 
 def prediction(world: World, num_tasks: int, num_classes: int, images: int, seconds: float) -> list[dict[str, Any]]:
-    """A row for each size and number of workers. The predictor alone runs before and after the job; its mean counts."""
+    """A row for each size and number of workers. The predictor alone runs before and after the job; its mean counts.
+
+    A worker on a GPU has one of its own, so there are no more workers than GPUs.
+    """
     rows = []
+    most = torch.cuda.device_count() if world.device == "cuda" else max(WORKERS)
     modules = [picture_module(world, task, num_classes) for task in range(num_tasks)]
     for size in SIZES:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             settings = stored(world, folder, modules, "classes")
             _write(folder / "images", size, images)
-            for workers in WORKERS:
+            for workers in (n for n in WORKERS if n <= most):
                 run = [settings.storage, RUN, str(settings.backbone)]
                 before = _alone(run, workers, seconds)
                 rate, share = _job(folder, run, workers)

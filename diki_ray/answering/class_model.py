@@ -209,7 +209,7 @@ class ClassModel:
         self._pooled_covariance = self._covariance_within()
         pooled_factor = torch.linalg.cholesky(self._pooled_covariance)
         self._log_det_pooled = 2 * float(pooled_factor.diagonal().log().sum())
-        off_centre = means - self.centre
+        off_centre = means.sub_(self.centre)  # in place, as below: with a thousand tasks each has 80 MB
         half = torch.linalg.solve_triangular(pooled_factor, off_centre.T @ off_centre, upper=False)
         spread = torch.linalg.solve_triangular(pooled_factor, half.T, upper=False)  # of the means, where P is I
         variances, axes = torch.linalg.eigh(_shrunk(spread.numpy(), len(means), 0.0))
@@ -219,13 +219,18 @@ class ClassModel:
         distinct, self._kind = self.counts.unique(return_inverse=True)
         gain = between / (between + 1 / distinct[:, None])  # n B (n B + 1)⁻¹, [K, E] for K distinct counts
         variance = 1 + between * (1 - gain)  # 1 + B (n B + 1)⁻¹
-        self.means = (off_centre @ self._to_coordinates) * gain[self._kind]  # a_c − ȳ [R, E]
+        self.means = (off_centre @ self._to_coordinates).mul_(self._of_rows(gain))  # a_c − ȳ [R, E]
         self._constant = 0.5 * (embed_dim * math.log(2 * math.pi) + self._log_det_pooled)
         self._precision = 1 / variance
-        self._weighted = self.means * self._precision[self._kind]
-        self._offset = (self._weighted * self.means).sum(1) + variance.log().sum(1)[self._kind]  # [R]
+        self._weighted = self.means * self._of_rows(self._precision)
+        squared = torch.mul(self._weighted, self.means, out=off_centre).sum(1)
+        self._offset = squared + variance.log().sum(1)[self._kind]  # [R]
         self._unseen_precision = 1 / (1 + between)
         self._unseen_offset = float((1 + between).log().sum())
+
+    def _of_rows(self, by_kind: Tensor) -> Tensor:
+        """What is known by count [K, E], for all classes [R, E]; [1, E] where they have equally many images."""
+        return by_kind if len(by_kind) == 1 else by_kind[self._kind]
 
     def _class_means(self) -> tuple[Tensor, Tensor, Tensor]:
         """ȳ [E], the counts float64 [R] and the means [R, E]."""

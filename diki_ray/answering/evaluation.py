@@ -17,9 +17,7 @@ import numpy as np
 from diki_ray.answering.answers import Answers, Names, Prediction, candidate_tasks, predict
 from diki_ray.answering.figures import TestSet, auroc
 from diki_ray.answering.routing import NO_TASK
-from diki_ray.answering.split_routes import RoutesAfter
-
-Learnt = frozenset[int] | tuple[int, ...]
+from diki_ray.answering.split_routes import Learnt, RoutesAfter, SplitRoutes
 
 
 @dataclass(eq=False)
@@ -38,11 +36,19 @@ class Evaluation:
     """The largest error of the tabulated class features that answers rest on."""
     _accuracies: dict[tuple[int, Learnt], float] = field(default_factory=dict)
     _areas: dict[Learnt, float | None] = field(default_factory=dict)
+    _last: dict[int, tuple[SplitRoutes, list[int], Prediction]] = field(default_factory=dict)
 
     def predict(self, task: int, learnt: Sequence[int]) -> Prediction:
         """The predictions of test set `task` once `learnt` are learnt, in that order."""
+        answers, routes = self.test_sets[task], self.routes[task](learnt)
         candidates = candidate_tasks(self.label_space, task, learnt, len(self.names))
-        return predict(self.test_sets[task], self.routes[task](learnt), learnt, candidates, self.key_of, self.names)
+        if task in self._last and not answers.joint:  # most tasks change neither routes nor candidates of a test set
+            before, among, prediction = self._last[task]
+            if before is routes and among == candidates:
+                return prediction
+        prediction = predict(answers, routes, learnt, candidates, self.key_of, self.names)
+        self._last[task] = routes, candidates, prediction
+        return prediction
 
     def correct(self, task: int, prediction: Prediction) -> np.ndarray:
         """bool [N]: which images of test set `task` were answered rightly.
@@ -55,7 +61,7 @@ class Evaluation:
 
     def accuracy_of(self, task: int, learnt: Sequence[int]) -> float:
         """Accuracy on test set `task` once `learnt` are learnt."""
-        key = (task, self._key(task, learnt))
+        key = (task, self.routes[task].key(learnt))
         if key not in self._accuracies:
             self._accuracies[key] = float(self.correct(task, self.predict(task, learnt)).mean())
         return self._accuracies[key]
@@ -76,8 +82,8 @@ class Evaluation:
         found, tests = [], range(len(self.names))
         for n in range(1, len(order) + 1):
             learnt = order[:n]
-            keys = {self._key(j, learnt) for j in tests}
-            key = frozenset(learnt) if len(keys) == 1 else tuple(learnt)
+            keys = {self.routes[j].key(learnt) for j in tests}
+            key = keys.pop() if len(keys) == 1 else tuple(learnt)
             if key not in self._areas:
                 self._areas[key] = auroc([self.routes[j](learnt).weight for j in tests], [j in learnt for j in tests])
             found.append(self._areas[key])
@@ -109,6 +115,3 @@ class Evaluation:
                 )
             )
         return tuple(sets)
-
-    def _key(self, task: int, learnt: Sequence[int]) -> Learnt:
-        return tuple(learnt) if self.routes[task](learnt).ordered else frozenset(learnt)

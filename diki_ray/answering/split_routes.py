@@ -20,6 +20,10 @@ from diki_ray.config import Config
 from diki_ray.learning.methods import METHODS
 from diki_ray.learning.methods.base import Answering
 
+Learnt = frozenset[int] | tuple[int, ...]
+"""Tasks learnt: their set, or their order where it matters."""
+Sets = dict[tuple[int, ...], tuple[tuple[int, ...], frozenset[int]]]
+
 
 @dataclass(frozen=True, eq=False)
 class SplitRoutes:
@@ -45,26 +49,23 @@ class RoutesAfter:
     ask: gives the routes after some tasks. It is called once for each set of them, or once for each order of a set
         where its answer says that the order matters.
     no_module: whatever the routes, no module answers.
-    sets: the sets of tasks asked about, by their order, which test sets share: a thousand tasks have a thousand test
-        sets, which all are asked about the same thousand sets, of half a million numbers.
+    sets: the orders of tasks asked about, each with its set, which test sets share: a thousand tasks have a thousand
+        test sets, which all are asked about the same thousand sets, of half a million numbers.
     """
 
     def __init__(
         self,
         ask: Callable[[tuple[int, ...]], SplitRoutes],
         no_module: bool = False,
-        sets: dict[tuple[int, ...], frozenset[int]] | None = None,
+        sets: Sets | None = None,
     ):
         self._ask, self.no_module = ask, no_module
-        self._sets = {} if sets is None else sets
-        self._known: dict[frozenset[int] | tuple[int, ...], SplitRoutes] = {}
+        self._sets: Sets = {} if sets is None else sets
+        self._known: dict[Learnt, SplitRoutes] = {}
         self._last: SplitRoutes | None = None
 
     def __call__(self, learnt: Iterable[int]) -> SplitRoutes:
-        order = tuple(learnt)
-        members = self._sets.get(order)
-        if members is None:
-            members = self._sets[order] = frozenset(order)
+        order, members = self._shared(tuple(learnt))
         found = self._known.get(members) or self._known.get(order)
         if found is None:
             found = self._ask(order)
@@ -73,20 +74,31 @@ class RoutesAfter:
             self._last = self._known[order if found.ordered else members] = found
         return found
 
+    def key(self, learnt: Iterable[int]) -> Learnt:
+        """Returns what the answers after some tasks are to be kept by: their set, or their order where it matters.
+
+        It is one object for all test sets: a million pairs of a set of tasks and a test set would hold 30 GB of copies.
+        """
+        order, members = self._shared(tuple(learnt))
+        return order if self(order).ordered else members
+
+    def _shared(self, order: tuple[int, ...]) -> tuple[tuple[int, ...], frozenset[int]]:
+        return self._sets.get(order) or self._sets.setdefault(order, (order, frozenset(order)))
+
 
 @dataclass(frozen=True, eq=False)
 class SplitRouter:
     """Routes whole test sets as an evaluation does.
 
     skip_weight: images of a lower weight are answered by the frozen model; 0 is off.
-    sets: the sets of tasks that were asked about, which all test sets share (`RoutesAfter`).
+    sets: the orders of tasks that were asked about, which all test sets share (`RoutesAfter`).
     """
 
     router: Router
     answering: Answering
     routing: Routing
     skip_weight: float = 0.0
-    sets: dict[tuple[int, ...], frozenset[int]] = field(default_factory=dict)
+    sets: Sets = field(default_factory=dict)
 
     @staticmethod
     def of(config: Config, router: Router) -> SplitRouter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,7 +20,7 @@ from diki_ray.answering.gaussians import Gaussians
 from diki_ray.answering.predictor import Predictor
 from diki_ray.answering.routing import NO_TASK, GaussianRouter, Published, Routing, Scores
 from diki_ray.answering.rows import BestClasses, Rows, Wanted, best_classes, computed_rows
-from diki_ray.answering.split_routes import RoutesAfter, SplitRouter, SplitRoutes
+from diki_ray.answering.split_routes import RoutesAfter, Sets, SplitRouter, SplitRoutes
 from diki_ray.runs.evaluate.split import prefixes
 
 GOLDEN = Golden.load()
@@ -215,7 +216,7 @@ def test_routes_that_a_task_more_does_not_change_are_one_object_and_all_test_set
         task = np.array([0 if learnt else NO_TASK, 2 if 2 in learnt else NO_TASK])
         return SplitRoutes(task, 0.5 * (task >= 0), 0.5 * (task >= 0), task)
 
-    sets: dict[tuple[int, ...], frozenset[int]] = {}
+    sets: Sets = {}
     asked, one, other = prefixes([range(5)]), RoutesAfter(ask, sets=sets), RoutesAfter(ask, sets=sets)
     found = [id(one(learnt)) for learnt in asked]
     assert [found.index(routes) for routes in found] == [0, 1, 1, 3, 3, 3]  # after none, the first, and the third
@@ -223,6 +224,27 @@ def test_routes_that_a_task_more_does_not_change_are_one_object_and_all_test_set
     for learnt in asked:
         other(learnt)
     assert [id(key) for key in one._known] == [id(key) for key in other._known]
+    assert all(one.key(range(n)) is other.key(range(n)) for n in range(6))  # figures of a million pairs are kept by it
+
+
+def test_figures_are_kept_by_keys_that_all_test_sets_share() -> None:
+    """Each pair of a thousand test sets and steps once had a set of its own of up to a thousand tasks: 30 GB."""
+    evaluation = twins("task", (2.0, 1.0))
+    evaluation.accuracy()
+    evaluation.weight_auroc([0, 1])
+    by_step = defaultdict(list)
+    for _, learnt in evaluation._accuracies:
+        by_step[learnt].append(id(learnt))
+    assert all(len(ids) == 2 and len(set(ids)) == 1 for ids in by_step.values())
+    assert all(id(learnt) in by_step[learnt] for learnt in evaluation._areas)
+
+
+def test_what_a_task_more_does_not_change_is_not_predicted_again() -> None:
+    assert twins("task", (2.0, 1.0)).predict(0, ()) is not twins("task", (2.0, 1.0)).predict(0, ())
+    same, other = twins("task", (2.0, 1.0)), twins("seen", (2.0, 1.0))
+    assert same.predict(0, ()) is same.predict(0, (0, 1))
+    assert other.predict(0, (0,)).block.tolist() == [0]
+    assert other.predict(0, (0, 1)) is not other.predict(0, (0,))  # it has other candidates
 
 
 def test_chance_is_one_among_all_that_an_image_may_be_answered_with() -> None:
