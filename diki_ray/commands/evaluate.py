@@ -45,4 +45,4 @@ def evaluate(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], list[
 
 def say(what: str, done: int, total: int) -> None:
     if total:
-        print(f"{done} of {total} {what} …", file=sys.stderr, flush=True)  # stdout may be JSON
+        print(f"{done} of {total} {what} …", file=sys.stderr)  # stdout may be JSON

@@ -42,13 +42,13 @@ class _UntilNobodyReads(io.FileIO):
 
 def prepare_output() -> None:
     """Make standard output and error take anything: what their encoding lacks is written as `\\u2026` and the like, and
-    a reader that goes, or that never was, ends no job."""
+    a reader that goes, or that never was, ends no job. Who follows a log file sees each line when it is printed."""
     for number, name in ((1, "stdout"), (2, "stderr")):
         if getattr(sys, name) is None:  # closed by whoever started this: files that are opened would take its number
             setattr(sys, name, _text(_descriptor(number), "utf-8"))
         elif (stream := getattr(sys, name)) is getattr(sys, f"__{name}__"):  # else a test or notebook has its own
             stream.flush()
-            setattr(sys, name, _text(stream.fileno(), stream.encoding, stream.line_buffering, stream.write_through))
+            setattr(sys, name, _text(stream.fileno(), stream.encoding, stream.write_through))
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
@@ -65,10 +65,10 @@ def _descriptor(number: int) -> int:
     return number
 
 
-def _text(descriptor: int, encoding: str, line_buffering: bool = False, write_through: bool = False) -> TextIO:
+def _text(descriptor: int, encoding: str, write_through: bool = False) -> TextIO:
     raw = _UntilNobodyReads(descriptor, "w", closefd=False)
     # A character of several bytes may be cut where the encoding of the terminal is none of Unicode's.
-    return io.TextIOWrapper(io.BufferedWriter(raw), encoding, "backslashreplace", None, line_buffering, write_through)
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding, "backslashreplace", None, True, write_through)
 
 
 def finish_output() -> OSError | None:
@@ -93,7 +93,7 @@ def console(soft_wrap: bool = False) -> Console:
 
 def print_text(text: str) -> None:
     """The text on standard output, printable."""
-    print(plain(text), flush=True)
+    print(plain(text))
 
 
 def print_json(value: Any) -> None:

@@ -20,7 +20,7 @@ def main(sweep: SweepConfig, config: Config) -> int:
     """Run what has no result yet, choose on validation and show it; the exit code."""
     # A trial that ASHA stops is reclaimed through the dashboard's state API: without it later trials would hang.
     with cluster(config, dashboard=sweep.scheduler == "asha"):
-        document = run_sweep(sweep, config)
+        document = run_sweep(sweep, config, print_text)
     for table in sweep_tables(document):
         console().print(table)
     folder = document["folder"]

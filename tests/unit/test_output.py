@@ -61,6 +61,17 @@ def test_results_do_not_hang_on_a_reader(tmp_path: Path, shell: str) -> None:
     assert learnt(tmp_path, shell).returncode == 0
 
 
+def test_a_line_is_in_a_log_file_as_soon_as_it_is_printed(tmp_path: Path) -> None:
+    """As for sweeps, whose lines are minutes apart."""
+    log = tmp_path / "log"
+    reads = (
+        "import sys; from diki_ray.commands.output import prepare_output; prepare_output(); print('a setting is done')"
+    )
+    reads += f"; sys.exit(0 if open({str(log)!r}).read() == 'a setting is done\\n' else 3)"
+    with log.open("w") as file:
+        assert subprocess.run([sys.executable, "-c", reads], stdout=file, timeout=120).returncode == 0
+
+
 def test_a_full_disk_under_standard_output_costs_the_output_alone_and_is_said(tmp_path: Path) -> None:
     done = learnt(tmp_path, '"$@" >/dev/full')
     assert done.returncode == 2
