@@ -35,15 +35,15 @@ def sweep_tables(document: Mapping[str, Any]) -> list[Table]:
     settings = Table(
         title=f"{name}: validation, % over {len(orders)} orders and {len(seeds)} seeds", title_justify="left"
     )
-    settings.add_column("setting")
+    settings.add_column("setting", overflow="fold")
     columns = columns_of(document)
     for column in columns:
         settings.add_column(column.replace("_", " "), justify="right")
     settings.add_column("Pareto")
     cost = Table(title="what they cost", title_justify="left")
-    cost.add_column("setting")
+    cost.add_column("setting", overflow="fold")
     for column in COSTS.values():
-        cost.add_column(column, justify="right")
+        cost.add_column(column, justify="right", max_width=12)  # wider headings leave a setting a few letters
     for t in best_first(document):
         mark, text = "*" if t["setting"] in document["pareto"] else "", escape(setting_text(t["setting"]))
         settings.add_row(text, *(percent(t["validation"][c]) for c in columns), mark)

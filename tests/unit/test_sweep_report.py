@@ -15,6 +15,7 @@ from pyarrow import parquet
 from rich.console import Console
 from sample_sweep import HOSTILE, ROOT, judged, sample_sweep, trial
 
+from diki_ray.commands.output import WIDTH_IN_A_PIPE
 from diki_ray.config import load, parse
 from diki_ray.config.sweep import varied
 from diki_ray.report.sweep import cost, effects, over_orders, parallel_coordinates, pareto
@@ -128,6 +129,14 @@ def test_the_console_says_it_too(document: dict[str, Any]) -> None:
     assert "what they cost" in text
     assert "56,789" in text
     assert "without a result" in text
+
+
+def test_no_word_of_a_setting_is_cut_off_in_a_pipe(document: dict[str, Any]) -> None:
+    document["trials"][0]["setting"] = {"method": {"name": "sequential_lora", "rank": 4, "against_forgetting": "badam"}}
+    document["trials"][0]["validation"]["cost"]["num_bytes"] = 25_457_928
+    console = Console(width=WIDTH_IN_A_PIPE, record=True, file=io.StringIO())
+    console.print(*sweep_tables(document))
+    assert console.export_text().count("against_forgetting:badam") == 2
 
 
 def test_costs_and_what_to_read_them_against_are_beside_every_setting(document: dict[str, Any], tmp_path: Path) -> None:
