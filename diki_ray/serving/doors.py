@@ -27,7 +27,7 @@ class Door:
 
     def __init__(self, app: ASGIApp, max_requests: int) -> None:
         self._app, self._max_requests, self._at_work = app, max_requests, 0
-        listener = socket.socket()
+        listener = socket.socket(proto=socket.IPPROTO_TCP)  # as in front.listen
         listener.bind((_HOST, 0))
         self.port = int(listener.getsockname()[1])
         self._server = uvicorn.Server(

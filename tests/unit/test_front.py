@@ -213,6 +213,24 @@ def test_a_port_that_is_taken_is_said_to_be(port: int) -> None:
         listen("127.0.0.1", port)
 
 
+def test_no_part_of_an_answer_waits_for_the_one_before_it_to_arrive() -> None:
+    """Without TCP_NODELAY an answer's body is sent when its head was acknowledged, which takes up to 40 ms."""
+
+    async def nodelay(listener: socket.socket) -> int:
+        accepted: asyncio.Queue[socket.socket] = asyncio.Queue()
+        server = await asyncio.start_server(
+            lambda _, writer: accepted.put(writer.get_extra_info("socket")), sock=listener
+        )
+        async with server:
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            option = (await accepted.get()).getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            writer.close()
+        return option
+
+    with listen("127.0.0.1", 0) as listener:
+        assert asyncio.run(nodelay(listener)) == 1
+
+
 def test_a_replicas_door_answers_and_when_it_is_gone_ray_serves_proxy_does(port: int) -> None:
     async def replica(scope: Scope, receive: Receive, send: Send) -> None:
         await say(send, 200, {"from": "the door"})
