@@ -1,6 +1,7 @@
-"""Batch prediction from image files on disk, against the predictor alone, in as many processes, on decoded images.
+"""Batch prediction from image files on disk, against the predictor alone, in as many processes of one thread: one that
+is given decoded images, and one that reads and decodes the same files itself.
 
-python -m benchmarks.prediction STORAGE RUN BACKBONE SECONDS   prints the images a second of the predictor alone
+python -m benchmarks.prediction STORAGE RUN BACKBONE SECONDS [FOLDER]   prints the predictor's images a second
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ WORKERS = (1, 2)
 
 
 def prediction(world: World, num_tasks: int, num_classes: int, images: int, seconds: float) -> list[dict[str, Any]]:
-    """A row for each size and number of workers. The predictor alone runs before and after the job; its mean counts.
+    """A row for each size and number of workers. The predictor alone runs before and after the job; its means count.
 
     A worker on a GPU has one of its own, so there are no more workers than GPUs.
     """
@@ -46,11 +47,13 @@ def prediction(world: World, num_tasks: int, num_classes: int, images: int, seco
             _write(folder / "images", size, images)
             for workers in (n for n in WORKERS if n <= most):
                 run = [settings.storage, RUN, str(settings.backbone)]
-                before = _alone(run, workers, seconds)
+                alone = [[*run, str(seconds)], [*run, str(seconds), str(folder / "images")]]
+                before = [_alone(words, workers) for words in alone]
                 rate, share = _job(folder, run, workers)
-                alone = (before + _alone(run, workers, seconds)) / 2
-                row = {"jpeg_px": size, "workers": workers, "images_per_s": rate, "of_predictor": rate / alone}
-                rows.append(row | {"predictor_images_per_s": alone, "computing_share": share})
+                given, reading = ((b + _alone(words, workers)) / 2 for b, words in zip(before, alone, strict=True))
+                row = {"jpeg_px": size, "workers": workers, "images_per_s": rate, "of_predictor": rate / given}
+                row |= {"of_predictor_reading": rate / reading, "computing_share": share}
+                rows.append(row | {"predictor_images_per_s": given, "predictor_reading_images_per_s": reading})
     return rows
 
 
@@ -75,9 +78,8 @@ def _job(folder: Path, run: list[str], workers: int) -> tuple[float, float]:
     return float(found[1].replace(",", "")), int(found[2]) / 100
 
 
-def _alone(run: list[str], processes: int, seconds: float) -> float:
-    rates = _outputs([["-m", "benchmarks.prediction", *run, str(seconds)]] * processes)
-    return sum(map(float, rates))
+def _alone(words: list[str], processes: int) -> float:
+    return sum(map(float, _outputs([["-m", "benchmarks.prediction", *words]] * processes)))
 
 
 def _outputs(commands: list[list[str]]) -> list[str]:
@@ -94,24 +96,32 @@ def _outputs(commands: list[list[str]]) -> list[str]:
     return outputs
 
 
-def predictor_rate(storage: str, run: str, backbone: str, seconds: float) -> float:
-    """Images a second of a worker's predictor, on one thread, in passes as large as a worker's."""
+def predictor_rate(storage: str, run: str, backbone: str, seconds: float, folder: str | None) -> float:
+    """Images a second of a worker's predictor, on one thread, in passes as large as a worker's; with a folder it reads
+    and decodes its files each time."""
     torch.set_num_threads(1)
     told = Namespace(backbone=backbone, pretrained=None, directory=None)
     config = told_config(storage, run, None, told)
     predictor = Learnt.of(storage, run, config, None, TEMPLATE).predictor()
     preprocess = predictor.predictor.backbone.preprocess
-    files = [picture_file(n, "JPEG", SIZES[0]) for n in range(FILES)]
-    passes = torch.stack([preprocess(decode_image(data)) for data in files]).split(IMAGES_PER_PASS)
+    files = sorted(Path(folder).iterdir())[:FILES] if folder else []
+    few = [files[n : n + IMAGES_PER_PASS] for n in range(0, len(files), IMAGES_PER_PASS)]
+    pictures = [picture_file(n, "JPEG", SIZES[0]) for n in range(FILES)]
+    passes = torch.stack([preprocess(decode_image(data)) for data in pictures]).split(IMAGES_PER_PASS)
     answered, started = 0, 0.0
     for number in range(10**9):
         if number == len(passes):  # each was answered once: class features are computed when they are first needed
             answered, started = 0, time.perf_counter()
-        answered += len(predictor.answer_pixels(passes[number % len(passes)]))
+        pixels = passes[number % len(passes)]
+        if folder:
+            paths = few[number % len(few)]
+            pixels = torch.stack([preprocess(decode_image(path.read_bytes())) for path in paths])
+        answered += len(predictor.answer_pixels(pixels))
         if started and time.perf_counter() - started >= seconds:
             break
     return answered / (time.perf_counter() - started)
 
 
 if __name__ == "__main__":
-    print(predictor_rate(sys.argv[1], sys.argv[2], sys.argv[3], float(sys.argv[4])))
+    storage, run, backbone, seconds, *folder = sys.argv[1:]
+    print(predictor_rate(storage, run, backbone, float(seconds), folder[0] if folder else None))

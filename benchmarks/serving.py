@@ -32,7 +32,7 @@ from benchmarks.world import World
 from diki_ray.config import parse
 from diki_ray.data.images import decode_image
 from diki_ray.learning.module import TaskModule
-from diki_ray.prediction.run_predictor import scaled_first
+from diki_ray.prediction.run_predictor import Squares
 from diki_ray.serving.batches import Batches
 from diki_ray.serving.decoding import Decoder
 from diki_ray.serving.engine import Question, answer_questions
@@ -105,7 +105,8 @@ def stages(world: World, num_tasks: int, num_classes: int, rounds: int) -> list[
     with tempfile.TemporaryDirectory() as folder:
         settings = stored_run(world, Path(folder), num_tasks, num_classes)
         snapshot = Snapshots(settings).current
-        decoder = Decoder(1, 10.0, scaled_first(snapshot.predictor.backbone.preprocess))
+        squares = Squares.of(snapshot.predictor.backbone.preprocess)
+        decoder = Decoder(1, 10.0, None if squares is None else squares.size_px)
         rows = []
         for load, (image_format, size, _) in LOADS.items():
             if load.startswith("8"):

@@ -46,6 +46,9 @@ class Files:
         return len(self.paths)
 
     def read(self) -> Iterator[Row]:
+        if not any(map(scheme_of, self.paths)):  # on a disk a thread is longer waited for than a file
+            yield from map(self._row, self.paths)
+            return
         with ThreadPoolExecutor(_READ_THREADS) as threads:
             yield from threads.map(self._row, self.paths)
 

@@ -174,7 +174,7 @@ def answer_parts(
         answered = (
             ray.data.from_items(rows, override_num_blocks=num_blocks)
             .map_batches(
-                partial(read_parts, size_px=learnt.size_px),
+                partial(read_parts, size_px=None if learnt.squares is None else learnt.squares.size_px),
                 batch_size=1,
                 num_cpus=0,
                 concurrency=min(max(2, num * learnt.config.data.num_threads), num_blocks),

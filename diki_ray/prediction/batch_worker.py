@@ -1,8 +1,8 @@
 """This runs in the processes of a batch prediction: some read images, others answer them.
 
-Where the backbone's preprocessing begins with CLIP's scaling, those that read also decode and scale, so that what
-answers has the rest alone to do: beside it threads that decode would cost it a fifth of its speed, as they take turns
-in one interpreter. Else images travel undecoded and are decoded by the worker that answers them.
+Where the backbone's preprocessing is CLIP's, those that read also decode and scale, so that what answers has the rest
+alone to do, for all images of a pass at once: beside it threads that decode would cost it a fifth of its speed, as they
+take turns in one interpreter. Else images travel undecoded and are decoded by the worker that answers them.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from diki_ray.errors import ConfigError
 from diki_ray.learning.module import TaskModule
 from diki_ray.prediction.run_predictor import (
     RunPredictor,
+    Squares,
     load_predictor,
     on_this_machine,
     predictor_over,
-    scaled_first,
 )
 from diki_ray.runs.plan import build_method, device_of, load_backbone, precision_of
 from diki_ray.runs.stored_run import config_of, open_learnt
@@ -75,8 +75,8 @@ class Learnt:
     classes: tuple[str, ...] | None
     """Answers are chosen among these, with the template; None: among all that were learnt."""
     template: str
-    size_px: int | None = None
-    """Images may be scaled to this square before they are preprocessed (`scaled_first`)."""
+    squares: Squares | None = None
+    """None: the backbone's preprocessing needs whole images."""
 
     @classmethod
     def of(cls, storage: str, run: str, config: Config | None, classes: Sequence[str] | None, template: str) -> Learnt:
@@ -91,7 +91,7 @@ class Learnt:
             tuple(module.to_bytes() for module in checked.predictor.modules),
             None if classes is None else tuple(classes),
             template,
-            scaled_first(checked.predictor.backbone.preprocess),
+            Squares.of(checked.predictor.backbone.preprocess),
         )
 
     def predictor(self) -> RunPredictor:
@@ -115,37 +115,47 @@ class Worker:
 
     def __init__(self, learnt: Any) -> None:
         run: Learnt = ray.get(learnt)
-        self._predictor, self._size_px = run.predictor(), run.size_px
+        self._predictor, self._squares = run.predictor(), run.squares
         self._threads = ThreadPoolExecutor(run.config.data.num_threads)
         self._answering = threading.Lock()  # the backbone holds the residual in use
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        found = list(self._threads.map(self._pixels, rows["data"].to_pylist(), rows["error"].to_pylist()))
-        ready = [pixels for pixels in found if not isinstance(pixels, str)]
+        names, data, refused = (rows[column].to_pylist() for column in READ.names)
+        pixels, errors = self._preprocessed(data, refused)
         with self._answering:
             started = time.monotonic()
-            answers = iter(self._predictor.answer_pixels(torch.stack(ready)) if ready else ())
-            computed_s = (time.monotonic() - started) / max(1, len(found))
+            answers = iter(self._predictor.answer_pixels(pixels) if len(pixels) else ())
+            computed_s = (time.monotonic() - started) / max(1, len(names))
         answered = [
-            {"image": image} | ({"error": pixels} if isinstance(pixels, str) else asdict(next(answers)))
-            for image, pixels in zip(rows["image"].to_pylist(), found, strict=True)
+            {"image": name} | ({"error": error} if error else vars(next(answers)))
+            for name, error in zip(names, errors, strict=True)
         ]
-        seconds = pa.array([computed_s] * len(found), COMPUTED_S.type)
+        seconds = pa.array([computed_s] * len(names), COMPUTED_S.type)
         return pa.Table.from_pylist(answered, ANSWERED).append_column(COMPUTED_S, seconds)
 
-    def _pixels(self, data: bytes | None, error: str | None) -> torch.Tensor | str:
-        """Returns [3, H, W] of an image, or why there is none."""
+    def _preprocessed(
+        self, data: Sequence[bytes | None], refused: Sequence[str | None]
+    ) -> tuple[torch.Tensor, list[str | None]]:
+        """Returns the B images that can be used, [B, 3, H, W], and for each of all images why it cannot; None: it
+        can."""
+        if self._squares is not None:
+            device = self._predictor.predictor.backbone.device
+            errors = [
+                None if some is not None else said or "not read" for some, said in zip(data, refused, strict=True)
+            ]
+            return self._squares.pixels([some for some in data if some is not None], device), errors
+        found = list(self._threads.map(self._pixels, data, refused))
+        ready = [pixels for pixels in found if not isinstance(pixels, str)]
+        return torch.stack(ready) if ready else torch.empty(0), [p if isinstance(p, str) else None for p in found]
+
+    def _pixels(self, data: bytes | None, refused: str | None) -> torch.Tensor | str:
+        """Returns [3, H, W] of an image file, or why there is none."""
         if data is None:
-            return error or "not read"
+            return refused or "not read"
         try:
-            image = (
-                _decoded(data)
-                if self._size_px is None
-                else Image.frombytes("RGB", (self._size_px, self._size_px), data)
-            )
-        except UndecodableImageError as refused:
-            return refused.reason
-        return self._predictor.predictor.backbone.preprocess(image)
+            return self._predictor.predictor.backbone.preprocess(_decoded(data))
+        except UndecodableImageError as error:
+            return error.reason
 
 
 def read_parts(rows: dict[str, Any], size_px: int | None) -> Iterator[pa.Table]:

@@ -154,19 +154,39 @@ def on_this_machine(config: Config) -> Config:
     return config.model_copy(update={"train": config.train.model_copy(update={"device": "cpu"})})
 
 
-def scaled_first(preprocess: Callable[[Any], torch.Tensor]) -> int | None:
-    """Returns the size to which `at_size` may scale images without changing what `preprocess` makes of them; None: it
-    begins with something else than CLIP's scaling. It is tried on noise, which other scalings change."""
-    noise = np.random.default_rng(0)
+@dataclass(frozen=True, eq=False)
+class Squares:
+    """Says what a preprocessing makes of images that `at_size` has brought to the model's size: one value of each byte,
+    whatever its place and its neighbours."""
 
-    def image_of(height: int, width: int) -> Image.Image:
-        return Image.fromarray(noise.integers(0, 256, (height, width, 3), dtype=np.uint8))
+    size_px: int
+    values: torch.Tensor  # [3, 256], of the bytes of each channel
 
-    try:
-        height, size = preprocess(image_of(300, 400)).shape[-2:]
-        shapes = ((3 * size + 1, 5 * size), (7 * size, 2 * size + 1), (size // 2, size - 1), (size, size))
-        probes = [image_of(*shape) for shape in shapes]  # large, large and upright, to be enlarged, and as it is
-        same = all(torch.equal(preprocess(at_size(image, size)), preprocess(image.copy())) for image in probes)
-    except Exception:  # a preprocessing of the user's own may refuse such images
-        return None
-    return size if same and height == size else None
+    @classmethod
+    def of(cls, preprocess: Callable[[Any], torch.Tensor]) -> Squares | None:
+        """Returns what `preprocess` does after CLIP's scaling; None: it begins with something else, or does more. It is
+        tried on noise, which other scalings change."""
+        noise = np.random.default_rng(0)
+
+        def image_of(height: int, width: int) -> Image.Image:
+            return Image.fromarray(noise.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+        try:
+            size = preprocess(image_of(300, 400)).shape[-1]
+            levels = np.resize(np.arange(256, dtype=np.uint8), (size, size))
+            values = preprocess(Image.fromarray(np.stack([levels] * 3, axis=2))).flatten(1)[:, :256]
+            found = cls(size, values.clone())
+            shapes = ((3 * size + 1, 5 * size), (7 * size, 2 * size + 1), (size // 2, size - 1), (size, size))
+            probes = [image_of(*shape) for shape in shapes]  # large, large and upright, to be enlarged, and as it is
+            ours = found.pixels([at_size(image, size).tobytes() for image in probes])
+            same = torch.equal(ours, torch.stack([preprocess(image) for image in probes]))
+        except Exception:  # a preprocessing of the user's own may refuse such images, or give something else
+            return None
+        return found if same else None
+
+    def pixels(self, squares: Sequence[bytes], device: torch.device | str = "cpu") -> torch.Tensor:
+        """Returns preprocessed images [B, 3, size_px, size_px] of the RGB bytes of B squares."""
+        raw = torch.frombuffer(bytearray(b"".join(squares)) or bytearray(1), dtype=torch.uint8).to(device)
+        levels = raw[: len(squares) * self.size_px**2 * 3].view(-1, self.size_px, self.size_px, 3).permute(0, 3, 1, 2)
+        channels = torch.arange(0, 3 * 256, 256, dtype=torch.int32, device=device).view(3, 1, 1)
+        return self.values.to(device).flatten()[levels.int() + channels]

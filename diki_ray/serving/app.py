@@ -23,7 +23,7 @@ from torch import Tensor
 import diki_ray
 from diki_ray.answering.class_features import Candidates
 from diki_ray.errors import CorruptError
-from diki_ray.prediction.run_predictor import scaled_first
+from diki_ray.prediction.run_predictor import Squares
 from diki_ray.serving.batches import Batches
 from diki_ray.serving.decoding import Decoder
 from diki_ray.serving.engine import Question, answer_questions
@@ -67,8 +67,10 @@ class Service:
         self.metrics = Metrics(self.snapshots)
         self.ask = ask or self._ask
         self.decoders = ThreadPoolExecutor(settings.decode_threads, "diki-serve-decode")
-        size_px = scaled_first(self.snapshots.backbone.preprocess)
-        self._decoder = Decoder(settings.decode_threads, settings.decode_timeout_s, size_px)
+        squares = Squares.of(self.snapshots.backbone.preprocess)
+        self._decoder = Decoder(
+            settings.decode_threads, settings.decode_timeout_s, None if squares is None else squares.size_px
+        )
         self._batches = Batches(self._answer_together, settings.max_batch_size, settings.batch_wait_s)
         self._num_waiting = 0
         self._counting = threading.Lock()  # requests come in the event loops of a replica's door and of Ray Serve

@@ -17,7 +17,7 @@ from stored_run import StoredRun, picture
 from diki_ray.data.inputs import parts_of, to_json
 from diki_ray.prediction import batch, batch_worker
 from diki_ray.prediction.batch_worker import ANSWERED, COMPUTED_S, READ, Learnt, Worker, interpolation_error, read_parts
-from diki_ray.prediction.run_predictor import load_predictor, scaled_first
+from diki_ray.prediction.run_predictor import Squares, load_predictor
 
 
 def test_answers_are_those_of_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,7 +30,7 @@ def test_answers_are_those_of_one_by_one(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(batch_worker.ray, "get", lambda reference: reference)
     worker = Worker(pickle.loads(pickle.dumps(learnt)))
     parts = parts_of([str(tmp_path / "*.png"), str(tmp_path / "gone.png")])
-    tables = [worker(table) for table in read_parts({"part": [to_json(part) for part in parts]}, learnt.size_px)]
+    tables = [worker(table) for table in read_parts({"part": [to_json(part) for part in parts]}, None)]
     assert all(table.schema == ANSWERED.append(COMPUTED_S) for table in tables)
     rows = pa.concat_tables(tables).to_pylist()
     assert [(Path(row["image"]).stem, row["error"]) for row in rows] == [
@@ -61,17 +61,22 @@ def test_what_is_scaled_where_it_is_read_is_what_the_preprocessing_makes_of_the_
     Image.new("RGB", (2000, 1)).save(tmp_path / "4.png")
     preprocess = open_clip.image_transform(32, is_train=False)
     learnt = Learnt.of(run.storage, "colours", run.config, None, "a photo of a {}.")
-    assert (learnt.size_px, scaled_first(preprocess)) == (None, 32)
+    squares = Squares.of(preprocess)
+    assert learnt.squares is None
+    assert squares is not None
     parts = {"part": [to_json(part) for part in parts_of([str(tmp_path / "*.png")])]}
-    workers = {None: Worker(learnt), 32: Worker(replace(learnt, size_px=32))}
-    found = {}
+    workers = {None: Worker(learnt), 32: Worker(pickle.loads(pickle.dumps(replace(learnt, squares=squares))))}
+    found, reasons = {}, {}
     for size_px, worker in workers.items():
         worker._predictor.predictor.backbone.preprocess = preprocess
         rows = pa.concat_tables(read_parts(parts, size_px)).to_pylist()
-        found[size_px] = [worker._pixels(row["data"], row["error"]) for row in rows]
-    for whole, scaled in zip(found[None][:3], found[32][:3], strict=True):
-        assert torch.equal(whole, scaled)
-    assert found[None][3:] == found[32][3:] == ["not an image", "too long and thin"]
+        found[size_px], reasons[size_px] = worker._preprocessed(
+            [row["data"] for row in rows], [row["error"] for row in rows]
+        )
+    assert torch.equal(found[None], found[32])
+    assert reasons[None] == reasons[32] == [None, None, None, "not an image", "too long and thin"]
+    assert workers[32]._preprocessed([None], [None])[1] == ["not read"]
+    assert len(workers[32]._preprocessed([None], ["no such file"])[0]) == 0
 
 
 def test_a_backbone_in_bfloat16_is_known_again_on_a_worker(tmp_path: Path) -> None:

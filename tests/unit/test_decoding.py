@@ -18,9 +18,10 @@ import pytest
 import torch
 from PIL import Image
 from torchvision import transforms
+from torchvision.transforms import functional
 
 from diki_ray.data.images import UndecodableImageError, decode_image
-from diki_ray.prediction.run_predictor import scaled_first
+from diki_ray.prediction.run_predictor import Squares
 from diki_ray.serving.decoding import Decoder, DecodingTooSlowError
 
 TIMEOUT_S = 1.5
@@ -50,7 +51,9 @@ def test_images_are_scaled_as_the_model_would_scale_them(height: int, width: int
     out = io.BytesIO()
     Image.fromarray(noise).save(out, "PNG")
     preprocess = open_clip.image_transform(48, is_train=False)
-    assert scaled_first(preprocess) == 48
+    squares = Squares.of(preprocess)
+    assert squares is not None
+    assert squares.size_px == 48
     decoder = Decoder(1, TIMEOUT_S, 48)
     try:
         image, *sides = decoder.decode(out.getvalue(), 100_000)
@@ -59,6 +62,7 @@ def test_images_are_scaled_as_the_model_would_scale_them(height: int, width: int
     assert sides == [width, height]
     assert image.size == (48, 48)
     assert torch.equal(preprocess(image), preprocess(Image.fromarray(noise)))
+    assert torch.equal(squares.pixels([image.tobytes()] * 2)[1], preprocess(image))
 
 
 def test_a_line_of_pixels_and_what_another_preprocessing_gets_are_not_scaled() -> None:
@@ -80,8 +84,14 @@ def test_a_line_of_pixels_and_what_another_preprocessing_gets_are_not_scaled() -
     def refusing(image: Image.Image) -> torch.Tensor:
         raise ValueError("not such an image")
 
-    assert [scaled_first(other) for other in (squeezing, bilinear, oblong, reducing, refusing)] == [None] * 5
-    assert scaled_first(open_clip.image_transform(224, is_train=False)) == 224
+    def blurring(image: Image.Image) -> torch.Tensor:
+        return functional.gaussian_blur(open_clip.image_transform(48, is_train=False)(image), [3, 3])
+
+    others = (squeezing, bilinear, oblong, reducing, refusing, blurring, np.asarray)
+    assert [Squares.of(other) for other in others] == [None] * 7
+    found = Squares.of(open_clip.image_transform(224, is_train=False))
+    assert found is not None
+    assert found.size_px == 224
 
 
 def children() -> list[int]:
