@@ -189,4 +189,5 @@ class Squares:
         raw = torch.frombuffer(bytearray(b"".join(squares)) or bytearray(1), dtype=torch.uint8).to(device)
         levels = raw[: len(squares) * self.size_px**2 * 3].view(-1, self.size_px, self.size_px, 3).permute(0, 3, 1, 2)
         channels = torch.arange(0, 3 * 256, 256, dtype=torch.int32, device=device).view(3, 1, 1)
-        return self.values.to(device).flatten()[levels.int() + channels]
+        # Else it would have its channels last in memory, and convolutions would round otherwise than for single images.
+        return self.values.to(device).flatten()[levels.int() + channels].contiguous()

@@ -62,7 +62,9 @@ def test_images_are_scaled_as_the_model_would_scale_them(height: int, width: int
     assert sides == [width, height]
     assert image.size == (48, 48)
     assert torch.equal(preprocess(image), preprocess(Image.fromarray(noise)))
-    assert torch.equal(squares.pixels([image.tobytes()] * 2)[1], preprocess(image))
+    several = squares.pixels([image.tobytes()] * 2)
+    assert several.is_contiguous()
+    assert torch.equal(several[1], preprocess(image))
 
 
 def test_a_line_of_pixels_and_what_another_preprocessing_gets_are_not_scaled() -> None:
