@@ -46,7 +46,7 @@ class Files:
         return len(self.paths)
 
     def read(self) -> Iterator[Row]:
-        if not any(map(scheme_of, self.paths)):  # on a disk a thread is longer waited for than a file
+        if not any(map(scheme_of, self.paths)):  # a file on a disk is read faster than it is handed to a thread
             yield from map(self._row, self.paths)
             return
         with ThreadPoolExecutor(_READ_THREADS) as threads:
