@@ -5,8 +5,8 @@
 # make image        the image built and overlays/kind run from it in containers, 20 minutes and 30 GB; as root on Debian, with buildah, Podman, kubectl
 # make chaos        every test of tests/chaos, and every test anywhere that is marked long
 # make soak         KILLS (50) random kills over a long stream: bit-equal results and nothing left behind
-# make gpu         every method on a card, a whole run, and everything that docs/benchmarks.md has not measured, on a CUDA card, into build/gpu; ten to
-#                  fifteen minutes, each section says its seconds; says loudly when there is no card
+# make gpu         every method on a card, a whole run, and everything that docs/benchmarks.md has not measured, on a CUDA card, into build/gpu;
+#                  half an hour, each section says its seconds; says loudly when there is no card
 # make browser      report.html and the server's page in a real Chromium, where there is one; screenshots in build/
 # make load         clients side by side on a server of the quickstart's run: throughput, latency, nothing mixed up
 # make audit        known vulnerabilities of what is installed; fails, too, where their list cannot be reached
@@ -49,7 +49,7 @@ load: quickstart
 
 .PHONY: gpu
 gpu: env-test
-	$(BIN)/python -m pytest -rs -m "long or not long" tests/gpu tests/unit/test_to_device.py
+	$(BIN)/python -m pytest -n 8 -rs -m "long or not long" tests/gpu tests/unit/test_to_device.py
 	$(BIN)/python jobs/benchmark.py --model ViT-B-16 --device cuda --output build/gpu
 	$(BIN)/diki-ray continual --config quickstart train.device=cuda train.num_workers=1 run.storage=build/gpu/storage
 	$(BIN)/python jobs/benchmark.py --model ViT-B-16 --device cuda --sections compile --compile-mode reduce-overhead --output build/gpu/graphs

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,11 @@ SIZES = (64, 500)
 WORKERS = (1, 2)
 
 
-def prediction(world: World, num_tasks: int, num_classes: int, images: int, seconds: float) -> list[dict[str, Any]]:
+def prediction(world: World, num_tasks: int, num_classes: int, images: int, seconds: float) -> Iterator[dict[str, Any]]:
     """A row for each size and number of workers. The predictor alone runs before and after the job; its means count.
 
     A worker on a GPU has one of its own, so there are no more workers than GPUs.
     """
-    rows = []
     most = torch.cuda.device_count() if world.device == "cuda" else max(WORKERS)
     modules = [picture_module(world, task, num_classes) for task in range(num_tasks)]
     for size in SIZES:
@@ -53,8 +53,7 @@ def prediction(world: World, num_tasks: int, num_classes: int, images: int, seco
                 given, reading = ((b + _alone(words, workers)) / 2 for b, words in zip(before, alone, strict=True))
                 row = {"jpeg_px": size, "workers": workers, "images_per_s": rate, "of_predictor": rate / given}
                 row |= {"of_predictor_reading": rate / reading, "computing_share": share}
-                rows.append(row | {"predictor_images_per_s": given, "predictor_reading_images_per_s": reading})
-    return rows
+                yield row | {"predictor_images_per_s": given, "predictor_reading_images_per_s": reading}
 
 
 def _write(folder: Path, size: int, images: int) -> None:

@@ -57,13 +57,14 @@ REQUEST_TIMEOUT_S = 600.0
 _START_S = 120.0
 
 
-def serving(world: World, num_tasks: int, num_classes: int, seconds: float, rounds: int) -> list[dict[str, Any]]:
+def serving(world: World, num_tasks: int, num_classes: int, seconds: float, rounds: int) -> Iterator[dict[str, Any]]:
     """Images a second and the time of requests, for each load of each of the four, which take turns."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as servers:
         settings = stored_run(world, Path(folder), num_tasks, num_classes)
         kinds = ("served", "app", "plain")
         ports = {k: servers.enter_context(server(k, settings, world.device)).port for k in kinds}
-        return [row for load in LOADS for row in _of_load(load, Path(folder), settings, ports, seconds, rounds)]
+        for load in LOADS:
+            yield from _of_load(load, Path(folder), settings, ports, seconds, rounds)
 
 
 def _of_load(
@@ -201,7 +202,7 @@ def engine_rate(settings: Settings, files: Sequence[bytes], seconds: float) -> f
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     snapshot, images = Snapshots(settings).current, [decode_image(data) for data in files]
-    engine = Batches(answer_questions, settings.max_batch_size, settings.batch_wait_s)
+    engine = Batches(answer_questions, settings.max_batch_size, settings.batch_wait_s, lambda: 0)
     started = time.perf_counter()
     end, preprocess = started + seconds, snapshot.predictor.backbone.preprocess
 
@@ -234,7 +235,7 @@ class Asked(NamedTuple):
 
 def ask(port: int, bodies: Path, seconds: float) -> Asked:
     """What clients in a process of their own, which ask for so long with the lines of `bodies`, had to wait."""
-    command = [sys.executable, "-m", "benchmarks.serving_processes", "clients", port, bodies, CLIENTS, seconds]
+    command = [sys.executable, "-m", "benchmarks.clients", port, bodies, CLIENTS, seconds]
     done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True, check=True)
     return Asked(**json.loads(done.stdout))
 

@@ -14,7 +14,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -123,30 +123,30 @@ def main() -> int:
 
 
 def measure(a: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """keep: given all that is measured so far, after every section."""
+    """keep: given all that is measured so far, after every row of a table, so that a run cut short loses one row."""
     world, on_card = World.make(a.model, a.device), a.device == "cuda"
     throughput = timing.matrix_throughput(a.device, a.rounds)
     classes, batch = a.classes[min(1, len(a.classes) - 1)], a.batch[len(a.batch) // 2]
     sizes = sorted({(c, batch) for c in a.classes} | {(classes, b) for b in a.batch})
     few = max(1, a.rounds // 3)
     tower_s = routing.tower_seconds(world, batch, few) if {"routing", "class_model"} & set(a.sections) else 0.0
-    sections: dict[str, Callable[[], list[dict[str, Any]]]] = {
-        "training": lambda: [training.training(world, c, b, a.rounds) for c, b in sizes],
-        "evaluation": lambda: [evaluation.evaluation(world, c, b, a.rounds) for c, b in sizes],
+    sections: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
+        "training": lambda: (training.training(world, c, b, a.rounds) for c, b in sizes),
+        "evaluation": lambda: (evaluation.evaluation(world, c, b, a.rounds) for c, b in sizes),
         "ablation": lambda: (
             training.ablation(world, classes, batch, a.rounds) + evaluation.ablation(world, classes, batch, a.rounds)
         ),
         "stream": lambda: [matrix.matrix(world, a.tasks, a.stream_classes, batch, a.stream_batches, few)],
-        "growth": lambda: [
+        "growth": lambda: (
             growth.growth(world, density, a.tasks, a.stream_classes, batch * a.stream_batches, few)
             for density in ("task", "classes")
-        ],
-        "routing": lambda: [routing.routing(world, t, batch, few, tower_s) for t in a.routing_tasks],
-        "class_model": lambda: [
+        ),
+        "routing": lambda: (routing.routing(world, t, batch, few, tower_s) for t in a.routing_tasks),
+        "class_model": lambda: (
             routing.class_model(world, t, batch, few, tower_s) for t in a.routing_tasks if t <= MOST_CLASS_TASKS
-        ],
+        ),
         "input": lambda: feeding.input_share(world, classes, a.batch[0], epochs=2),
-        "scaling": lambda: [row for b in a.batch for row in processes.scaling(a.model, classes, b, a.rounds)],
+        "scaling": lambda: (row for b in a.batch for row in processes.scaling(a.model, classes, b, a.rounds)),
         "memory": lambda: processes.memory(a.model, a.device, classes, batch),
         "layout": lambda: [layout.layout(world, batch, a.rounds)],
         "decoding": lambda: decoding.decoding(world.image_size, a.rounds),
@@ -176,15 +176,19 @@ def measure(a: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> di
     }
     for name in a.sections:
         started = time.monotonic()
-        report["sections"][name] = rows = sections[name]()
-        report["seconds"][name] = time.monotonic() - started
+        rows = report["sections"][name] = list[dict[str, Any]]()
+        for row in sections[name]():
+            if name == "training":
+                row["fraction_of_matrix_throughput"] = row["flop_per_s"] / throughput
+            rows.append(row)
+            report["seconds"][name] = time.monotonic() - started
+            report["peak_memory_bytes"] = (
+                torch.cuda.max_memory_allocated()
+                if on_card
+                else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            )
+            keep(report)
         print(f"{name}: {report['seconds'][name]:,.0f} s", file=sys.stderr, flush=True)
-        for row in rows if name == "training" else []:
-            row["fraction_of_matrix_throughput"] = row["flop_per_s"] / throughput
-        report["peak_memory_bytes"] = (
-            torch.cuda.max_memory_allocated() if on_card else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        )
-        keep(report)
     return report
 
 

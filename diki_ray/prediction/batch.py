@@ -35,6 +35,7 @@ from diki_ray.prediction.batch_worker import (
     interpolation_error,
     read_parts,
 )
+from diki_ray.runs.cluster import keeps_memory
 from diki_ray.runs.run_cluster import cluster
 
 MAX_BLOCKS = 1024
@@ -190,6 +191,7 @@ def answer_parts(
                 ),
                 num_cpus=workers.cpus,
                 num_gpus=workers.gpus,
+                runtime_env=keeps_memory(),
             )
         )
         for table in _or_reason(answered.iter_batches(batch_size=None, batch_format="pyarrow")):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -22,6 +22,11 @@ from diki_ray.runs.local_cluster import LOOPBACK, keep_token_private, on_loopbac
 LOCAL = "local"
 """The address that asks for a cluster of this process's own, whatever RAY_ADDRESS says."""
 
+_KEEPING = {"arena_max": 1, "mmap_threshold": 2**40, "trim_threshold": 2**40, "tcache_count": 0}
+"""Tunables of glibc: one heap for all threads, which does not shrink. Small blocks in a thread's cache would stand
+between large ones that are free, and these would not become one again."""
+_SET_BY_USERS = ("GLIBC_TUNABLES", "MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+
 
 @contextmanager
 def connected(
@@ -30,12 +35,13 @@ def connected(
     num_cpus: int | None = None,
     dashboard: bool = False,
     setting: str = "cluster.address",
+    runtime_env: Mapping[str, Any] | None = None,
 ) -> Iterator[bool]:
     """Connect to the cluster at `address`, else to that in RAY_ADDRESS, else to one started here for the block alone.
 
     In a process that is connected already (a notebook, a test) that connection is used and kept. Yields whether an
     address was joined; `num_cpus` (all of the machine by default) and `dashboard` are those of a cluster started here.
-    `setting` is what the user knows `address` by.
+    `setting` is what the user knows `address` by; `runtime_env` is that of every task and actor of this job.
 
     Raises:
         ConfigError: the cluster cannot be reached or started, or runs another Ray version.
@@ -61,6 +67,7 @@ def connected(
                 include_dashboard=None if joined else dashboard,
                 _node_ip_address=None if joined else LOOPBACK,
                 namespace="diki_ray",
+                runtime_env=dict(runtime_env or {}) or None,
                 log_to_driver=False,
                 logging_level=logging.WARNING,
             )
@@ -83,6 +90,18 @@ def beside_this_process() -> dict[str, Any]:
         "memory": 1,
         "scheduling_strategy": NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True),
     }
+
+
+def keeps_memory() -> dict[str, Any]:
+    """Return the `runtime_env` of an actor that makes one pass of a model after another: it keeps what a pass took.
+
+    By itself glibc gives a layer's memory back to the system, which clears each page when the next layer asks for it:
+    on a CPU a tenth to a half of a pass (docs/benchmarks.md, "Memory that is kept"). What the user has set counts.
+    glibc reads this as a process starts; later the threads have heaps of their own, which cannot grow.
+    """
+    if any(name in os.environ for name in _SET_BY_USERS):
+        return {}
+    return {"env_vars": {"GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={n}" for name, n in _KEEPING.items())}}
 
 
 @contextmanager

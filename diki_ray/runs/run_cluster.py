@@ -5,8 +5,9 @@ configuration asks for, before any work starts.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 
@@ -17,13 +18,17 @@ from diki_ray.runs.plan import device_of
 
 
 @contextmanager
-def cluster(config: Config, dashboard: bool = False) -> Iterator[None]:
+def cluster(config: Config, dashboard: bool = False, runtime_env: Mapping[str, Any] | None = None) -> Iterator[None]:
     """Keep this process connected to the cluster in `cluster.address`, or as `connected` finds or starts one.
+
+    runtime_env: of every task and actor of this job.
 
     Raises:
         ConfigError: the cluster cannot be reached, runs another Ray version, or is too small for what is asked.
     """
-    with connected(config.cluster.address, num_cpus=config.cluster.num_cpus, dashboard=dashboard) as joined:
+    with connected(
+        config.cluster.address, num_cpus=config.cluster.num_cpus, dashboard=dashboard, runtime_env=runtime_env
+    ) as joined:
         if joined:
             _check_storage(config)
         _check_capacity(config, joined)

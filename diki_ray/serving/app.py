@@ -71,8 +71,10 @@ class Service:
         self._decoder = Decoder(
             settings.decode_threads, settings.decode_timeout_s, None if squares is None else squares.size_px
         )
-        self._batches = Batches(self._answer_together, settings.max_batch_size, settings.batch_wait_s)
         self._num_waiting = 0
+        self._batches = Batches(
+            self._answer_together, settings.max_batch_size, settings.batch_wait_s, lambda: self._num_waiting
+        )
         self._counting = threading.Lock()  # requests come in the event loops of a replica's door and of Ray Serve
 
     async def predict(self, files: list[bytes], asked: Asked, deadline: float) -> PredictResponse:

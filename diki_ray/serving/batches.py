@@ -19,15 +19,19 @@ AnswerAll = Callable[[list[Question]], list[ImageAnswer | None]]
 class _Waiting:
     question: Question
     answer: Future[ImageAnswer | None] = field(default_factory=Future)
-    since: float = field(default_factory=time.monotonic)
 
 
 class Batches:
-    """Hands questions to `answer_all`, at most `max_size` at once. While one pass is computed the next one fills, so
-    that nothing but the first image after a pause waits: at most `wait_s`, for others that come with it."""
+    """Hands questions to `answer_all`, at most `max_size` at once. While one pass is computed the next one fills.
 
-    def __init__(self, answer_all: AnswerAll, max_size: int, wait_s: float) -> None:
-        self._answer_all, self._max_size, self._wait_s = answer_all, max_size, wait_s
+    A pass begins when as many images wait for it as are still on their way: one image alone waits for nobody, and many
+    make two passes in turn, of which one is decoded while the other is computed. After `wait_s` it begins anyway.
+
+    num_inside: returns how many images are on their way or wait.
+    """
+
+    def __init__(self, answer_all: AnswerAll, max_size: int, wait_s: float, num_inside: Callable[[], int]) -> None:
+        self._answer_all, self._max_size, self._wait_s, self._num_inside = answer_all, max_size, wait_s, num_inside
         self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="diki-serve-model", daemon=True).start()
 
@@ -59,9 +63,9 @@ class Batches:
 
     def _filled(self, first: _Waiting) -> tuple[list[_Waiting], bool]:
         """Returns a pass's questions, and whether the end was met among them."""
-        batch = [first]
+        batch, until = [first], time.monotonic() + self._wait_s
         while len(batch) < self._max_size:
-            left = first.since + self._wait_s - time.monotonic()
+            left = until - time.monotonic() if 2 * len(batch) < self._num_inside() else 0.0
             try:
                 waiting = self._queue.get(timeout=left) if left > 0 else self._queue.get_nowait()
             except queue.Empty:

@@ -15,6 +15,7 @@ from ray import serve
 from ray.serve import Application
 from starlette.types import ASGIApp
 
+from diki_ray.runs.cluster import keeps_memory
 from diki_ray.serving.app import Service, build_app
 from diki_ray.serving.doors import Door
 from diki_ray.serving.settings import Settings, parse_settings, token_digest
@@ -56,7 +57,8 @@ def deploy(settings: Settings, **options: Any) -> Application:
     """Returns the application of these settings; options are those of Ray Serve's deployment (num_replicas, …)."""
     limits = {"max_ongoing_requests": settings.max_requests, "max_queued_requests": settings.max_requests}
     deployment: Any = Answering
-    return deployment.options(**limits, **options).bind(settings)
+    actor = {"runtime_env": keeps_memory()} | options.pop("ray_actor_options", {})
+    return deployment.options(ray_actor_options=actor, **limits, **options).bind(settings)
 
 
 def application(arguments: dict[str, Any]) -> Application:

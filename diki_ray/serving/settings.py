@@ -66,8 +66,8 @@ class Settings(Limits):
 
     max_batch_size: int = Field(default=32, ge=1)
     """Most images in one pass, whatever requests and tasks they belong to."""
-    batch_wait_s: float = Field(default=0.005, ge=0)
-    """How long the first image of a pass waits for others."""
+    batch_wait_s: float = Field(default=0.05, ge=0)
+    """How long a pass waits at most until as many images wait for it as are still on their way."""
     max_waiting_images: int = Field(default=256, ge=1)
     """Images that wait for a pass in a replica; beyond them requests get 503."""
     max_requests: int = Field(default=64, ge=1)

@@ -12,6 +12,7 @@ from diki_ray.answering.evaluation import Evaluation
 from diki_ray.config import Config
 from diki_ray.config.places import with_absolute_paths
 from diki_ray.errors import UserError
+from diki_ray.runs.cluster import keeps_memory
 from diki_ray.runs.evaluate.split import SplitEvaluation, digests_of, prefixes
 from diki_ray.runs.evaluate.worker import EvaluationWorker, Work
 from diki_ray.runs.plan import Plan, device_of
@@ -28,7 +29,9 @@ class RayWorkers:
     def __init__(self, config: Config, *arguments: Any):
         """arguments: those of `EvaluationWorker` after the configuration."""
         gpus = 1 if device_of(config) == "cuda" else 0
-        actor = EvaluationActor.options(num_cpus=config.evaluate.cpus_per_worker, num_gpus=gpus)
+        actor = EvaluationActor.options(
+            num_cpus=config.evaluate.cpus_per_worker, num_gpus=gpus, runtime_env=keeps_memory()
+        )
         self._start = partial(actor.remote, config, *arguments)
         self._most, self._workers = config.evaluate.num_workers, list[Any]()
 

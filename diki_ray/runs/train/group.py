@@ -19,7 +19,7 @@ from diki_ray.config import Config
 from diki_ray.config.places import with_absolute_paths
 from diki_ray.errors import UserError
 from diki_ray.learning.collective import barrier, world_size
-from diki_ray.runs.cluster import beside_this_process
+from diki_ray.runs.cluster import beside_this_process, keeps_memory
 from diki_ray.runs.plan import PlannedTask, device_of
 from diki_ray.runs.train.faults import injected_faults
 from diki_ray.runs.train.worker import learn_all
@@ -136,6 +136,7 @@ def _train_group(config: Config, pending: Sequence[PlannedTask], store: HeldRun)
             name=f"{config.run.name}-{attempt}",
             storage_path=f"{store.storage}/ray",
             failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures),
+            worker_runtime_env=keeps_memory(),  # type: ignore[call-arg]  # Ray Train 2 has it, its stub has not
         ),
     )
     try:
