@@ -22,6 +22,8 @@ from diki_ray.runs.local_cluster import LOOPBACK, keep_token_private, on_loopbac
 LOCAL = "local"
 """The address that asks for a cluster of this process's own, whatever RAY_ADDRESS says."""
 
+_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+
 _KEEPING = {"arena_max": 1, "mmap_threshold": 2**40, "trim_threshold": 2**40, "tcache_count": 0}
 """Tunables of glibc: one heap for all threads, which does not shrink. Small blocks in a thread's cache would stand
 between large ones that are free, and these would not become one again."""
@@ -50,33 +52,31 @@ def connected(
         yield False
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray Train's PreemptionWatcher asks for no CPU and has no affinity: it lives on any node while its worker group
-    # lives, and ends with it.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1")
     # RAY_AUTH_MODE is left alone: where nothing is said, a cluster started here asks for the token that Ray keeps in
     # the user's home directory.
     setting, address = (setting, address) if address else ("RAY_ADDRESS", os.environ.get("RAY_ADDRESS") or LOCAL)
     joined = address != LOCAL
     if not joined:
         keep_token_private()
-    try:
-        with _handlers_kept(), nullcontext() if joined else on_loopback():
-            ray.init(
-                address=address,
-                num_cpus=None if joined else num_cpus,
-                include_dashboard=None if joined else dashboard,
-                _node_ip_address=None if joined else LOOPBACK,
-                namespace="diki_ray",
-                runtime_env=dict(runtime_env or {}) or None,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-            )
-    except Exception as error:  # Ray raises a plain one where its own processes are not up in half a minute
-        raise ConfigError(_not_joined(setting, address, error) if joined else _not_started(error)) from error
-    try:
-        yield joined
-    finally:
-        ray.shutdown()
+    with nullcontext() if joined else _unwatched():
+        try:
+            with _handlers_kept(), nullcontext() if joined else on_loopback():
+                ray.init(
+                    address=address,
+                    num_cpus=None if joined else num_cpus,
+                    include_dashboard=None if joined else dashboard,
+                    _node_ip_address=None if joined else LOOPBACK,
+                    namespace="diki_ray",
+                    runtime_env=dict(runtime_env or {}) or None,
+                    log_to_driver=False,
+                    logging_level=logging.WARNING,
+                )
+        except Exception as error:  # Ray raises a plain one where its own processes are not up in half a minute
+            raise ConfigError(_not_joined(setting, address, error) if joined else _not_started(error)) from error
+        try:
+            yield joined
+        finally:
+            ray.shutdown()
 
 
 def beside_this_process() -> dict[str, Any]:
@@ -102,6 +102,20 @@ def keeps_memory() -> dict[str, Any]:
     if any(name in os.environ for name in _SET_BY_USERS):
         return {}
     return {"env_vars": {"GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={n}" for name, n in _KEEPING.items())}}
+
+
+@contextmanager
+def _unwatched() -> Iterator[None]:
+    """Ray Train, called in the block, starts no process that looks whether nodes are to be taken away: nobody takes a
+    cluster of this machine away from its own command, and that process took 2 of 19 s to the first step."""
+    if _WATCHER in os.environ:
+        yield
+        return
+    os.environ[_WATCHER] = "0"
+    try:
+        yield
+    finally:
+        os.environ.pop(_WATCHER, None)
 
 
 @contextmanager

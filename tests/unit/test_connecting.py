@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -39,6 +40,26 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
 def asked_for(fake: FakeRay) -> tuple[Any, ...]:
     (options,) = fake.asked
     return options["address"], options["num_cpus"], options["include_dashboard"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said", "expected"), [(LOCAL, None, "0"), (LOCAL, "1", "1"), ("head:6379", None, None)]
+)
+def test_only_nodes_of_a_cluster_that_is_joined_are_watched(
+    fake: FakeRay, monkeypatch: pytest.MonkeyPatch, given: str, said: str | None, expected: str | None
+) -> None:
+    name = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+    monkeypatch.delenv(name, raising=False)
+    if said:
+        monkeypatch.setenv(name, said)
+    with connected(given):
+        assert os.environ.get(name) == expected
+    assert os.environ.get(name) == said
+
+
+def test_the_jobs_environment_is_passed_on(fake: FakeRay) -> None:
+    with connected(LOCAL, runtime_env={"env_vars": {"A": "1"}}):
+        assert fake.asked[0]["runtime_env"] == {"env_vars": {"A": "1"}}
 
 
 @pytest.mark.parametrize(
