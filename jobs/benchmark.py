@@ -116,9 +116,11 @@ def main() -> int:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{arguments.model}.json").write_text(json.dumps(measured, indent=1) + "\n")
             (folder / f"{arguments.model}.md").write_text(report.markdown(measured))
-            report.plot(measured, folder)
 
-    report.show(measure(arguments, keep), Console(width=None if sys.stdout.isatty() else 180))
+    measured = measure(arguments, keep)
+    if folder is not None:
+        report.plot(measured, folder)
+    report.show(measured, Console(width=None if sys.stdout.isatty() else 180))
     return 0
 
 
@@ -174,20 +176,22 @@ def measure(a: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> di
         "sections": {},
         "seconds": {},
     }
+
+    def noted(name: str, started: float) -> None:
+        report["seconds"][name] = time.monotonic() - started
+        report["peak_memory_bytes"] = (
+            torch.cuda.max_memory_allocated() if on_card else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        )
+        keep(report)
+
     for name in a.sections:
         started = time.monotonic()
-        rows = report["sections"][name] = list[dict[str, Any]]()
-        for row in sections[name]():
+        for row in sections[name]():  # none, where a section takes no size that was asked for
             if name == "training":
                 row["fraction_of_matrix_throughput"] = row["flop_per_s"] / throughput
-            rows.append(row)
-            report["seconds"][name] = time.monotonic() - started
-            report["peak_memory_bytes"] = (
-                torch.cuda.max_memory_allocated()
-                if on_card
-                else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            )
-            keep(report)
+            report["sections"].setdefault(name, []).append(row)
+            noted(name, started)
+        noted(name, started)
         print(f"{name}: {report['seconds'][name]:,.0f} s", file=sys.stderr, flush=True)
     return report
 

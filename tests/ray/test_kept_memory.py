@@ -26,9 +26,9 @@ class Passes:
 
         def take() -> None:
             for _ in range(6):  # the first few find their places
-                before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+                before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
                 torch.ones(PAGES * 4096, dtype=torch.uint8)
-                counted.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+                counted.append(resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before)
 
         thread = threading.Thread(target=take)
         thread.start()
@@ -49,8 +49,7 @@ def test_what_a_pass_took_is_there_for_the_next(local_cluster: str) -> None:
         actor = Passes.options(num_cpus=0, **options).remote()
         return int(ray.get(actor.cleared.remote()))
 
-    assert cleared(runtime_env=keeps_memory()) < PAGES // 10
-    assert cleared() > PAGES // 1000  # huge pages count once
+    assert cleared(runtime_env=keeps_memory()) < cleared() / 10
 
 
 @pytest.mark.usefixtures("nothing_set")
