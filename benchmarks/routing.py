@@ -70,7 +70,7 @@ def class_model(
     (model,) = made
     others = model.without_task(0)
     add_s = interleaved("cpu", rounds, add=lambda: others.with_task(tasks[0]))["add"]
-    names = [name for task in tasks for name in task.names]
+    names, model = [name for task in tasks for name in task.names], model.on(torch.device(world.device))
     features = synthetic_images(source, batch, num_classes)
     zero_shot = torch.randn(batch, len(names), generator=torch.Generator().manual_seed(0))
 
@@ -80,8 +80,8 @@ def class_model(
         densities.weight()
         densities.logits(zero_shot, names)
 
-    first_s = timed("cpu", answer)
-    answer_s = interleaved("cpu", rounds, answer=answer)["answer"]
+    first_s = timed(world.device, answer)
+    answer_s = interleaved(world.device, rounds, answer=answer)["answer"]
     return {
         "tasks": num_tasks,
         "classes": len(names),

@@ -17,7 +17,8 @@ all, which two tasks of one domain would gain a little by, two domains under the
 candidate is learnt the answer is the zero-shot one, bit for bit.
 
 q_c needs a factor for each task, so it is computed only for the tasks that can still win an image: it is bounded from
-above (`ClassModel.upper_bounds`), and with it every score. The best task and answer are those of computing all.
+above (`ClassModel.upper_bounds`), and with it every score. The best task and answer are those of computing all. On a
+card all are computed while their factors fit (`ClassModel.own_at_once`).
 
 Shapes: N images, T tasks, R learnt classes, C candidates, P pairs of a learnt class and a candidate of its name.
 """
@@ -54,22 +55,25 @@ class ClassDensities:
 
     def __init__(self, model: ClassModel, features: Tensor) -> None:
         self.model = model
-        self._features = features.double().cpu()
-        if not torch.isfinite(self._features).all():
-            row = int(torch.isfinite(self._features).all(1).int().argmin())
+        if not torch.isfinite(features).all():
+            row = int(torch.isfinite(features).all(1).int().argmin())
             raise DataError(
                 f"the features of image {row} of {len(features)} are not finite numbers: look at that image"
             )
+        self._features = features.to(model.device, torch.float64)
         self._num_tasks = len(model.columns)
         if not self._num_tasks:
             return
-        self._lengths = torch.tensor(model.num_classes)
+        self._lengths = torch.tensor(model.num_classes, device=model.device)
         self._starts = [0, *self._lengths.cumsum(0).tolist()]
         self.pooled, self.unseen = model.class_log_densities(self._features)
         """ℓ_c [R, N] and ℓ₀ [N]."""
         # q_c [R, N], its bound where not done.
-        self._own = model.upper_bounds[model.task_of_row][:, None].repeat(1, len(features))
-        self._done = torch.zeros(self._num_tasks, len(features), dtype=torch.bool)
+        if model.own_at_once:
+            self._own = model.own_log_densities(self._features)
+        else:
+            self._own = model.upper_bounds[model.task_of_row][:, None].repeat(1, len(features))
+        self._done = torch.full((self._num_tasks, len(features)), model.own_at_once, device=model.device)
 
     def log_density(self) -> Tensor:
         """log p(v | t) [N, T] float64, columns in the order of the model's tasks: exact for the best task, minus
@@ -77,7 +81,7 @@ class ClassDensities:
         out = torch.full((len(self._features), len(self.model.tasks)), -torch.inf, dtype=torch.float64)
         if self._num_tasks:
             score = self._scores(self.model.own_names(), 0.0, 0.0)
-            out[:, self.model.columns] = score.where(self._done, -torch.inf).T
+            out[:, self.model.columns] = score.where(self._done, -torch.inf).T.cpu()
         return out
 
     def weight(self) -> Tensor:
@@ -85,7 +89,7 @@ class ClassDensities:
         out = torch.zeros(len(self._features), len(self.model.tasks), dtype=torch.float64)
         if self._num_tasks:
             mean = segment_logsumexp(self.pooled, self._lengths) - self._lengths[:, None].log()
-            out[:, self.model.columns] = torch.sigmoid(mean - self.unseen).T
+            out[:, self.model.columns] = torch.sigmoid(mean - self.unseen).T.cpu()
         return out
 
     def logits(self, zero_shot: Tensor, names: Sequence[str]) -> Tensor:
@@ -94,7 +98,7 @@ class ClassDensities:
         pairs = self.model.pairs(tuple(names)) if self._num_tasks else None
         if pairs is None or not len(pairs.row):
             return zero_shot
-        constants, z = self.model.constants, zero_shot.double().cpu().T
+        constants, z = self.model.constants, zero_shot.to(self.model.device, torch.float64).T
         between = constants.zero_shot_between * z
         ratio = constants.likelihood_ratio * (self.pooled[pairs.row] - self.unseen)
         learnt = (ratio + between[pairs.candidate]).logsumexp(0)
@@ -105,7 +109,7 @@ class ClassDensities:
         candidate, order = pairs.candidate.sort(stable=True)
         distinct, lengths = candidate.unique_consecutive(return_counts=True)
         between[distinct] = segment_logsumexp((score[pairs.task] + share)[order], lengths)
-        return (self.model.sharpness * between.T).to(zero_shot.dtype).to(zero_shot.device)
+        return (self.model.sharpness * between.T).to(zero_shot.device, zero_shot.dtype)
 
     def _scores(self, pairs: Pairs, between: Tensor | float, margin: float) -> Tensor:
         """logsumexp over a task's pairs of ℓ'_c + between [S, N]: exact for the best of each image and for those within

@@ -36,14 +36,20 @@ class ClassModels:
 
     former: those of other modules with the same constants. What they keep of these tasks is taken over, so that a task
         more is added to their model.
+    device: where densities are computed. Models are fitted on the CPU, so they are the same on every device.
 
     Raises:
         ConfigError: a module has no class means.
     """
 
     def __init__(
-        self, modules: Sequence[TaskModule], constants: ClassModelSection, former: ClassModels | None = None
+        self,
+        modules: Sequence[TaskModule],
+        constants: ClassModelSection,
+        former: ClassModels | None = None,
+        device: str | torch.device = "cpu",
     ) -> None:
+        self._device = torch.device(device)
         self._tasks = [LearntClasses(m.key, m.class_names, m.class_statistics) for m in modules]
         self._constants = constants
         self._kept: OrderedDict[tuple[int, ...], ClassModel] = OrderedDict()
@@ -68,7 +74,7 @@ class ClassModels:
         self._kept.move_to_end(key)
         while len(self._kept) > KEPT_MODELS:
             self._kept.popitem(last=False)
-        return found
+        return found.on(self._device)
 
 
 class ClassRouter:

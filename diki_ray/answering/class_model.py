@@ -22,6 +22,7 @@ Shapes: N images, E embedding dimensions, T tasks, R classes with images over al
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diki_ray.answering.own_covariances import OwnCovariance, OwnCovariances
 from diki_ray.config.class_model import ClassModelSection
 from diki_ray.errors import DataError
 from diki_ray.learning.moments import Moments
@@ -45,6 +47,9 @@ SMALLEST_BETWEEN = 1e-3
 would be told apart."""
 COVARIANCE_EPS = 1e-7
 """It is added to the diagonal of the pooled covariance."""
+FACTOR_BYTES_AT_ONCE = {"cpu": 0, "cuda": 2**29}
+"""Where the factors of all tasks take no more, q_c is computed for all of them at once: a card does that sooner than it
+tells the CPU which tasks can still win."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,26 +122,6 @@ def _shrunk(scatter: np.ndarray, count: int, eps: float) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class OwnCovariance:
-    """One task's Q_t, factored: log densities q_c of its classes."""
-
-    factor: Tensor  # lower triangular [E, E]
-    centre: Tensor  # [E]
-    whitened: Tensor  # [E, C], L⁻¹ (a_c − centre)
-    log_norm: float
-
-    def log_density(self, features: Tensor) -> Tensor:
-        """[C, N] of features [N, E] float64."""
-        z = torch.linalg.solve_triangular(self.factor, (features - self.centre).T, upper=False)
-        squared = (self.whitened**2).sum(0)[:, None] + (z**2).sum(0) - 2 * self.whitened.T @ z
-        return self.log_norm - 0.5 * squared.clamp(min=0)
-
-    @property
-    def num_bytes(self) -> int:
-        return 8 * (self.factor.numel() + self.whitened.numel())
-
-
-@dataclass(frozen=True, eq=False)
 class Pairs:
     """Learnt classes and the candidates of their names, in the order of tasks."""
 
@@ -168,6 +153,8 @@ class ClassModel:
         self._factor_bytes = factor_bytes
         self._factors: OrderedDict[int, OwnCovariance] = OrderedDict()
         self._held_bytes = 0
+        self._all_own: OwnCovariances | None = None
+        self._copies: dict[torch.device, ClassModel] = {}
         self.pairs = lru_cache(maxsize=8)(self._pairs)
         order = sorted(range(len(tasks)), key=lambda t: tasks[t].key)
         self.columns = [t for t in order if len(tasks[t].seen)]
@@ -201,6 +188,23 @@ class ClassModel:
             return ClassModel(rest, self.constants, self._factor_bytes)
         pooled = self.pooled.plus(PooledScatter.of(self.tasks[position], self.constants), sign=-1)
         return ClassModel(rest, self.constants, self._factor_bytes, pooled)
+
+    @property
+    def device(self) -> torch.device:
+        """Where densities are computed: the CPU, where the model is fitted, or where `on` has put a copy."""
+        return self.centre.device if self._known else torch.device("cpu")
+
+    def on(self, device: torch.device) -> ClassModel:
+        """The model with its tensors on a device; the same one each time, as long as this one is kept."""
+        if not self._known or device.type == "cpu":
+            return self
+        if device not in self._copies:
+            moved = self._copies[device] = copy.copy(self)
+            tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+            vars(moved).update({name: value.to(device) for name, value in tensors.items()})
+            moved._factors, moved._held_bytes, moved._all_own, moved._copies = OrderedDict(), 0, None, {}
+            moved.pairs = lru_cache(maxsize=8)(moved._pairs)
+        return self._copies[device]
 
     def _fit(self) -> None:
         """P, B, ȳ and the classes' means in the coordinates where P is the identity and B diagonal."""
@@ -249,11 +253,11 @@ class ClassModel:
     def _pairs(self, names: tuple[str, ...]) -> Pairs:
         """The classes learnt among candidates of these names."""
         found = sorted((row, c) for c, name in enumerate(names) for row in self._rows_of.get(name, ()))
-        return self._paired(*torch.tensor(found, dtype=torch.long).reshape(-1, 2).T)
+        return self._paired(*torch.tensor(found, dtype=torch.long, device=self.device).reshape(-1, 2).T)
 
     def own_names(self) -> Pairs:
         """Every class learnt with itself."""
-        rows = torch.arange(len(self.task_of_row))
+        rows = torch.arange(len(self.task_of_row), device=self.device)
         return self._paired(rows, rows)
 
     def _paired(self, row: Tensor, candidate: Tensor) -> Pairs:
@@ -290,7 +294,18 @@ class ClassModel:
             b = self.own_share(task)
             mixed = b * learnt.log_det + (1 - b) * self._log_det_pooled
             least.append(max(mixed, self._log_det_pooled + embed_dim * math.log1p(-b)))
-        return -0.5 * (torch.tensor(least, dtype=torch.float64) + embed_dim * math.log(2 * math.pi))
+        return -0.5 * (torch.tensor(least, dtype=torch.float64, device=self.device) + embed_dim * math.log(2 * math.pi))
+
+    @property
+    def own_at_once(self) -> bool:
+        """Whether `own_log_densities` is the sooner way to q_c."""
+        return 8 * len(self._known) * len(self.centre) ** 2 <= FACTOR_BYTES_AT_ONCE[self.device.type]
+
+    def own_log_densities(self, features: Tensor) -> Tensor:
+        """q_c [R, N] of all tasks, of features [N, E] float64. Memory: 8 T E² bytes, kept."""
+        if self._all_own is None:
+            self._all_own = OwnCovariances.of([self._factored(task) for task in range(len(self._known))])
+        return self._all_own.log_density(features, self.task_of_row)
 
     def own(self, task: int) -> OwnCovariance:
         """Q_t of a task among `columns`, factored when first asked for; the longest unused is dropped."""
@@ -305,9 +320,9 @@ class ClassModel:
 
     def _factored(self, task: int) -> OwnCovariance:
         learnt, b = self._known[task], self.own_share(task)
-        covariance = b * learnt.own_covariance() + (1 - b) * self._pooled_covariance
+        covariance = b * learnt.own_covariance().to(self.device) + (1 - b) * self._pooled_covariance
         factor = torch.linalg.cholesky(covariance)
-        centre = torch.from_numpy(learnt.moments.mean)
+        centre = torch.from_numpy(learnt.moments.mean).to(self.device)
         means = self.centre + self.means[self.task_of_row == task] @ self._from_coordinates
         whitened = torch.linalg.solve_triangular(factor, (means - centre).T, upper=False)
         log_norm = -float(factor.diagonal().log().sum()) - 0.5 * len(centre) * math.log(2 * math.pi)

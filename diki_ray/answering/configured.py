@@ -35,8 +35,8 @@ def build_predictor(
     """Returns the predictor over these modules, in their order.
 
     class_features: where class features come from; by default as an evaluation under this configuration needs them.
-    coarse_from: with so many modules or more, only the densities that decide an image's route are computed, and the
-        others are minus infinity; every density by default, as tables of answers need them.
+    coarse_from: with so many modules or more, on a CPU, only the densities that decide an image's route are computed,
+        and the others are minus infinity; every density by default, as tables of answers need them.
     former: the predictor over other modules under this configuration, whose class models these ones' begin from.
 
     Raises:
@@ -100,13 +100,15 @@ def build_router(
     """
     if routes_by_classes(config):
         known = former.models if isinstance(former, ClassRouter) else None
-        return ClassRouter(ClassModels(modules, config.class_model, known))
+        return ClassRouter(ClassModels(modules, config.class_model, known, device))
     statistics = config.statistics
     if not modules:
         return GaussianRouter(None, build_calibration(config, embed_dim, None, modules))
     gaussians = Gaussians([m.moments for m in modules], statistics.covariance_eps, statistics.shrinkage)
     gaussians.to(device)
-    coarse = CoarseGaussians(gaussians) if coarse_from is not None and len(gaussians) >= coarse_from else None
+    # A card computes all densities in less time than it takes to ask it which are needed.
+    many = coarse_from is not None and len(gaussians) >= coarse_from and torch.device(device).type == "cpu"
+    coarse = CoarseGaussians(gaussians) if many else None
     return GaussianRouter(gaussians, build_calibration(config, embed_dim, gaussians, modules), coarse)
 
 

@@ -13,8 +13,9 @@ from scipy.special import expit, log_softmax, logsumexp
 from scipy.stats import multivariate_normal
 from sklearn.covariance import OAS
 
+from diki_ray.answering import own_covariances
 from diki_ray.answering.class_answers import ClassDensities
-from diki_ray.answering.class_model import COVARIANCE_EPS, ClassModel, LearntClasses
+from diki_ray.answering.class_model import COVARIANCE_EPS, FACTOR_BYTES_AT_ONCE, ClassModel, LearntClasses
 from diki_ray.config.class_model import ClassModelSection
 from diki_ray.errors import DataError
 from diki_ray.learning.statistics import Statistics
@@ -109,6 +110,19 @@ def test_routing_densities_are_the_formula_where_a_task_can_win(constants: Class
     computed = np.isfinite(actual)
     np.testing.assert_allclose(actual[computed], expected[computed], rtol=1e-8)
     assert (actual.argmax(1) == expected.argmax(1)).all()
+
+
+def test_all_computed_at_once_as_on_a_card_is_what_bounds_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    bounded = ClassDensities(ClassModel(TASKS), QUERIES)
+    monkeypatch.setitem(FACTOR_BYTES_AT_ONCE, "cpu", math.inf)
+    monkeypatch.setattr(own_covariances, "CHUNK_BYTES", 8 * len(TASKS) * E * 10)
+    computed = ClassDensities(ClassModel(TASKS), QUERIES)
+    routed, every = bounded.log_density(), computed.log_density()
+    assert torch.isfinite(every).all()
+    assert not torch.isfinite(routed).all()
+    torch.testing.assert_close(every.max(1), routed.max(1))
+    answers = [densities.logits(ZERO_SHOT, NAMES).softmax(1) for densities in (computed, bounded)]
+    torch.testing.assert_close(*answers, atol=1e-6, rtol=1e-4)  # a negligible one may be its bound
 
 
 def test_no_class_density_is_above_its_bound(constants: ClassModelSection) -> None:
