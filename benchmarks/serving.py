@@ -103,6 +103,8 @@ def _of_load(
 def stages(world: World, num_tasks: int, num_classes: int, rounds: int) -> list[dict[str, Any]]:
     """Milliseconds of processor time an image of each thing that a replica does, each alone: what is left of a request
     is its way. Of decoding in a child it is what the replica's own process has to do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as a replica has
     with tempfile.TemporaryDirectory() as folder:
         settings = stored_run(world, Path(folder), num_tasks, num_classes)
         snapshot = Snapshots(settings).current
@@ -130,6 +132,7 @@ def stages(world: World, num_tasks: int, num_classes: int, rounds: int) -> list[
             }
             rows.append({"load": load} | {f"{name}_ms": _ms_an_image(act, rounds) for name, act in acts.items()})
         decoder.close()
+        torch.set_num_threads(threads)
         return rows
 
 
@@ -204,8 +207,9 @@ def engine_rate(settings: Settings, files: Sequence[bytes], seconds: float) -> f
     snapshot, images = Snapshots(settings).current, [decode_image(data) for data in files]
     engine = Batches(answer_questions, settings.max_batch_size, settings.batch_wait_s, lambda: 0)
     preprocess = snapshot.predictor.backbone.preprocess
-    # Class features are computed when they are first needed.
-    answer_questions([Question(preprocess(image), snapshot, snapshot.learnt, float("inf")) for image in images])
+    asked = [Question(preprocess(image), snapshot, snapshot.learnt, float("inf")) for image in images]
+    for first in range(0, len(asked), settings.max_batch_size):  # class features are computed when first needed
+        answer_questions(asked[first : first + settings.max_batch_size])
     started = time.perf_counter()
     end = started + seconds
 
