@@ -29,7 +29,6 @@ from diki_ray.regular_files import open_regular
 from diki_ray.store.files import join, read_bytes, scheme_of, write_bytes
 
 os.environ["WDS_SECURE"] = "1"  # before webdataset is imported, which reads it once
-from webdataset.tariterators import group_by_keys
 
 DEFAULT_SHARD_BYTES = 32 * 2**20
 """Small enough to be held while written, large enough that object storage reads it at full speed."""
@@ -242,6 +241,14 @@ def _to_sample(group: dict[str, Any], num_classes: int | None, labelled: bool = 
     return Sample(key=key, image=group[images[0]], extension=images[0], label=label)
 
 
+def _grouped(members: Iterator[dict[str, Any]], **options: Any) -> Iterator[dict[str, Any]]:
+    """What webdataset makes samples of. It imports torch, which a process that reads images for others does without."""
+    from webdataset.tariterators import group_by_keys
+
+    found: Iterator[dict[str, Any]] = group_by_keys(members, **options)
+    return found
+
+
 def read_shard(
     uri: str, *, num_classes: int | None = None, ledger: SkipLedger | None = None, labelled: bool = True
 ) -> Iterator[Sample]:
@@ -262,7 +269,7 @@ def read_shard(
 
     with _open(uri) as tar:
         seen: set[str] = set()
-        groups = group_by_keys(_until_damage(_members(tar, uri, ledger), uri, ledger), handler=count)
+        groups = _grouped(_until_damage(_members(tar, uri, ledger), uri, ledger), handler=count)
         for group in groups:
             try:
                 sample = _to_sample(group, num_classes, labelled)
@@ -321,7 +328,7 @@ def decode_sample(encoded: bytes, shard: Shard, number: int, where: str, num_cla
     if group is not None:
         return _to_sample(group, num_classes)
     try:
-        groups = list(group_by_keys(_members(io.BytesIO(encoded), where, SkipLedger(budget=0))))
+        groups = list(_grouped(_members(io.BytesIO(encoded), where, SkipLedger(budget=0))))
     except Exception as error:  # the checksum agrees, so whoever wrote index and shard wrote this on purpose
         raise BadSampleError("not a sample", detail=repr(error)) from None
     if len(groups) != 1:

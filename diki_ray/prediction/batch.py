@@ -26,6 +26,7 @@ from diki_ray.data.inputs import InputPart, to_json
 from diki_ray.errors import ConfigError, DataError, UserError
 from diki_ray.learning.methods import METHODS
 from diki_ray.prediction.batch_output import open_output
+from diki_ray.prediction.batch_reader import read_parts
 from diki_ray.prediction.batch_worker import (
     CALLS_AT_ONCE,
     COMPUTED_S,
@@ -33,13 +34,16 @@ from diki_ray.prediction.batch_worker import (
     Learnt,
     Worker,
     interpolation_error,
-    read_parts,
 )
 from diki_ray.runs.cluster import keeps_memory
 from diki_ray.runs.run_cluster import cluster
 
+IMAGES_PER_BLOCK = 256
+"""A reading task has about so many images: Ray takes some milliseconds of the processor for each task and its block."""
+BLOCKS_PER_WORKER = 8
+"""A small job has so many blocks of fewer images, so that its workers end together."""
 MAX_BLOCKS = 1024
-"""A whole job has about so many reading tasks; each passes some milliseconds in Ray's scheduler."""
+"""A whole job has no more; each passes some milliseconds in Ray's scheduler."""
 PROGRESS_S = 10.0
 
 
@@ -171,14 +175,14 @@ def answer_parts(
         _quiet()
         reference = ray.put(learnt)
         rows = [{"part": to_json(part)} for part in parts]
-        num_blocks = min(len(rows), MAX_BLOCKS)
+        num_blocks = _num_blocks([part.num_images for part in parts], num)
         answered = (
             ray.data.from_items(rows, override_num_blocks=num_blocks)
             .map_batches(
                 partial(read_parts, size_px=None if learnt.squares is None else learnt.squares.size_px),
                 batch_size=1,
                 num_cpus=0,
-                concurrency=min(max(2, num * learnt.config.data.num_threads), num_blocks),
+                concurrency=min(_readers(num * learnt.config.data.num_threads), num_blocks),
             )
             .map_batches(
                 Worker,
@@ -198,7 +202,10 @@ def answer_parts(
             tally.add(table)
             yield table.drop_columns(COMPUTED_S.name)
         routed = METHODS[learnt.config.method.name].answering == "routed"
-        if routed and learnt.config.evaluate.text_grid and tally.tasks:
+        if not (routed and learnt.config.evaluate.text_grid and tally.tasks):
+            return
+        tally.interpolation_error = learnt.text_error
+        if tally.interpolation_error is None:
             measure = ray.remote(num_cpus=workers.cpus, num_gpus=workers.gpus)(interpolation_error)
             tally.interpolation_error = ray.get(measure.remote(reference, tuple(tally.tasks)))
 
@@ -224,6 +231,17 @@ def _room(workers: Workers) -> int:
             "with --num-workers how many a cluster that grows is to start."
         )
     return int(min(room))
+
+
+def _num_blocks(images: Sequence[int | None], num_workers: int) -> int:
+    """Returns the number of reading tasks for parts of so many images (None: a tar, which has many)."""
+    wanted = sum(n or IMAGES_PER_BLOCK for n in images) // IMAGES_PER_BLOCK
+    return min(len(images), MAX_BLOCKS, max(BLOCKS_PER_WORKER * num_workers, wanted))
+
+
+def _readers(wanted: int) -> int:
+    """Returns how many processes read: no more than there are cores, as each takes seconds of one to start."""
+    return max(2, min(wanted, int(ray.cluster_resources().get("CPU", 0))))
 
 
 def _quiet() -> None:

@@ -1,32 +1,25 @@
-"""This runs in the processes of a batch prediction: some read images, others answer them.
-
-Where the backbone's preprocessing is CLIP's, those that read also decode and scale, so that what answers has the rest
-alone to do, for all images of a pass at once: beside it threads that decode would cost it a fifth of its speed, as they
-take turns in one interpreter. Else images travel undecoded and are decoded by the worker that answers them.
-"""
+"""This runs in those processes of a batch prediction that answer images, which others have read (batch_reader.py)."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from itertools import islice
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import ray
 import torch
-from PIL import Image
 
 from diki_ray.answering.class_features import Candidates, Exact, Tabulated
 from diki_ray.config import Config
 from diki_ray.config.places import with_absolute_paths
-from diki_ray.data.images import UndecodableImageError, at_size, decode_image
-from diki_ray.data.inputs import from_json
+from diki_ray.data.images import UndecodableImageError
 from diki_ray.errors import ConfigError
 from diki_ray.learning.module import TaskModule
+from diki_ray.prediction.batch_reader import READ, decoded
 from diki_ray.prediction.run_predictor import (
     RunPredictor,
     Squares,
@@ -35,20 +28,15 @@ from diki_ray.prediction.run_predictor import (
     predictor_over,
 )
 from diki_ray.runs.plan import build_method, device_of, load_backbone, precision_of
-from diki_ray.runs.stored_run import config_of, open_learnt
+from diki_ray.runs.stored_run import config_of, noted_text_error, open_learnt
 
 IMAGES_PER_PASS = 64
-ROWS_PER_BLOCK = 64
 CALLS_AT_ONCE = 2
 TABLE_BYTES = 2 * 2**30
 """A worker keeps so many bytes of class features."""
-MAX_ASPECT_RATIO = 30.0
-"""It is that of serving. CLIP scales the shorter side to the model's size: a line of a million pixels, tiny as a file,
-would become an image of hundreds of millions and take its worker along."""
 MEASURED_CLASSES = 32
 """At most about so many are measured, as each costs 65 text passes a task."""
 
-READ = pa.schema({"image": pa.string(), "data": pa.large_binary(), "error": pa.string()})
 ANSWERED = pa.schema(
     {
         "image": pa.string(),
@@ -77,6 +65,8 @@ class Learnt:
     template: str
     squares: Squares | None = None
     """None: the backbone's preprocessing needs whole images."""
+    text_error: float | None = None
+    """The largest error of an interpolated class feature, as the run's evaluation found it; None: it did not."""
 
     @classmethod
     def of(cls, storage: str, run: str, config: Config | None, classes: Sequence[str] | None, template: str) -> Learnt:
@@ -85,13 +75,15 @@ class Learnt:
         if classes is not None:
             checked.among(classes, template)
         store = open_learnt(storage, run)
+        known = config_of(store, config)
         return cls(
-            with_absolute_paths(config_of(store, config)),
+            with_absolute_paths(known),
             checked.predictor.backbone.digest(),
             tuple(module.to_bytes() for module in checked.predictor.modules),
             None if classes is None else tuple(classes),
             template,
             Squares.of(checked.predictor.backbone.preprocess),
+            noted_text_error(store, known.evaluate.text_grid) if classes is None else None,
         )
 
     def predictor(self) -> RunPredictor:
@@ -153,34 +145,9 @@ class Worker:
         if data is None:
             return refused or "not read"
         try:
-            return self._predictor.predictor.backbone.preprocess(_decoded(data))
+            return self._predictor.predictor.backbone.preprocess(decoded(data))
         except UndecodableImageError as error:
             return error.reason
-
-
-def read_parts(rows: dict[str, Any], size_px: int | None) -> Iterator[pa.Table]:
-    """Yields the inputs of parts in JSON, a few at a time: image files, or with `size_px` their RGB pixels in a square
-    of this size."""
-    for part in rows["part"]:
-        inputs = from_json(part).read()
-        while some := [_read(asdict(row), size_px) for row in islice(inputs, ROWS_PER_BLOCK)]:
-            yield pa.Table.from_pylist(some, READ)
-
-
-def _read(row: dict[str, Any], size_px: int | None) -> dict[str, Any]:
-    if size_px is None or row["data"] is None:
-        return row
-    try:
-        return row | {"data": at_size(_decoded(row["data"]), size_px).tobytes()}
-    except UndecodableImageError as refused:
-        return row | {"data": None, "error": refused.reason}
-
-
-def _decoded(data: bytes) -> Image.Image:
-    image = decode_image(data)
-    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
-        raise UndecodableImageError("too long and thin")
-    return image
 
 
 def interpolation_error(learnt: Learnt, tasks: Sequence[str]) -> float:
@@ -188,6 +155,16 @@ def interpolation_error(learnt: Learnt, tasks: Sequence[str]) -> float:
     these tasks."""
     answering = learnt.predictor()
     step = max(1, sum(len(c.names) for c in answering.candidates) // MEASURED_CLASSES)
-    some = [Candidates(c.names[::step], c.tokens[::step], f"every {step} of {c.key}") for c in answering.candidates]
+    some: dict[int, list[Candidates]] = {}
+    for c in answering.candidates:
+        some.setdefault(c.tokens.shape[1], []).append(c)  # those of as many templates are encoded together
+    together = [
+        Candidates(
+            tuple(name for c in alike for name in c.names[::step]),
+            torch.cat([c.tokens[::step] for c in alike]),
+            f"every {step} of {[c.key for c in alike]}",
+        )
+        for alike in some.values()
+    ]
     numbers = [answering.tasks.index(task) for task in tasks]
-    return max(answering.predictor.interpolation_error(t, candidates) for t in numbers for candidates in some)
+    return max(answering.predictor.interpolation_error(t, candidates) for t in numbers for candidates in together)

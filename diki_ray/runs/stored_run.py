@@ -11,8 +11,9 @@ from diki_ray.config.yaml_text import read_tree
 from diki_ray.data.index import DatasetIndex
 from diki_ray.data.prepare import Preparation, find_finished
 from diki_ray.data.sources import EMBEDDED
-from diki_ray.errors import ConfigError
+from diki_ray.errors import ConfigError, StorageError
 from diki_ray.report.results import DOCUMENT
+from diki_ray.report.results_schema import check_results
 from diki_ray.runs.plan import Found, find_data
 from diki_ray.store.run_store import CONFIG_DOCUMENT, RunStore
 from diki_ray.store.upkeep import imported_path
@@ -114,3 +115,18 @@ def check_backbone(store: RunStore, name: str, digest: str) -> None:
             f"the backbone {name!r} loaded here does not have the weights that run {store.run!r} was made with "
             f"({made_with['name']}): its modules mean nothing on it."
         )
+
+
+def noted_text_error(store: RunStore, text_grid: int) -> float | None:
+    """The largest error of an interpolated class feature that the run's evaluation found, if it had this grid and the
+    modules that are stored now."""
+    try:
+        results = store.get_document(DOCUMENT)
+        found = None if results is None else check_results(results, DOCUMENT)
+    except StorageError:  # a document for people: nothing is answered from it
+        return None
+    if found is None or found["notes"].get("text_grid") != text_grid:
+        return None
+    evaluated = {task["module"]["digest"] for task in found["tasks"]}
+    known = all(entry.digest in evaluated for entry in store.modules())
+    return found["notes"].get("text_feature_error") if known else None

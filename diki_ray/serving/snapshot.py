@@ -20,12 +20,10 @@ from diki_ray.answering.configured import COARSE_FROM_TASKS, build_predictor
 from diki_ray.answering.predictor import Predictor
 from diki_ray.clip.backbone import Backbone
 from diki_ray.clip.trust import named_backbone
-from diki_ray.errors import StorageError, UserError
+from diki_ray.errors import UserError
 from diki_ray.learning.module import TaskModule
 from diki_ray.prediction.run_predictor import load_method
-from diki_ray.report.results import DOCUMENT
-from diki_ray.report.results_schema import check_results
-from diki_ray.runs.stored_run import config_of, open_learnt
+from diki_ray.runs.stored_run import config_of, noted_text_error, open_learnt
 from diki_ray.serving.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -158,7 +156,7 @@ class Snapshots:
             learnt=tuple(candidates[entry.digest] for entry in entries),
         )
         self._modules, self._candidates = modules, candidates
-        self.text_feature_error = self._measured_error()
+        self.text_feature_error = noted_text_error(self._store, self.settings.text_grid)
         return snapshot
 
     def _read(self, digest: str) -> TaskModule:
@@ -166,11 +164,3 @@ class Snapshots:
         if len(module.moments.mean) != self.backbone.embed_dim:
             raise UserError(f"task {module.task!r} was learnt on another backbone: start the server anew.")
         return module
-
-    def _measured_error(self) -> float | None:
-        try:
-            results = self._store.get_document(DOCUMENT)
-            notes = {} if results is None else check_results(results, DOCUMENT)["notes"]
-        except StorageError:  # a document for people: nothing is answered from it
-            return None
-        return notes.get("text_feature_error") if notes.get("text_grid") == self.settings.text_grid else None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +18,10 @@ from stored_run import StoredRun, picture
 
 from diki_ray.data.inputs import parts_of, to_json
 from diki_ray.prediction import batch, batch_worker
-from diki_ray.prediction.batch_worker import ANSWERED, COMPUTED_S, READ, Learnt, Worker, interpolation_error, read_parts
+from diki_ray.prediction.batch_reader import READ, read_parts
+from diki_ray.prediction.batch_worker import ANSWERED, COMPUTED_S, Learnt, Worker, interpolation_error
 from diki_ray.prediction.run_predictor import Squares, load_predictor
+from diki_ray.runs.stored_run import noted_text_error
 
 
 def test_answers_are_those_of_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,3 +111,43 @@ def test_workers_answer_a_table_without_rows(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(batch_worker.ray, "get", lambda reference: reference)
     worker = Worker(Learnt.of(run.storage, "colours", run.config, None, "a photo of a {}."))
     assert worker(READ.empty_table()).schema == ANSWERED.append(COMPUTED_S)
+
+
+@pytest.mark.parametrize(
+    ("images", "workers", "blocks"),
+    [
+        ([64] * 400, 2, 100),  # 256 images in each
+        ([64] * 40, 2, 16),  # a small job: eight for each worker
+        ([64] * 5, 2, 5),  # no more than there are parts
+        ([None] * 20, 1, 20),  # of a tar is not known how many it has
+        ([5000] * 3, 4, 3),
+        ([64] * 10**6, 2, batch.MAX_BLOCKS),
+    ],
+)
+def test_a_large_job_has_blocks_of_many_images_and_a_small_one_enough_for_every_worker(
+    images: list[int | None], workers: int, blocks: int
+) -> None:
+    assert batch._num_blocks(images, workers) == blocks
+
+
+def test_processes_that_read_do_without_torch() -> None:
+    said = "import sys, diki_ray.prediction.batch_reader; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", said], capture_output=True, text=True).stdout == "False\n"
+
+
+def test_the_error_of_class_features_is_the_evaluations_where_it_had_the_same_modules_and_grid(tmp_path: Path) -> None:
+    run = StoredRun(tmp_path, "warm", "cold")
+
+    def known(classes: list[str] | None = None) -> float | None:
+        return Learnt.of(run.storage, "colours", run.config, classes, "a photo of a {}.").text_error
+
+    results = run.store.get_document("results.json")
+    assert known() is None  # an evaluation of other modules
+    for task, entry in zip(results["tasks"], run.store.modules(), strict=True):
+        task["module"]["digest"] = entry.digest
+    run.store.put_document(run.epoch, "results.json", results)
+    assert known() == results["notes"]["text_feature_error"] > 0
+    assert known(["red", "blue"]) is None
+    assert noted_text_error(run.store, results["notes"]["text_grid"] + 1) is None
+    run.learn("lush")
+    assert known() is None

@@ -312,7 +312,7 @@ def test_the_short_way_to_a_sample_finds_what_tarfile_finds_or_nothing(data):
     found = shards._as_written(changed)
     if found is not None:
         members = shards._members(io.BytesIO(changed), "x", SkipLedger(budget=0))
-        (group,) = shards.group_by_keys(members)
+        (group,) = shards._grouped(members)
         assert {name: value for name, value in group.items() if name in found} == found
 
 

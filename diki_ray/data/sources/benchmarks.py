@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from diki_ray.config.protocols import Variant
 from diki_ray.data.sources.arrays import cifar_dataset, cifar_kind, idx_dataset, is_idx
 from diki_ray.data.sources.folders import image_files, items_of
@@ -163,6 +161,8 @@ def _by_cifar(folder: Path, name: str, variant: Variant, about: Mapping[str, Any
 
 def seeded_80_20(labelled: Sequence[tuple[str, int]]) -> dict[str, list[tuple[str, int]]]:
     """Cut as `torch.utils.data.random_split` with a generator seeded 42 does, which is what ZSCL's code calls."""
+    import torch  # which few processes that list images need
+
     order = torch.randperm(len(labelled), generator=torch.Generator().manual_seed(ZSCL_SPLIT_SEED)).tolist()
     num_train = int(0.8 * len(labelled))
     return {"train": [labelled[i] for i in order[:num_train]], "test": [labelled[i] for i in order[num_train:]]}
