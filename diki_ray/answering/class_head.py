@@ -36,7 +36,8 @@ class ClassModels:
 
     former: those of other modules with the same constants. What they keep of these tasks is taken over, so that a task
         more is added to their model.
-    device: where densities are computed. Models are fitted on the CPU, so they are the same on every device.
+    device: where densities are computed, if it is a CUDA card. Models are fitted on the CPU, so they are the same
+        everywhere.
 
     Raises:
         ConfigError: a module has no class means.

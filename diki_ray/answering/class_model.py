@@ -47,9 +47,9 @@ SMALLEST_BETWEEN = 1e-3
 would be told apart."""
 COVARIANCE_EPS = 1e-7
 """It is added to the diagonal of the pooled covariance."""
-FACTOR_BYTES_AT_ONCE = {"cpu": 0, "cuda": 2**29}
-"""Where the factors of all tasks take no more, q_c is computed for all of them at once: a card does that sooner than it
-tells the CPU which tasks can still win."""
+FACTOR_BYTES_AT_ONCE = {"cuda": 2**29}
+"""Where densities are computed beside the CPU: not every device knows float64. Where the factors of all tasks take no
+more bytes, q_c is computed for all of them at once: a card does that sooner than it tells the CPU which can still win."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,8 +195,9 @@ class ClassModel:
         return self.centre.device if self._known else torch.device("cpu")
 
     def on(self, device: torch.device) -> ClassModel:
-        """The model with its tensors on a device; the same one each time, as long as this one is kept."""
-        if not self._known or device.type == "cpu":
+        """The model with its tensors on a CUDA card, the same one each time, as long as this one is kept; for any other
+        device, which may not know float64, the model itself."""
+        if not self._known or device.type not in FACTOR_BYTES_AT_ONCE:
             return self
         if device not in self._copies:
             moved = self._copies[device] = copy.copy(self)
@@ -299,7 +300,7 @@ class ClassModel:
     @property
     def own_at_once(self) -> bool:
         """Whether `own_log_densities` is the sooner way to q_c."""
-        return 8 * len(self._known) * len(self.centre) ** 2 <= FACTOR_BYTES_AT_ONCE[self.device.type]
+        return 8 * len(self._known) * len(self.centre) ** 2 <= FACTOR_BYTES_AT_ONCE.get(self.device.type, 0)
 
     def own_log_densities(self, features: Tensor) -> Tensor:
         """q_c [R, N] of all tasks, of features [N, E] float64. Memory: 8 T E² bytes, kept."""

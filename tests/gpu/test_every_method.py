@@ -16,6 +16,7 @@ from learning import evaluated, modules, worker_of
 from second_device import DEVICE, second_device
 
 import diki_ray.runs.evaluate.worker as evaluation
+from diki_ray.answering import class_model
 from diki_ray.learning.module import TaskModule
 from diki_ray.runs.plan import Plan, load_backbone
 
@@ -31,6 +32,7 @@ def learnt_and_answered(
     """The modules and the accuracy matrix of a stream on a device, float32 on the CPU's."""
     patch.setattr(evaluation, "device_of", lambda config: device)
     patch.setattr(evaluation, "precision_of", lambda config: dtype)
+    patch.setitem(class_model.FACTOR_BYTES_AT_ONCE, DEVICE.type, 2**29)
     store = FakeStore()
     with second_device() if device == DEVICE.type else nullcontext():
         worker = worker_of(plan, store, load_backbone(plan.config).to(device, dtype))

@@ -125,6 +125,11 @@ def test_all_computed_at_once_as_on_a_card_is_what_bounds_leave(monkeypatch: pyt
     torch.testing.assert_close(*answers, atol=1e-6, rtol=1e-4)  # a negligible one may be its bound
 
 
+def test_a_device_that_is_no_cuda_card_leaves_densities_to_the_cpu() -> None:
+    model = ClassModel(TASKS)
+    assert model.on(torch.device("mps")) is model.on(torch.device("cpu")) is model
+
+
 def test_no_class_density_is_above_its_bound(constants: ClassModelSection) -> None:
     model, formulas = ClassModel(TASKS, constants), Formulas(constants)
     for column, t in enumerate(model.columns):
