@@ -99,7 +99,7 @@ class TasksResponse(BaseModel):
     text_grid: int = Field(description="Weights at which class features are computed; interpolated between them.")
     text_feature_error: float | None = Field(
         description="Largest absolute error of an interpolated class feature (norm 1) over the run's classes, as its "
-        "evaluation measured it on the same grid; null: not measured."
+        "evaluation measured it on the same grid and with the same modules; null: it did not."
     )
     stale_since: float | None = Field(
         description="Seconds since 1970 from which on the storage could not be read; null while it can."
