@@ -47,7 +47,7 @@ SMALLEST_BETWEEN = 1e-3
 would be told apart."""
 COVARIANCE_EPS = 1e-7
 """It is added to the diagonal of the pooled covariance."""
-FACTOR_BYTES_AT_ONCE = {"cuda": 2**29}
+FACTOR_BYTES_AT_ONCE = {"cuda": 2**28}
 """Where densities are computed beside the CPU: not every device knows float64. Where the factors of all tasks take no
 more bytes, q_c is computed for all at once: a card does that sooner than it tells the CPU which can still win."""
 

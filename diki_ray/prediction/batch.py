@@ -182,7 +182,7 @@ def answer_parts(
                 partial(read_parts, size_px=None if learnt.squares is None else learnt.squares.size_px),
                 batch_size=1,
                 num_cpus=0,
-                concurrency=min(_readers(num * learnt.config.data.num_threads), num_blocks),
+                concurrency=min(_readers(num, workers.cpus, learnt.config.data.num_threads), num_blocks),
             )
             .map_batches(
                 Worker,
@@ -239,9 +239,11 @@ def _num_blocks(images: Sequence[int | None], num_workers: int) -> int:
     return min(len(images), MAX_BLOCKS, max(BLOCKS_PER_WORKER * num_workers, wanted))
 
 
-def _readers(wanted: int) -> int:
-    """Returns how many processes read: no more than there are cores, as each takes seconds of one to start."""
-    return max(2, min(wanted, int(ray.cluster_resources().get("CPU", 0))))
+def _readers(num: int, cpus: float, threads: int) -> int:
+    """Returns how many processes read for `num` workers of so many CPUs: `threads` for each, but no more than there are
+    CPUs, as each takes seconds of one to start. A cluster that has no room for the workers yet will grow."""
+    wanted, there = max(2, num * threads), int(ray.cluster_resources().get("CPU", 0))
+    return wanted if there < num * cpus else max(2, min(wanted, there))
 
 
 def _quiet() -> None:

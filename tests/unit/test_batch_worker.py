@@ -130,6 +130,17 @@ def test_a_large_job_has_blocks_of_many_images_and_a_small_one_enough_for_every_
     assert batch._num_blocks(images, workers) == blocks
 
 
+@pytest.mark.parametrize(
+    ("there", "num", "readers"),
+    [(2, 2, 2), (1, 1, 2), (64, 8, 16), (10, 8, 10), (0, 16, 32)],  # the last cluster grows once it is asked
+)
+def test_no_more_processes_read_than_there_are_cpus_unless_the_cluster_is_still_to_grow(
+    there: int, num: int, readers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch.ray, "cluster_resources", lambda: {"CPU": float(there)} if there else {})
+    assert batch._readers(num, 1.0, threads=2) == readers
+
+
 def test_processes_that_read_do_without_torch() -> None:
     said = "import sys, diki_ray.prediction.batch_reader; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", said], capture_output=True, text=True).stdout == "False\n"
