@@ -8,6 +8,7 @@ is the platform's application in the same uvicorn: what the server would be with
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 import time
@@ -20,6 +21,7 @@ from starlette.types import ASGIApp
 from diki_ray.data.images import decode_image
 from diki_ray.serving.app import Service, build_app
 from diki_ray.serving.engine import Question, answer_questions
+from diki_ray.serving.model_process import ModelProcess
 from diki_ray.serving.schema import PredictRequest, PredictResponse
 from diki_ray.serving.settings import Settings
 from diki_ray.serving.snapshot import Snapshots
@@ -45,7 +47,9 @@ def plain(settings: Settings) -> ASGIApp:
 def serve(kind: str, port: int, storage: str, run: str, backbone: str, request_timeout_s: str) -> None:
     torch.set_num_threads(1)  # as a replica has
     settings = Settings(storage=storage, run=run, backbone=backbone, request_timeout_s=float(request_timeout_s))
-    app = plain(settings) if kind == "plain" else build_app(Service(settings))
+    app = plain(settings) if kind == "plain" else build_app(Service(settings, ModelProcess(settings)))
+    if kind == "app":
+        gc.freeze()  # as a replica does
     uvicorn.run(app, port=port, log_level="critical", access_log=False)
 
 

@@ -3,52 +3,37 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 import time
-import warnings
-from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
-from torch import Tensor
 
 import diki_ray
-from diki_ray.answering.class_features import Candidates
-from diki_ray.errors import CorruptError
-from diki_ray.prediction.run_predictor import Squares
-from diki_ray.serving.batches import Batches
 from diki_ray.serving.decoding import Decoder
-from diki_ray.serving.engine import Question, answer_questions
 from diki_ray.serving.guard import BodyTooLarge, Guard, too_large
 from diki_ray.serving.metrics import Metrics, exposition
 from diki_ray.serving.page import PAGE, POLICY
 from diki_ray.serving.schema import (
-    DEFAULT_TEMPLATE,
     MAX_NAME_LENGTH,
+    Answered,
     Asked,
     Health,
-    ImageAnswer,
     PredictResponse,
     Problem,
-    TaskInfo,
     TasksResponse,
 )
 from diki_ray.serving.settings import Settings
-from diki_ray.serving.snapshot import Snapshot, Snapshots
 from diki_ray.serving.uploads import Refusal, from_form, from_json, request_body, to_pixels
-
-logger = logging.getLogger(__name__)
-
-Ask = Callable[[Question], Awaitable[ImageAnswer | None]]
-"""Answers one image, together with whatever else waits; None once its deadline is over."""
 
 SMALL_BODY_BYTES = 2**16
 """Reading so much JSON, of a few values, takes less time than passing it to another thread."""
@@ -56,110 +41,88 @@ MAX_SMALL_VALUES = 64
 ROUTES = ("/", "/healthz", "/metrics", "/openapi.json", "/predict", "/tasks")
 
 
-class Service:
-    """Holds what a replica needs: the run, the model's thread, the threads that decode. `ask` answers a question, by
-    default together with whatever else waits."""
+class Model(Protocol):
+    """What answers: a LoadedModel, or a ModelProcess around one, where each method is described."""
 
-    def __init__(self, settings: Settings, ask: Ask | None = None) -> None:
-        warnings.filterwarnings("ignore", module="PIL")  # its remarks on odd files, of which strangers may send many
+    size_px: int | None
+
+    def ask(
+        self, images: Sequence[bytes], asked: Asked, deadline: float, num_inside: int
+    ) -> list[Future[Answered | None]]: ...
+
+    def preprocessed(self, rgb: bytes, width: int, height: int) -> bytes: ...
+
+    def tasks(self) -> TasksResponse: ...
+
+    def exposed(self) -> str: ...
+
+    def close(self) -> None: ...
+
+
+class Service:
+    """Holds what a replica needs: the model, the threads that decode, and what is counted."""
+
+    def __init__(self, settings: Settings, model: Model) -> None:
         self.settings = settings
-        self.snapshots = Snapshots(settings)
-        self.metrics = Metrics(self.snapshots)
-        self.ask = ask or self._ask
-        self.decoders = ThreadPoolExecutor(settings.decode_threads, "diki-serve-decode")
-        squares = Squares.of(self.snapshots.backbone.preprocess)
-        self._decoder = Decoder(
-            settings.decode_threads, settings.decode_timeout_s, None if squares is None else squares.size_px
-        )
+        self.model = model
+        self.metrics = Metrics(settings.run)
+        self.threads = ThreadPoolExecutor(settings.decode_threads, "diki-serve-decode")
+        self._decoder = Decoder(settings.decode_threads, settings.decode_timeout_s, model.size_px)
         self._num_waiting = 0
-        self._batches = Batches(
-            self._answer_together, settings.max_batch_size, settings.batch_wait_s, lambda: self._num_waiting
-        )
         self._counting = threading.Lock()  # requests come in the event loops of a replica's door and of Ray Serve
 
-    async def predict(self, files: list[bytes], asked: Asked, deadline: float) -> PredictResponse:
-        """Answers all images under the snapshot that is current now.
+    async def predict(self, files: list[bytes], asked: Asked, deadline: float) -> bytes:
+        """Answers all images under the model that is current when the last of them is decoded; the JSON of a
+        PredictResponse.
 
         Raises:
             Refusal: an image that cannot be used, or nothing to choose among. Busy: too many images wait.
         """
-        snapshot = self.snapshots.current
         if self._num_waiting + len(files) > self.settings.max_waiting_images:
             raise Busy
         self._waits(len(files))
         try:
             loop = asyncio.get_running_loop()
-            if asked.classes is None:
-                candidates = self._learnt(snapshot)
-            else:
-                candidates = await loop.run_in_executor(self.decoders, self._named, asked)
-            preprocess = snapshot.predictor.backbone.preprocess
-            pixels = await asyncio.gather(
+            images = await asyncio.gather(
                 *(
-                    loop.run_in_executor(self.decoders, self._pixels, data, f"images[{n}]", preprocess, deadline)
+                    loop.run_in_executor(self.threads, self._pixels, data, f"images[{n}]", deadline)
                     for n, data in enumerate(files)
                 )
             )
-            questions = [Question(p, snapshot, candidates, deadline) for p in pixels]
-            answers = await asyncio.gather(*map(self.ask, questions))
+            asking = self.model.ask(images, asked, deadline, self._num_waiting)
+            answers = await asyncio.gather(*map(asyncio.wrap_future, asking))
         finally:
             self._waits(-len(files))
         known = [answer for answer in answers if answer is not None]
         if len(known) < len(answers):
             raise TimeoutError
         for answer in known:
-            self.metrics.answered(answer)
-        return PredictResponse(version=snapshot.version, answers=known)
+            self.metrics.answered(answer.task)
+        texts = b",".join(answer.text for answer in known)
+        return b'{"version":%d,"answers":[%b]}' % (known[0].version, texts)
 
-    def tasks(self) -> TasksResponse:
-        snapshot = self.snapshots.current
-        infos = [
-            TaskInfo(name=m.task, class_names=list(m.class_names), templates=list(m.templates), digest=digest)
-            for m, digest in zip(snapshot.predictor.modules, snapshot.digests, strict=True)
-        ]
-        return TasksResponse(
-            run=self.settings.run,
-            version=snapshot.version,
-            tasks=infos,
-            text_grid=self.settings.text_grid,
-            text_feature_error=self.snapshots.text_feature_error,
-            stale_since=self.snapshots.stale_since,
-        )
+    async def tasks(self) -> TasksResponse:
+        return await asyncio.get_running_loop().run_in_executor(self.threads, self.model.tasks)
+
+    async def collected(self) -> list[Metric]:
+        """Returns all metrics as they are now: of requests, and of the model."""
+        exposed = await asyncio.get_running_loop().run_in_executor(self.threads, self.model.exposed)
+        return [*self.metrics.registry.collect(), *text_string_to_metric_families(exposed)]
 
     def close(self) -> None:
-        self.snapshots.close()
-        self.decoders.shutdown(wait=False, cancel_futures=True)
+        self.threads.shutdown(wait=False, cancel_futures=True)
         self._decoder.close()
-        self._batches.close()
+        self.model.close()
 
-    def _named(self, asked: Asked) -> tuple[Candidates, ...]:
-        return (self.snapshots.vocabularies.named(asked.classes or (), asked.template or DEFAULT_TEMPLATE),)
-
-    def _learnt(self, snapshot: Snapshot) -> tuple[Candidates, ...]:
-        if not snapshot.learnt:
-            raise Refusal(422, "the run has no task at present: give the classes to choose from.", "no classes")
-        return snapshot.learnt
-
-    def _pixels(self, data: bytes, where: str, preprocess: Callable[[Any], Tensor], deadline: float) -> Tensor:
+    def _pixels(self, data: bytes, where: str, deadline: float) -> bytes:
         if time.monotonic() > deadline:  # it waited for others' images, and nobody waits for it any more
             raise TimeoutError
-        return to_pixels(data, where, self._decoder, preprocess, self.settings)
+        return to_pixels(data, where, self._decoder, self.model.preprocessed, self.settings)
 
     def _waits(self, more: int) -> None:
         with self._counting:
             self._num_waiting += more
             self.metrics.waiting.set(self._num_waiting)
-
-    async def _ask(self, question: Question) -> ImageAnswer | None:
-        return await asyncio.wrap_future(self._batches.ask(question))
-
-    def _answer_together(self, questions: list[Question]) -> list[ImageAnswer | None]:
-        """Answers these questions in one pass."""
-        started = time.monotonic()
-        answers = answer_questions(questions)
-        self.metrics.batch_images.observe(len(questions))
-        self.metrics.batch_seconds.observe(time.monotonic() - started)
-        return answers
 
 
 class Busy(Exception):
@@ -191,11 +154,11 @@ def build_app(service: Service, metrics_of_all: MetricsOfAll | None = None) -> A
 
     @app.get("/tasks", summary="What the run has learnt, and the version that is served.", responses=refusals)
     async def tasks() -> TasksResponse:
-        return service.tasks()
+        return await service.tasks()
 
     @app.get("/metrics", summary="Metrics for Prometheus.", response_class=Response, responses=refusals)
     async def metrics() -> Response:
-        replicas = {"0": service.metrics.collected()} if metrics_of_all is None else await metrics_of_all()
+        replicas = {"0": await service.collected()} if metrics_of_all is None else await metrics_of_all()
         return Response(exposition(dict(replicas)), media_type=CONTENT_TYPE_LATEST)
 
     @app.post(
@@ -206,8 +169,7 @@ def build_app(service: Service, metrics_of_all: MetricsOfAll | None = None) -> A
         openapi_extra={"requestBody": request_body(service.settings)},
     )
     async def predict(request: Request) -> Response:
-        response = await _predict(service, request)
-        return Response(response.model_dump_json(), media_type="application/json")
+        return Response(await _predict(service, request), media_type="application/json")
 
     _handle_errors(app, service)
     if service.settings.token_sha256 is not None:
@@ -220,7 +182,7 @@ def build_app(service: Service, metrics_of_all: MetricsOfAll | None = None) -> A
     return Guard(app, service.settings, ROUTES, observe)
 
 
-async def _predict(service: Service, request: Request) -> PredictResponse:
+async def _predict(service: Service, request: Request) -> bytes:
     settings = service.settings
     deadline = time.monotonic() + settings.request_timeout_s
     try:
@@ -235,8 +197,6 @@ async def _predict(service: Service, request: Request) -> PredictResponse:
         raise Refusal(504, f"there was no answer within {settings.request_timeout_s:g} s.", "late") from None
     except Busy:
         raise Refusal(503, "too many images wait already: try again in a second.", "busy") from None
-    except CorruptError as error:
-        raise Refusal(500, str(error), "not finite") from error
 
 
 async def _read(service: Service, request: Request) -> tuple[list[bytes], Asked]:
@@ -246,7 +206,7 @@ async def _read(service: Service, request: Request) -> tuple[list[bytes], Asked]
         body = await request.body()
         if len(body) <= SMALL_BODY_BYTES and body.count(b",") <= MAX_SMALL_VALUES:
             return from_json(body, settings)
-        return await asyncio.get_running_loop().run_in_executor(service.decoders, from_json, body, settings)
+        return await asyncio.get_running_loop().run_in_executor(service.threads, from_json, body, settings)
     if kind == "multipart/form-data":
         num_fields = settings.max_classes + 1
         # No field is longer than this by the limit of a class name; parts are counted before they are kept.

@@ -8,20 +8,19 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
-from diki_ray.serving.engine import Question
-from diki_ray.serving.schema import ImageAnswer
-
-AnswerAll = Callable[[list[Question]], list[ImageAnswer | None]]
+Q = TypeVar("Q")
+A = TypeVar("A")
 
 
 @dataclass(frozen=True, eq=False)
-class _Waiting:
-    question: Question
-    answer: Future[ImageAnswer | None] = field(default_factory=Future)
+class _Waiting(Generic[Q, A]):
+    question: Q
+    answer: Future[A] = field(default_factory=Future)
 
 
-class Batches:
+class Batches(Generic[Q, A]):
     """Hands questions to `answer_all`, at most `max_size` at once. While one pass is computed the next one fills.
 
     A pass begins when as many images wait for it as are still on their way: one image alone waits for nobody, and many
@@ -30,15 +29,16 @@ class Batches:
     num_inside: returns how many images are on their way or wait.
     """
 
-    def __init__(self, answer_all: AnswerAll, max_size: int, wait_s: float, num_inside: Callable[[], int]) -> None:
+    def __init__(
+        self, answer_all: Callable[[list[Q]], list[A]], max_size: int, wait_s: float, num_inside: Callable[[], int]
+    ) -> None:
         self._answer_all, self._max_size, self._wait_s, self._num_inside = answer_all, max_size, wait_s, num_inside
-        self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Waiting[Q, A] | None] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="diki-serve-model", daemon=True).start()
 
-    def ask(self, question: Question) -> Future[ImageAnswer | None]:
-        """Returns the answer that will be; None in it: the question's deadline came first. A future that is cancelled
-        before its pass begins is left out of it."""
-        waiting = _Waiting(question)
+    def ask(self, question: Q) -> Future[A]:
+        """Returns the answer that will be. A future that is cancelled before its pass begins is left out of it."""
+        waiting: _Waiting[Q, A] = _Waiting(question)
         self._queue.put(waiting)
         return waiting.answer
 
@@ -61,7 +61,7 @@ class Batches:
             if ended:
                 return
 
-    def _filled(self, first: _Waiting) -> tuple[list[_Waiting], bool]:
+    def _filled(self, first: _Waiting[Q, A]) -> tuple[list[_Waiting[Q, A]], bool]:
         """Returns a pass's questions, and whether the end was met among them."""
         batch, until = [first], time.monotonic() + self._wait_s
         while len(batch) < self._max_size:

@@ -16,6 +16,7 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
 from typing import BinaryIO, NamedTuple
 
 from PIL import Image
@@ -34,11 +35,16 @@ class DecodingTooSlowError(Exception):
 
 
 class Decoded(NamedTuple):
-    """An image, and the width and height that it had, upright, before it was scaled."""
+    """An image's RGB bytes and its size, and the width and height that it had, upright, before it was scaled."""
 
-    image: Image.Image
+    rgb: bytes
+    size: tuple[int, int]
     width: int
     height: int
+
+    @property
+    def image(self) -> Image.Image:
+        return Image.frombytes("RGB", self.size, self.rgb)
 
 
 class Decoder:
@@ -46,7 +52,7 @@ class Decoder:
     and crop images to this square, too (`at_size`)."""
 
     def __init__(self, processes: int, timeout_s: float, size_px: int | None = None) -> None:
-        self._timeout_s, self._size_px = timeout_s, size_px or 0
+        self._timeout_s, self.size_px = timeout_s, size_px
         self._free: queue.SimpleQueue[_Child | None] = queue.SimpleQueue()
         for _ in range(processes):
             self._free.put(None)
@@ -63,7 +69,7 @@ class Decoder:
             if child is None or child.process.poll() is not None:
                 child = _Child()
             try:
-                return child.decode(data, max_pixels, self._timeout_s, self._size_px)
+                return child.decode(data, max_pixels, self._timeout_s, self.size_px or 0)
             except (TimeoutError, OSError, EOFError) as error:
                 child.end()
                 child = None
@@ -100,7 +106,7 @@ class _Child:
         if not is_image:
             reason, _, detail = reply.decode().partition("\0")
             raise UndecodableImageError(reason, detail)
-        return Decoded(Image.frombytes("RGB", (sizes[0], sizes[1]), bytes(reply)), sizes[2], sizes[3])
+        return Decoded(bytes(reply), (sizes[0], sizes[1]), sizes[2], sizes[3])
 
     def end(self) -> None:
         self.process.kill()
@@ -148,6 +154,7 @@ def _answer(data: bytes, max_pixels: int, size_px: int) -> tuple[bytes, bytes]:
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C the parent ends in order, and its children with it
+    warnings.filterwarnings("ignore", module="PIL")  # its remarks on odd files, of which strangers may send many
     with open(0, "rb", buffering=0) as asked, open(1, "wb") as answers:
         answers.write(b"+")
         answers.flush()

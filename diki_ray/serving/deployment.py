@@ -5,19 +5,21 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import ray
-import torch
 from prometheus_client.metrics_core import Metric
 from ray import serve
 from ray.serve import Application
 from starlette.types import ASGIApp
 
-from diki_ray.runs.cluster import keeps_memory
 from diki_ray.serving.app import Service, build_app
 from diki_ray.serving.doors import Door
+from diki_ray.serving.model_process import ModelProcess
 from diki_ray.serving.settings import Settings, parse_settings, token_digest
 
 METRICS_TIMEOUT_S = 5.0
@@ -26,14 +28,13 @@ METRICS_TIMEOUT_S = 5.0
 @serve.deployment(name="Answering")
 @serve.ingress()
 class Answering:
-    """One replica answers what Ray Serve sends it."""
+    """One replica answers what Ray Serve sends it. It ends with its model's process, and Ray Serve starts another."""
 
     def __init__(self, settings: Settings) -> None:
-        torch.set_num_threads(1)  # two replicas with two threads each on two cores collapse
-        self._service = Service(settings)
-        self._service.snapshots.follow()
+        self._service = Service(settings, ModelProcess(settings, on_end=partial(os._exit, 1)))
         # As many as Ray Serve lets work and wait (`deploy`).
         self._door = Door(build_app(self._service), 2 * settings.max_requests)
+        gc.freeze()  # else each full collection looks through everything imported, a twelfth of this process's time
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return build_app(self._service, self._metrics_of_all)
@@ -50,15 +51,14 @@ class Answering:
         return ray.get_runtime_context().get_node_id(), self._door.port
 
     async def metrics(self) -> tuple[str, list[Metric]]:
-        return serve.get_replica_context().replica_tag, self._service.metrics.collected()
+        return serve.get_replica_context().replica_tag, await self._service.collected()
 
 
 def deploy(settings: Settings, **options: Any) -> Application:
     """Returns the application of these settings; options are those of Ray Serve's deployment (num_replicas, …)."""
     limits = {"max_ongoing_requests": settings.max_requests, "max_queued_requests": settings.max_requests}
     deployment: Any = Answering
-    actor = {"runtime_env": keeps_memory()} | options.pop("ray_actor_options", {})
-    return deployment.options(ray_actor_options=actor, **limits, **options).bind(settings)
+    return deployment.options(**limits, **options).bind(settings)
 
 
 def application(arguments: dict[str, Any]) -> Application:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import binascii
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
+import pybase64
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
 DEFAULT_TEMPLATE = "a photo of a {}."
@@ -55,7 +55,7 @@ class PredictRequest(Asked):
         files = []
         for n, text in enumerate(self.images):
             try:
-                files.append(base64.b64decode(text, validate=True))
+                files.append(pybase64.b64decode(text, validate=True))
             except (binascii.Error, ValueError):
                 raise ValueError(f"images[{n}] is not base64") from None
         return files
@@ -78,6 +78,15 @@ class ImageAnswer(BaseModel):
         description="Of the image under each task (its classes, or one Gaussian), but for tasks ruled out early."
     )
     plain_clip: list[Choice] = Field(description="What the frozen CLIP alone would say: its five best classes.")
+
+
+class Answered(NamedTuple):
+    """An image's answer as it is sent: the entry of the run's log whose modules answered, the task, and the JSON of an
+    ImageAnswer."""
+
+    version: int
+    task: str | None
+    text: bytes
 
 
 class PredictResponse(BaseModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import threading
 import time
@@ -73,6 +74,7 @@ def serving(
             _wait_for_proxy(upstream)
             shown = f"[{host}]" if ":" in host else host
             doors = Doors()
+            gc.freeze()  # else each full collection looks through everything imported
             with _following(doors), front(listener, upstream, settings, doors):
                 yield f"http://{shown}:{port}"
         finally:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
+import numpy as np
 from pydantic import ValidationError
 from starlette.datastructures import FormData, UploadFile
 
@@ -70,23 +70,26 @@ async def from_form(form: FormData, settings: Settings) -> tuple[list[bytes], As
 
 
 def to_pixels(
-    data: bytes, where: str, decoder: Decoder, preprocess: Callable[[Any], torch.Tensor], settings: Settings
-) -> torch.Tensor:
-    """Returns [3, H, W] of an image file, as the backbone wants it."""
+    data: bytes, where: str, decoder: Decoder, preprocessed: Callable[[bytes, int, int], bytes], settings: Settings
+) -> bytes:
+    """Returns an image file as the model takes it: the RGB bytes of a square of the decoder's size, or what
+    `preprocessed` makes of any other image."""
     try:
-        image, width, height = decoder.decode(data, settings.max_pixels)
+        decoded = decoder.decode(data, settings.max_pixels)
     except DecodingTooSlowError:
         slow = f"decoding it took more than {settings.decode_timeout_s:g} s"
         raise Refusal(422, f"{where} cannot be used: {slow}.", "slow image") from None
     except UndecodableImageError as error:
         raise Refusal(422, f"{where} cannot be used: {error.reason}.", error.reason) from None
+    width, height = decoded.width, decoded.height
     if max(width, height) > settings.max_aspect_ratio * min(width, height):
         raise Refusal(
             422,
             f"{where} cannot be used: {width}x{height} pixels is too long and thin.",
             "aspect ratio",
         )
-    return preprocess(image)
+    size = decoder.size_px
+    return decoded.rgb if decoded.size == (size, size) else preprocessed(decoded.rgb, *decoded.size)
 
 
 def _check_values(body: bytes, settings: Settings) -> None:
@@ -97,7 +100,8 @@ def _check_values(body: bytes, settings: Settings) -> None:
     """
     in_texts = settings.max_classes * MAX_NAME_LENGTH + MAX_TEMPLATE_LENGTH
     at_most = settings.max_images + settings.max_classes + in_texts + 16
-    if sum(map(body.count, (b",", b"[", b"{", b":"))) > at_most:
+    read = np.frombuffer(body, np.uint8)
+    if sum(np.count_nonzero(read == character) for character in b",[{:") > at_most:
         raise Refusal(422, "the body has more lists and values than a request can have.", "counts")
 
 

@@ -21,6 +21,7 @@ from devtools import Page, chromium
 from stored_run import TOKEN, StoredRun, picture_file
 
 from diki_ray.serving.app import Service, build_app
+from diki_ray.serving.loaded_model import LoadedModel
 from diki_ray.serving.settings import Settings
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -38,7 +39,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     digest = hashlib.sha256(TOKEN.encode()).hexdigest()
     storage, name = os.environ.get("SERVE_STORAGE", run.storage), os.environ.get("SERVE_RUN", "colours")
     backbone = run.config.backbone.name if storage == run.storage else None
-    service = Service(Settings(storage=storage, run=name, backbone=backbone, token_sha256=digest))
+    settings = Settings(storage=storage, run=name, backbone=backbone, token_sha256=digest)
+    service = Service(settings, LoadedModel(settings))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(build_app(service), log_level="warning"))

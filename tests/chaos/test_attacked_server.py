@@ -17,6 +17,7 @@ from stored_run import TOKEN, StoredRun, as_json, picture_file
 
 from diki_ray.serving.app import Service, build_app
 from diki_ray.serving.front import front, listen
+from diki_ray.serving.model_process import ModelProcess
 from diki_ray.serving.settings import Settings, token_digest
 
 pytestmark = pytest.mark.long
@@ -43,8 +44,7 @@ def port(run: StoredRun, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
         request_timeout_s=5.0,
         max_connections=64,
     )
-    service = Service(settings)
-    service.snapshots.follow()
+    service = Service(settings, ModelProcess(settings))
     with socket.socket() as behind:
         behind.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(build_app(service), log_level="warning"))

@@ -15,8 +15,6 @@ from PIL import Image
 from tiny_backbone import write_tiny_backbone
 
 from diki_ray.runs.cluster import keeps_memory
-from diki_ray.serving.deployment import deploy
-from diki_ray.serving.settings import Settings
 
 VARIABLES = ("GLIBC_TUNABLES", "MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 ROOT = Path(__file__).parents[2]
@@ -62,15 +60,6 @@ def test_what_the_user_has_set_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(keeps_memory()["env_vars"]) == ["GLIBC_TUNABLES"]
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "0")
     assert keeps_memory() == {}
-
-
-@pytest.mark.usefixtures("nothing_set")
-def test_a_replica_keeps_it_and_takes_other_options_too() -> None:
-    settings = Settings(storage="s", run="r")
-    for options in ({}, {"ray_actor_options": {"num_cpus": 3}}):
-        (deployment,) = [deploy(settings, **options)._bound_deployment]
-        assert deployment.ray_actor_options["runtime_env"] == keeps_memory()
-    assert deployment.ray_actor_options["num_cpus"] == 3
 
 
 @pytest.mark.cluster

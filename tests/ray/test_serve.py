@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import requests
 from stored_run import TOKEN, StoredRun, as_json, picture, picture_file
@@ -146,6 +147,29 @@ def test_strangers_are_refused_over_http_too(server: Server) -> None:
     assert server.predict(image).status_code == 200
 
 
+def test_a_replica_whose_model_is_killed_is_replaced(server: Server) -> None:
+    def model() -> psutil.Process:
+        (found,) = (
+            child
+            for child in psutil.Process(server.process.pid).children(recursive=True)
+            if "diki_ray.serving.model_process" in child.cmdline()
+        )
+        return found
+
+    killed, image = model(), as_json(picture_file("warm", 1))
+    right = server.predict(image).json()
+    killed.kill()
+    told = set[int]()
+    until = time.monotonic() + 90
+    while (response := server.predict(image)).status_code != 200:
+        assert time.monotonic() < until, told
+        told.add(response.status_code)
+        time.sleep(0.2)
+    assert told <= {502, 503, 504}
+    assert response.json() == right
+    assert model().pid != killed.pid
+
+
 def test_the_job_says_what_is_wrong_in_one_sentence(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -172,4 +196,5 @@ def test_it_ends_at_sigterm_and_leaves_the_port_free(server: Server) -> None:
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(timeout=60) == 128 + signal.SIGTERM
     with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that just ended do not count
         probe.bind(("127.0.0.1", int(server.url.rpartition(":")[2])))

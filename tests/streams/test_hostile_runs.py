@@ -21,6 +21,7 @@ from diki_ray.prediction.run_predictor import predictor_over, read_modules
 from diki_ray.runs.plan import build_method
 from diki_ray.runs.verification import problems_of
 from diki_ray.serving.app import Service, build_app
+from diki_ray.serving.loaded_model import LoadedModel
 from diki_ray.serving.settings import Settings
 from diki_ray.store.library import key_path, module_path
 from diki_ray.store.log import digest_of, seal
@@ -217,7 +218,7 @@ def test_no_image_is_answered_with_what_is_not_finite(
 
 def test_a_server_says_that_what_it_serves_is_not_finite(overflowing: StoredRun) -> None:
     settings = Settings(storage=overflowing.storage, run="colours", backbone=overflowing.config.backbone.name)
-    service = Service(settings)
+    service = Service(settings, LoadedModel(settings))
     with TestClient(build_app(service)) as client:
         refused = client.post("/predict", json=as_json(picture_file("warm", 1)))
         assert refused.status_code == 500

@@ -56,11 +56,12 @@ def test_images_are_scaled_as_the_model_would_scale_them(height: int, width: int
     assert squares.size_px == 48
     decoder = Decoder(1, TIMEOUT_S, 48)
     try:
-        image, *sides = decoder.decode(out.getvalue(), 100_000)
+        decoded = decoder.decode(out.getvalue(), 100_000)
     finally:
         decoder.close()
-    assert sides == [width, height]
-    assert image.size == (48, 48)
+    image = decoded.image
+    assert (decoded.width, decoded.height) == (width, height)
+    assert image.size == decoded.size == (48, 48)
     assert torch.equal(preprocess(image), preprocess(Image.fromarray(noise)))
     several = squares.pixels([image.tobytes()] * 2)
     assert several.is_contiguous()

@@ -9,8 +9,10 @@ import os
 import re
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,10 +23,12 @@ from stored_run import CLASSES, TOKEN, StoredRun, as_json, picture, picture_file
 from diki_ray.answering.class_features import FeatureCache, Tabulated
 from diki_ray.errors import ConfigError
 from diki_ray.prediction.run_predictor import load_predictor
-from diki_ray.serving.app import Ask, Service, build_app
+from diki_ray.serving.app import Model, Service, build_app
 from diki_ray.serving.engine import Question, answer_questions
+from diki_ray.serving.loaded_model import LoadedModel
 from diki_ray.serving.metrics import exposition
 from diki_ray.serving.page import PAGE, POLICY
+from diki_ray.serving.schema import Answered
 from diki_ray.serving.settings import Settings, token_digest
 from diki_ray.serving.snapshot import Snapshots
 
@@ -41,9 +45,19 @@ def unchanged(tmp_path_factory: pytest.TempPathFactory) -> StoredRun:
     return StoredRun(tmp_path_factory.mktemp("run"), "warm", "cold")
 
 
+def service_of(run: StoredRun, **limits: Any) -> Service:
+    settings = Settings(storage=run.storage, run="colours", backbone=run.config.backbone.name, **limits)
+    return Service(settings, LoadedModel(settings))
+
+
+def model_of(service: Service) -> LoadedModel:
+    assert isinstance(service.model, LoadedModel)
+    return service.model
+
+
 @pytest.fixture(scope="module")
 def service(unchanged: StoredRun) -> Iterator[Service]:
-    service = Service(Settings(storage=unchanged.storage, run="colours", backbone=unchanged.config.backbone.name))
+    service = service_of(unchanged)
     yield service
     service.close()
 
@@ -54,11 +68,11 @@ def client(service: Service) -> Iterator[TestClient]:
         yield client
 
 
-def limited(service: Service, ask: Ask | None = None, **limits: object) -> TestClient:
-    """A client of the same run and engine under other settings."""
+def limited(service: Service, model: Model | None = None, **limits: object) -> TestClient:
+    """A client of the same run and model under other settings."""
     other = copy.copy(service)
     other.settings = service.settings.model_copy(update=limits)
-    other.ask = ask or other._ask
+    other.model = model or service.model
     return TestClient(build_app(other))
 
 
@@ -143,7 +157,7 @@ def test_an_answer_does_not_depend_on_what_shares_its_pass_or_was_asked_before(r
 
 
 def test_nobody_is_answered_whose_time_is_over(service: Service) -> None:
-    (question,) = questions(service.snapshots, "warm")
+    (question,) = questions(model_of(service).snapshots, "warm")
     late = Question(question.pixels, question.snapshot, question.candidates, time.monotonic() - 1)
     first, second = answer_questions([late, question])
     assert first is None
@@ -154,7 +168,7 @@ def test_nobody_is_answered_whose_time_is_over(service: Service) -> None:
 
 
 def test_a_task_learnt_or_removed_later_is_served_without_a_restart(run: StoredRun) -> None:
-    service = Service(Settings(storage=run.storage, run="colours", backbone=run.config.backbone.name))
+    service = service_of(run)
     client = TestClient(build_app(service))
     lush = as_json(picture_file("lush", 200))
     first = client.post("/predict", json=lush).json()
@@ -162,14 +176,14 @@ def test_a_task_learnt_or_removed_later_is_served_without_a_restart(run: StoredR
 
     version = run.learn("lush")
     assert client.post("/predict", json=lush).json() == first  # until it is looked at
-    assert service.snapshots.refresh()
+    assert model_of(service).snapshots.refresh()
     second = client.post("/predict", json=lush).json()
     assert second["version"] == version > first["version"]
     assert second["answers"][0]["task"] == "lush"
     assert [task["name"] for task in client.get("/tasks").json()["tasks"]] == ["warm", "cold", "lush"]
 
     run.store.remove_task(run.epoch, "lush")
-    service.snapshots.refresh()
+    model_of(service).snapshots.refresh()
     third = client.post("/predict", json=lush).json()
     assert third["answers"] == first["answers"]
     assert third["version"] == run.store.version
@@ -192,31 +206,31 @@ def test_the_run_is_followed_in_the_background(run: StoredRun) -> None:
 
 
 def test_a_damaged_module_or_lost_storage_leaves_the_former_tasks_served(run: StoredRun) -> None:
-    service = Service(Settings(storage=run.storage, run="colours", backbone=run.config.backbone.name))
+    service = service_of(run)
     client = TestClient(build_app(service))
     before = client.post("/predict", json=as_json(picture_file("warm", 1))).json()
     run.learn("lush")
     (blob,) = [p for p in Path(run.storage).rglob("*.safetensors") if p.stem == run.store.modules()[-1].digest]
     good = blob.read_bytes()
     blob.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    assert not service.snapshots.refresh()
+    assert not model_of(service).snapshots.refresh()
     assert client.get("/tasks").json()["stale_since"] == pytest.approx(time.time(), abs=60)
     assert client.post("/predict", json=as_json(picture_file("warm", 1))).json() == before
     assert "diki_serve_stale{" in client.get("/metrics").text
     blob.write_bytes(good)
-    assert service.snapshots.refresh()
+    assert model_of(service).snapshots.refresh()
     assert client.get("/tasks").json()["stale_since"] is None
     os.rename(run.storage, run.storage + ".away")
-    service.snapshots.refresh()
-    assert service.snapshots.current.tasks == ("warm", "cold", "lush")
+    model_of(service).snapshots.refresh()
+    assert model_of(service).snapshots.current.tasks == ("warm", "cold", "lush")
 
 
 def test_a_run_whose_last_task_was_removed_answers_among_given_classes_only(run: StoredRun) -> None:
-    service = Service(Settings(storage=run.storage, run="colours", backbone=run.config.backbone.name))
+    service = service_of(run)
     client = TestClient(build_app(service))
     for task in ("warm", "cold"):
         run.store.remove_task(run.epoch, task)
-    service.snapshots.refresh()
+    model_of(service).snapshots.refresh()
     refused = client.post("/predict", json=as_json(picture_file("warm", 1)))
     assert (refused.status_code, "no task at present" in refused.json()["error"]) == (422, True)
     (found,) = client.post("/predict", json=as_json(picture_file("warm", 1), classes=["a", "b"])).json()["answers"]
@@ -294,10 +308,14 @@ def test_a_body_that_does_not_come_and_an_answer_that_does_not_are_told_apart(se
     asyncio.run(limited(service, request_timeout_s=0.3).app(scope, never, send))
     assert said[0] == 408
 
-    async def forever(question: Question) -> None:
-        await asyncio.sleep(60)
+    class Forever(LoadedModel):
+        def __init__(self) -> None:
+            vars(self).update(vars(service.model))
 
-    late = limited(service, forever, request_timeout_s=0.5).post("/predict", json=as_json(picture_file("warm", 1)))
+        def ask(self, *_: object) -> list[Future[Answered | None]]:
+            return [Future()]
+
+    late = limited(service, Forever(), request_timeout_s=0.5).post("/predict", json=as_json(picture_file("warm", 1)))
     assert (late.status_code, late.json()["error"]) == (504, "there was no answer within 0.5 s.")
 
 
@@ -318,21 +336,19 @@ def test_class_features_are_kept_up_to_a_number_of_bytes() -> None:
 
 
 def test_vocabularies_of_strangers_drive_nothing_out_and_leave_nothing_behind(unchanged: StoredRun) -> None:
-    settings = Settings(
-        storage=unchanged.storage, run="colours", backbone=unchanged.config.backbone.name, named_cache_bytes=20_000
-    )
-    service = Service(settings)
+    service = service_of(unchanged, named_cache_bytes=20_000)
     client = TestClient(build_app(service))
     image = picture_file("warm", 1)
     expected = client.post("/predict", json=as_json(image)).json()
-    learnt, words = service.snapshots.class_features.kept.num_bytes, len(service.snapshots.backbone.tokenizer.cache)
+    snapshots = model_of(service).snapshots
+    learnt, words = snapshots.class_features.kept.num_bytes, len(snapshots.backbone.tokenizer.cache)
     for n in range(100):
         names = [f"strange{n}x{k}" for k in range(5)]
         assert client.post("/predict", json=as_json(image, classes=names)).status_code == 200
-    assert len(service.snapshots.vocabularies._kept) <= 64
-    assert 0 < service.snapshots.class_features.passing.num_bytes <= 20_000
-    assert service.snapshots.class_features.kept.num_bytes == learnt > 0
-    assert len(service.snapshots.backbone.tokenizer.cache) == words
+    assert len(snapshots.vocabularies._kept) <= 64
+    assert 0 < snapshots.class_features.passing.num_bytes <= 20_000
+    assert snapshots.class_features.kept.num_bytes == learnt > 0
+    assert len(snapshots.backbone.tokenizer.cache) == words
     assert client.post("/predict", json=as_json(image)).json() == expected
     service.close()
 
@@ -341,12 +357,13 @@ def test_vocabularies_of_strangers_drive_nothing_out_and_leave_nothing_behind(un
 
 
 def test_metrics_count_what_happened_and_replicas_are_told_apart(unchanged: StoredRun) -> None:
-    service = Service(Settings(storage=unchanged.storage, run="colours", backbone=unchanged.config.backbone.name))
+    service = service_of(unchanged)
     client = TestClient(build_app(service))
     client.post("/predict", json=as_json(picture_file("warm", 1), picture_file("cold", 1)))
     client.post("/predict", json={})
     client.get("/no/such/route/0123")
-    text = exposition({"a": service.metrics.collected(), "b": service.metrics.collected()}).decode()
+    collected = asyncio.run(service.collected())
+    text = exposition({"a": collected, "b": collected}).decode()
     values = {
         (s.name, *sorted(s.labels.items())): s.value for f in text_string_to_metric_families(text) for s in f.samples
     }

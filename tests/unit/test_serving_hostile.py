@@ -19,6 +19,7 @@ from PIL import Image
 from stored_run import StoredRun, as_json, file_of, picture, picture_file
 
 from diki_ray.serving.app import Service, build_app
+from diki_ray.serving.loaded_model import LoadedModel
 from diki_ray.serving.settings import Settings
 
 FEW = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -29,7 +30,8 @@ GOOD = picture_file("warm", 1)
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     run = StoredRun(tmp_path_factory.mktemp("run"), "warm", "cold")
     limits = {"max_body_bytes": 200_000, "max_images": 3, "max_classes": 4, "max_pixels": 10_000}
-    service = Service(Settings(storage=run.storage, run="colours", backbone=run.config.backbone.name, **limits))
+    settings = Settings(storage=run.storage, run="colours", backbone=run.config.backbone.name, **limits)
+    service = Service(settings, LoadedModel(settings))
     with TestClient(build_app(service)) as client:
         expected = client.post("/predict", json=as_json(GOOD)).json()
         yield client
