@@ -139,7 +139,7 @@ def plot(report: dict[str, Any], folder: Path) -> list[Path]:
     def day(axes: Any) -> None:
         rows = [r for r in sections["serving_day"] if r["when"].endswith("asked")]
         asked = list(accumulate(r["requests"] for r in rows))
-        for column in ("replica_mb", "front_mb"):
+        for column in ("replica_mb", "model_mb", "front_mb"):
             axes.plot(asked, [r[column] for r in rows], "o-", label=column.removesuffix("_mb"))
         axes.set(xlabel="requests answered", ylabel="MB resident", ylim=(0, None))
         axes.legend(fontsize=7, frameon=False)

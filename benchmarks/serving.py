@@ -101,30 +101,33 @@ def _of_load(
 
 
 def stages(world: World, num_tasks: int, num_classes: int, rounds: int) -> list[dict[str, Any]]:
-    """Milliseconds of processor time an image of each thing that a replica does, each alone: what is left of a request
-    is its way. Of decoding in a child it is what the replica's own process has to do."""
+    """Milliseconds of processor time an image of each thing that a replica and the process of its model do, each alone:
+    what is left of a request is its way. Of decoding in a child it is what the replica's own process has to do."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as a replica has
     with tempfile.TemporaryDirectory() as folder:
         settings = stored_run(world, Path(folder), num_tasks, num_classes)
         snapshot = Snapshots(settings).current
         squares = Squares.of(snapshot.predictor.backbone.preprocess)
-        decoder = Decoder(1, 10.0, None if squares is None else squares.size_px)
+        assert squares is not None
+        decoder = Decoder(1, 10.0, squares.size_px)
         rows = []
         for load, (image_format, size, _) in LOADS.items():
             if load.startswith("8"):
                 continue
             files = [picture_file(seed, image_format, size) for seed in range(CLIENTS)]
-            scaled = [decoder.decode(data, 10**8).image for data in files]
+            scaled = [decoder.decode(data, 10**8) for data in files]
             bodies = [request_body([data]) for data in files]
-            pixels = [snapshot.predictor.backbone.preprocess(image) for image in scaled]
+            pixels = squares.pixels([image.rgb for image in scaled])
             asked = [Question(p, snapshot, snapshot.learnt, time.monotonic() + 3600) for p in pixels]
             answers = [a for a in answer_questions(asked) if a is not None]
             acts = {
                 "body_to_file": lambda bodies=bodies: [from_json(body, settings) for body in bodies],
                 "decoded_here": lambda files=files: [decode_image(data) for data in files],
                 "decoded_in_a_child": lambda files=files: [decoder.decode(data, 10**8) for data in files],
-                "preprocessed": lambda scaled=scaled: [snapshot.predictor.backbone.preprocess(i) for i in scaled],
+                "pixels_of_8": lambda scaled=scaled: [
+                    squares.pixels([image.rgb for image in scaled[n : n + 8]]) for n in (0, 8)
+                ],
                 "engine_1_a_pass": lambda asked=asked: [answer_questions([question]) for question in asked],
                 "engine_8_a_pass": lambda asked=asked: [answer_questions(asked[n : n + 8]) for n in (0, 8)],
                 "engine_16_a_pass": lambda asked=asked: answer_questions(asked),

@@ -1,7 +1,8 @@
 """A server of many tasks: at rest, while tasks are being learnt, and for as many requests as a day may have.
 
 Each request asks for an image of one of the tasks, which take turns. Tasks are told apart by the class model and
-answered beside it, as by default. Memory is that of the largest replica, and of the process with the front.
+answered beside it, as by default. Memory is that of the largest replica, of the largest process of a model, and of the
+process with the front.
 """
 
 from __future__ import annotations
@@ -95,9 +96,10 @@ def _times(replicas: int, taken: list[float], seconds: float) -> dict[str, Any]:
 def _memory(pid: int) -> dict[str, float]:
     """Resident megabytes."""
     job = psutil.Process(pid)
-    replicas = [c for c in job.children(recursive=True) if "ServeReplica" in " ".join(c.cmdline())]
-    largest = max(replica.memory_info().rss for replica in replicas)
-    return {"replica_mb": largest / 1e6, "front_mb": job.memory_info().rss / 1e6}
+    found = {"replica_mb": "ServeReplica", "model_mb": "diki_ray.serving.model_process"}
+    children = [(" ".join(child.cmdline()), child.memory_info().rss) for child in job.children(recursive=True)]
+    largest = {column: max(rss for said, rss in children if name in said) / 1e6 for column, name in found.items()}
+    return largest | {"front_mb": job.memory_info().rss / 1e6}
 
 
 @contextmanager

@@ -102,11 +102,11 @@ class Service:
         return b'{"version":%d,"answers":[%b]}' % (known[0].version, texts)
 
     async def tasks(self) -> TasksResponse:
-        return await asyncio.get_running_loop().run_in_executor(self.threads, self.model.tasks)
+        return await asyncio.to_thread(self.model.tasks)
 
     async def collected(self) -> list[Metric]:
         """Returns all metrics as they are now: of requests, and of the model."""
-        exposed = await asyncio.get_running_loop().run_in_executor(self.threads, self.model.exposed)
+        exposed = await asyncio.to_thread(self.model.exposed)
         return [*self.metrics.registry.collect(), *text_string_to_metric_families(exposed)]
 
     def close(self) -> None:
