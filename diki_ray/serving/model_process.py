@@ -136,7 +136,7 @@ class ModelProcess:
             self._ended = True
             self._refuse_all()
             if not self._closed:
-                logger.error("the model's process has ended with exit code %s", self.process.poll())
+                logger.error("the model's process has ended with exit code %d", self.process.wait())
                 self._on_end()
 
     def _refuse_all(self) -> None:
