@@ -24,7 +24,7 @@ from diki_ray.serving.uploads import Refusal
 
 
 @dataclass(frozen=True, eq=False)
-class _Waiting:
+class _Image:
     data: bytes
     snapshot: Snapshot
     candidates: tuple[Candidates, ...]
@@ -41,7 +41,7 @@ class LoadedModel:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self.snapshots = Snapshots(settings)
-        self.metrics = _Metrics(self.snapshots)
+        self.metrics = ModelMetrics(self.snapshots)
         self._squares = Squares.of(self.snapshots.backbone.preprocess)
         self.size_px = None if self._squares is None else self._squares.size_px
         self._shape = torch.Size()  # of what the backbone's own preprocessing makes
@@ -70,7 +70,7 @@ class LoadedModel:
         else:
             raise Refusal(422, "the run has no task at present: give the classes to choose from.", "no classes")
         self._num_inside = num_inside
-        return [self._batches.ask(_Waiting(data, snapshot, candidates, deadline)) for data in images]
+        return [self._batches.ask(_Image(data, snapshot, candidates, deadline)) for data in images]
 
     def preprocessed(self, rgb: bytes, width: int, height: int) -> bytes:
         """Returns what the backbone makes of an image that is no square of `size_px`."""
@@ -101,11 +101,11 @@ class LoadedModel:
         self.snapshots.close()
         self._batches.close()
 
-    def _answer_together(self, waiting: list[_Waiting]) -> list[Answered | None]:
+    def _answer_together(self, images: list[_Image]) -> list[Answered | None]:
         """Answers these images in one pass."""
         started = time.monotonic()
-        pixels = self._pixels([w.data for w in waiting])
-        questions = [Question(p, w.snapshot, w.candidates, w.deadline) for p, w in zip(pixels, waiting, strict=True)]
+        pixels = self._pixels([image.data for image in images])
+        questions = [Question(p, i.snapshot, i.candidates, i.deadline) for p, i in zip(pixels, images, strict=True)]
         try:
             answers = answer_questions(questions)
         except CorruptError as error:
@@ -113,8 +113,8 @@ class LoadedModel:
         self.metrics.batch_images.observe(len(questions))
         self.metrics.batch_seconds.observe(time.monotonic() - started)
         return [
-            None if a is None else Answered(w.snapshot.version, a.task, a.model_dump_json().encode())
-            for a, w in zip(answers, waiting, strict=True)
+            None if a is None else Answered(i.snapshot.version, a.task, a.model_dump_json().encode())
+            for a, i in zip(answers, images, strict=True)
         ]
 
     def _pixels(self, images: Sequence[bytes]) -> list[torch.Tensor]:
@@ -131,7 +131,9 @@ class LoadedModel:
         ]
 
 
-class _Metrics:
+class ModelMetrics:
+    """Counts passes, and tells what is served, in a registry of its own."""
+
     def __init__(self, snapshots: Snapshots) -> None:
         self._snapshots = snapshots
         self._registry = registry = CollectorRegistry()

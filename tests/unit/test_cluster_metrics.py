@@ -18,11 +18,13 @@ import pytest
 import yaml
 from cluster_overlays import ROOT, SERVE_OVERLAYS, configuration_of, of_kind, ray_cluster, tool
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, start_http_server
+from prometheus_client.parser import text_string_to_metric_families
 from ray.dashboard.modules.metrics import dashboards as ray_dashboards
 
 from diki_ray import config
 from diki_ray.runs.telemetry import Telemetry
 from diki_ray.serving.front import Connections, Front
+from diki_ray.serving.loaded_model import ModelMetrics
 from diki_ray.serving.metrics import Metrics, together
 from diki_ray.serving.settings import Limits
 
@@ -54,17 +56,17 @@ class Served:
     def __init__(self):
         cache = SimpleNamespace(num_bytes=1)
         snapshots = SimpleNamespace(
-            settings=SimpleNamespace(run="debug"),
             current=SimpleNamespace(version=3, tasks=("warm",)),
             class_features=SimpleNamespace(kept=cache, passing=cache),
             stale_since=None,
             failures=1,
         )
-        self.metrics = Metrics(snapshots)
+        self.metrics, self.model = Metrics("debug"), ModelMetrics(snapshots)
         limits = Limits()
         self.connections = Connections(limits)
         front = Front("", limits, self.connections)
-        for series in (*vars(self.metrics).values(), *vars(self.connections).values(), *vars(front).values()):
+        counting = (self.metrics, self.model, self.connections, front)
+        for series in (s for of in counting for s in vars(of).values()):
             if isinstance(series, Counter | Gauge | Histogram):
                 self.count(series.labels(*("x" for _ in series._labelnames)) if series._labelnames else series)
 
@@ -73,7 +75,8 @@ class Served:
         series.observe(1) if isinstance(series, Histogram) else series.inc()
 
     def collect(self):
-        yield from together({"a": self.metrics.collected(), "b": self.metrics.collected()})
+        told = [*self.metrics.registry.collect(), *text_string_to_metric_families(self.model.exposed())]
+        yield from together({"a": told, "b": told})
         yield from self.connections.registry.collect()
 
 
