@@ -122,11 +122,12 @@ class LoadedModel:
         pixels would take four times as much."""
         size = 0 if self.size_px is None else 3 * self.size_px**2
         squares = [data for data in images if len(data) == size]
-        converted = iter(self._squares.pixels(squares, self.snapshots.backbone.device) if self._squares else ())
+        device = self.snapshots.backbone.device
+        converted = iter(self._squares.pixels(squares, device) if self._squares else ())
         return [
             next(converted)
             if len(data) == size
-            else torch.frombuffer(bytearray(data), dtype=torch.float32).view(self._shape)
+            else torch.frombuffer(bytearray(data), dtype=torch.float32).view(self._shape).to(device)
             for data in images
         ]
 

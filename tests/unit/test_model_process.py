@@ -14,6 +14,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from second_device import DEVICE, second_device
 from stored_run import StoredRun, picture
 from tiny_backbone import SOURCE
 
@@ -183,3 +185,23 @@ def test_why_it_cannot_be_loaded_is_said_in_one_sentence(run: StoredRun, tmp_pat
         with pytest.raises(ConfigError, match=said) as error:
             ModelProcess(settings_of(run).model_copy(update={"backbone": str(backbone)}))
         assert len(str(error.value).splitlines()) == 1
+
+
+def test_images_of_a_pass_are_on_the_same_device_however_they_came(tmp_path: Path) -> None:
+    backbone = tmp_path / "backbone.py"
+    backbone.write_text(SOURCE.replace(OWN, CLIPS))
+    model = LoadedModel(settings_of(StoredRun(tmp_path, "warm", "cold", backbone={"name": str(backbone)})))
+    images = images_for(model)
+    expected = torch.stack(model._pixels(images))
+    with second_device():
+        model.snapshots.backbone.to(DEVICE)
+        pixels = torch.stack(model._pixels(images))
+        assert pixels.device.type == DEVICE.type
+        assert torch.equal(pixels.cpu(), expected)
+    model.close()
+
+
+def test_a_replica_itself_imports_no_torch() -> None:
+    said = "import sys, diki_ray.serving.deployment; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
