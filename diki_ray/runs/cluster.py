@@ -58,7 +58,7 @@ def connected(
     joined = address != LOCAL
     if not joined:
         keep_token_private()
-    with nullcontext() if joined else _unwatched():
+    with nullcontext() if joined else unwatched():
         try:
             with _handlers_kept(), nullcontext() if joined else on_loopback():
                 ray.init(
@@ -77,6 +77,26 @@ def connected(
             yield joined
         finally:
             ray.shutdown()
+
+
+def started_here() -> bool:
+    """Whether the cluster is one that this process started, so that it has this machine alone and never grows."""
+    node = ray._private.worker._global_node
+    return node is not None and node.is_head()
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Ray Train, called in the block, starts no process that looks whether nodes are to be taken away: nobody takes a
+    cluster of this machine away from its own command, and that process took 2 of 19 s to the first step."""
+    if _WATCHER in os.environ:
+        yield
+        return
+    os.environ[_WATCHER] = "0"
+    try:
+        yield
+    finally:
+        os.environ.pop(_WATCHER, None)
 
 
 def beside_this_process() -> dict[str, Any]:
@@ -102,20 +122,6 @@ def keeps_memory() -> dict[str, Any]:
     if any(name in os.environ for name in _SET_BY_USERS):
         return {}
     return {"env_vars": {"GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={n}" for name, n in _KEEPING.items())}}
-
-
-@contextmanager
-def _unwatched() -> Iterator[None]:
-    """Ray Train, called in the block, starts no process that looks whether nodes are to be taken away: nobody takes a
-    cluster of this machine away from its own command, and that process took 2 of 19 s to the first step."""
-    if _WATCHER in os.environ:
-        yield
-        return
-    os.environ[_WATCHER] = "0"
-    try:
-        yield
-    finally:
-        os.environ.pop(_WATCHER, None)
 
 
 @contextmanager

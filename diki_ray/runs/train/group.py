@@ -97,28 +97,13 @@ def _num_groups(config: Config) -> int:
 
 def _train_group(config: Config, pending: Sequence[PlannedTask], store: HeldRun) -> None:
     import ray.train
-    from ray._private.worker import get_dashboard_url
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
     from diki_ray.runs.train.network import TorchOnRaysNetwork
-
-    # Ray's data sets have a process of their own, and none is used. The cleaner asks the dashboard whether the
-    # controller lives; where there is none, each training would end with 12 s of waiting for its answer (Ray 2.60).
-    unused = (DatasetsCallback,) if get_dashboard_url() else (DatasetsCallback, PlacementGroupCleanerCallback)
-
-    class Trainer(TorchTrainer):
-        def _register_sigint_handler(self, controller: Any) -> None:
-            """Ray's handler would wait for the workers for 30 s, and stay when fit() is over: runs/stopping.py."""
-
-        def _create_default_callbacks(self) -> list[Any]:
-            callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # of the class behind the name
-            return [callback for callback in callbacks if not isinstance(callback, unused)]
+    from diki_ray.runs.train.trainer import Trainer
 
     use_gpu = device_of(config) == "cuda"
     attempt = uuid.uuid4().hex[:8]
-    # A reference, which the controller hands on without importing what it refers to.
+    # A reference, which a controller in a process of its own hands on without importing what it refers to.
     loop = ray.put(Loop(config, tuple(pending), store, attempt))
     trainer = Trainer(
         train_tasks,
@@ -136,7 +121,11 @@ def _train_group(config: Config, pending: Sequence[PlannedTask], store: HeldRun)
             name=f"{config.run.name}-{attempt}",
             storage_path=f"{store.storage}/ray",
             failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures),
-            worker_runtime_env=keeps_memory(),  # type: ignore[call-arg]  # Ray Train 2 has it, its stub has not
+            # What Ray Train logs is in its session's folder, and not among what the command says.
+            logging_config=ray.train.LoggingConfig(  # type: ignore[call-arg]  # Ray Train 2 has it, its stub has not
+                log_level="CRITICAL"
+            ),
+            worker_runtime_env=keeps_memory(),
         ),
     )
     try:
