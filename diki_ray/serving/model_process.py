@@ -7,6 +7,7 @@ sockets. A message is a head in JSON and bytes whose meaning the head says. It e
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import logging
@@ -173,6 +174,7 @@ class _Child:
             logger.exception("the model could not be loaded")
             self._reply({"error": f"the model cannot be loaded: {type(error).__name__}: {error}"})
             return
+        gc.freeze()  # else a full collection looks through all that torch has, 0.2 s in which nothing is answered
         self._reply({"size_px": self._model.size_px})
         # What takes long beside a pass must not keep the requests behind it from their pass.
         slow = ThreadPoolExecutor(settings.decode_threads, "diki-serve-prepare")
