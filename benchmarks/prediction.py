@@ -15,6 +15,7 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -33,8 +34,11 @@ SIZES = (64, 500)
 WORKERS = (1, 2)
 
 
-def prediction(world: World, num_tasks: int, num_classes: int, images: int, seconds: float) -> Iterator[dict[str, Any]]:
-    """A row for each size and number of workers. The predictor alone runs before and after the job; its means count.
+def prediction(
+    world: World, num_tasks: int, num_classes: int, images: int, seconds: float, rounds: int
+) -> Iterator[dict[str, Any]]:
+    """A row for each size and number of workers: medians of rounds, in each of which both predictors and the job take
+    turns.
 
     A worker on a GPU has one of its own, so there are no more workers than GPUs.
     """
@@ -47,10 +51,16 @@ def prediction(world: World, num_tasks: int, num_classes: int, images: int, seco
             _write(folder / "images", size, images)
             for workers in (n for n in WORKERS if n <= most):
                 run = [settings.storage, RUN, str(settings.backbone)]
-                alone = [[*run, str(seconds)], [*run, str(seconds), str(folder / "images")]]
-                before = [_alone(words, workers) for words in alone]
-                rate, share = _job(folder, run, workers)
-                given, reading = ((b + _alone(words, workers)) / 2 for b, words in zip(before, alone, strict=True))
+                alone = [*run, str(seconds)]
+                turns = [
+                    (
+                        _alone(alone, workers),
+                        _alone([*alone, str(folder / "images")], workers),
+                        *_job(folder, run, workers),
+                    )
+                    for _ in range(rounds)
+                ]
+                given, reading, rate, share = map(median, zip(*turns, strict=True))
                 row = {"jpeg_px": size, "workers": workers, "images_per_s": rate, "of_predictor": rate / given}
                 row |= {"of_predictor_reading": rate / reading, "computing_share": share}
                 yield row | {"predictor_images_per_s": given, "predictor_reading_images_per_s": reading}
@@ -68,7 +78,8 @@ def _write(folder: Path, size: int, images: int) -> None:
 def _job(folder: Path, run: list[str], workers: int) -> tuple[float, float]:
     """Images a second from the first answers on, and the share of this time in which workers computed."""
     options = [word for pair in zip(("--storage", "--run", "--backbone"), run, strict=True) for word in pair]
-    output = folder / f"answers-{workers}.jsonl"
+    output = folder / "answers.jsonl"
+    output.unlink(missing_ok=True)
     job = [str(ROOT / "jobs" / "predict.py"), str(folder / "images"), *options, "--output", str(output)]
     (said,) = _outputs([[*job, "--num-workers", str(workers)]])
     found = re.search(r"([\d,]+) images/s from the first answers on, workers computed (\d+)%", said)

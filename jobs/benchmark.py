@@ -156,7 +156,7 @@ def measure(a: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> di
         "start": lambda: start.start(few),
         "serving": lambda: serving.serving(world, SERVED_TASKS, a.stream_classes, a.seconds, few),
         "serving_stages": lambda: serving.stages(world, SERVED_TASKS, a.stream_classes, a.rounds),
-        "prediction": lambda: prediction.prediction(world, SERVED_TASKS, a.stream_classes, a.images, a.seconds),
+        "prediction": lambda: prediction.prediction(world, SERVED_TASKS, a.stream_classes, a.images, a.seconds, few),
         "serving_day": lambda: serving_day.serving_day(
             world, a.served_tasks, a.stream_classes, 5 * a.seconds, a.requests
         ),

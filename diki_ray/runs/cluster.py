@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diki_ray.errors import ConfigError
 from diki_ray.runs import stopping
-from diki_ray.runs.local_cluster import LOOPBACK, keep_token_private, on_loopback
+from diki_ray.runs.local_cluster import LOOKS_OFTEN, LOOPBACK, keep_token_private, starting
 
 LOCAL = "local"
 """The address that asks for a cluster of this process's own, whatever RAY_ADDRESS says."""
@@ -60,12 +60,13 @@ def connected(
         keep_token_private()
     with nullcontext() if joined else unwatched():
         try:
-            with _handlers_kept(), nullcontext() if joined else on_loopback():
+            with _handlers_kept(), nullcontext() if joined else starting():
                 ray.init(
                     address=address,
                     num_cpus=None if joined else num_cpus,
                     include_dashboard=None if joined else dashboard,
                     _node_ip_address=None if joined else LOOPBACK,
+                    _system_config=None if joined else LOOKS_OFTEN,
                     namespace="diki_ray",
                     runtime_env=dict(runtime_env or {}) or None,
                     log_to_driver=False,

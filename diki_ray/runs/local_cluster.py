@@ -5,15 +5,24 @@ from __future__ import annotations
 import os
 import secrets
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from ray import NodeID
 from ray._private import services
+from ray._raylet import GcsClient  # type: ignore[attr-defined]  # it is not in the stub
 
 from diki_ray.errors import ConfigError
 
 LOOPBACK = "127.0.0.1"
+LOOKS_OFTEN = {"raylet_client_connect_timeout_milliseconds": 20, "raylet_client_num_connect_attempts": 500}
+"""How often Ray's node looks for its object store, which a thread of it starts meanwhile. By itself (2.60) it does so
+once a second, so that half of all starts take a second longer; for 10 s it looks either way."""
+_NODE_S = 20.0
+"""After so long without its node Ray looks by itself, and says what is wrong."""
 
 
 def token_file() -> Path | None:
@@ -62,15 +71,23 @@ def _write_token(path: Path) -> None:
 
 
 @contextmanager
-def on_loopback() -> Iterator[None]:
+def starting() -> Iterator[None]:
     """Ray, started in the block with LOOPBACK as its address, keeps that address: then its ports are on loopback alone.
+    And it goes on as soon as its node is there.
 
-    Otherwise Ray 2.60 puts an address that others can reach in its place, and listens on every interface. The function
-    that does so is Ray's own; it is put back at the end of the block.
+    Otherwise Ray 2.60 puts an address that others can reach in its place, and listens on every interface; and it looks
+    for its node once a second. The functions that do so are Ray's own; they are put back at the end of the block.
     """
-    resolve = services.resolve_ip_for_localhost
-    services.resolve_ip_for_localhost = lambda host: host
+    resolve, get_node = services.resolve_ip_for_localhost, services.get_node
+
+    def wait_and_get(gcs_address: str, node_id: str) -> Any:
+        client, until = GcsClient(address=gcs_address), time.monotonic() + _NODE_S
+        while NodeID.from_hex(node_id) not in client.get_all_node_info() and time.monotonic() < until:
+            time.sleep(0.02)
+        return get_node(gcs_address, node_id)
+
+    services.resolve_ip_for_localhost, services.get_node = lambda host: host, wait_and_get
     try:
         yield
     finally:
-        services.resolve_ip_for_localhost = resolve
+        services.resolve_ip_for_localhost, services.get_node = resolve, get_node
