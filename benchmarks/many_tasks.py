@@ -31,10 +31,10 @@ POINTS = 10
 OF = {
     "StoreActor": "store_mb",
     "RayTrainWorker": "worker_mb",
-    "TrainController": "controller_mb",
     "EvaluationWorker": "evaluation_mb",
 }
-"""What Ray calls the processes that are looked at; the driver is the one that was started here."""
+"""What Ray calls the processes that are looked at; the driver is the one that was started here, Ray Train's controller in
+it."""
 _EVERY_S = 0.5
 
 
