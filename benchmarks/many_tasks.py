@@ -33,8 +33,7 @@ OF = {
     "RayTrainWorker": "worker_mb",
     "EvaluationWorker": "evaluation_mb",
 }
-"""What Ray calls the processes that are looked at; the driver is the one that was started here, Ray Train's controller in
-it."""
+"""What Ray calls the processes that are looked at; the driver, in which Ray Train's controller is, was started here."""
 _EVERY_S = 0.5
 
 
