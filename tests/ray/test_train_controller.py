@@ -70,9 +70,13 @@ def test_training_that_is_interrupted_leaves_nothing_behind(config: Config) -> N
 
     total = ray.cluster_resources()["CPU"]
     endless = config.model_copy(update={"train": config.train.model_copy(update={"epochs": 100_000})})
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)  # in several processes pytest's ignore it
     threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        run(endless)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(endless)
+    finally:
+        signal.signal(signal.SIGINT, former)
     until = time.monotonic() + 20
     while (training() or ray.available_resources().get("CPU", 0) < total) and time.monotonic() < until:
         time.sleep(0.1)
