@@ -21,8 +21,8 @@ LOOPBACK = "127.0.0.1"
 LOOKS_OFTEN = {"raylet_client_connect_timeout_milliseconds": 20, "raylet_client_num_connect_attempts": 500}
 """How often Ray's node looks for its object store, which a thread of it starts meanwhile. By itself (2.60) it does so
 once a second, so that half of all starts take a second longer; for 10 s it looks either way."""
-_NODE_S = 20.0
-"""After so long without its node Ray looks by itself, and says what is wrong."""
+_NODE_S = 5.0
+"""After so long without its node Ray looks by itself, once a second, and says what is wrong."""
 
 
 def token_file() -> Path | None:
